@@ -1,0 +1,297 @@
+"""`torch.compile(model, backend=sylva_compile.backend(masks))`: Inductor, with sampled weight gradients.
+
+Dynamo calls the backend once for each graph it makes: one graph is never promised (graph breaks, checkpointing,
+DistributedDataParallel's buckets, layers compiled one by one), and one compiled graph may serve several layers. So
+nothing of a mask is baked into a graph: positions are inputs. The report is kept per embedded weight and filled when a
+compiled graph first runs with that weight.
+"""
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import ShortenTraceback
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, GraphModule
+
+from sylva_compile import embedding
+from sylva_compile.errors import ArgumentError, RewriteError
+from sylva_compile.masks import Masks
+from sylva_compile.passes.runner import run_passes
+from sylva_compile.passes.sample_weight_gradients import Outcome, sample_weight_gradients_pass
+
+log = logging.getLogger(__name__)
+
+Inner = Literal["inductor", "aot_eager"]
+OnMiss = Literal["warn", "error", "ignore"]
+
+_PACKAGE = Path(__file__).parent
+
+
+class _RewriteError(RewriteError, ShortenTraceback):
+    """As a `ShortenTraceback`, Dynamo hands it to the user as it is, not wrapped and not swallowed."""
+
+
+class _JointPass(CustomGraphPass):
+    """Our passes over one joint graph, in the place where Inductor lets others rewrite it."""
+
+    def __init__(self, before: Any = None) -> None:
+        self.before = before
+        self.outcomes: list[Outcome] = []
+
+    def __call__(self, graph: Graph) -> None:
+        if self.before is not None:
+            self.before(graph)
+        sample = functools.partial(sample_weight_gradients_pass, report=self.outcomes.append)
+        run_passes(graph, {"sample_weight_gradients": sample})
+
+    def uuid(self) -> Any:
+        theirs = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
+        if self.before is not None and theirs is None:
+            return None
+        return _own_uuid(), theirs
+
+
+@functools.cache
+def _own_uuid() -> bytes:
+    files = sorted([*(_PACKAGE / "passes").glob("*.py"), *(_PACKAGE / "kernels").glob("*.py"), Path(__file__)])
+    return get_hash_for_files(tuple(str(file) for file in files))
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What the compiler did for one embedded weight.
+
+    Attributes:
+        uses: how many weight-gradient products the compiled graphs that ran hold for it; 0 means none ran yet.
+        reason: why some of them stayed dense, or None.
+        narrowed: whether the saved activation was cut down to the columns that the mask reads.
+    """
+
+    uses: int = 0
+    reason: str | None = None
+    narrowed: bool = False
+
+    @property
+    def rewritten(self) -> bool:
+        """True when every product was replaced by a sampled one."""
+        return self.uses > 0 and self.reason is None
+
+    def __str__(self) -> str:
+        if not self.uses:
+            return "not compiled: no compiled graph has trained it yet (not called, or outside of torch.compile)"
+        if self.reason is not None:
+            return f"dense: {self.reason}"
+        return "rewritten, narrow activation saved" if self.narrowed else "rewritten, whole activation saved"
+
+
+class Report(Mapping[str, WeightReport]):
+    """A `WeightReport` for every embedded weight, by name; printing it gives a table."""
+
+    def __init__(self, weights: Mapping[str, WeightReport]) -> None:
+        """`weights` by name, in the order of the model."""
+        self._weights = dict(weights)
+
+    def __getitem__(self, name: str) -> WeightReport:
+        return self._weights[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    @property
+    def rewritten(self) -> int:
+        """Number of weights whose gradients are all sampled."""
+        return sum(weight.rewritten for weight in self.values())
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self), default=0)
+        lines = [f"{name:<{width}}  {weight}" for name, weight in self.items()]
+        return "\n".join([*lines, f"{self.rewritten} of {len(self)} weights rewritten."])
+
+
+class Backend:
+    """A backend for `torch.compile`; made by `sylva_compile.backend`."""
+
+    def __init__(self, masks: Masks | None, inner: Inner, on_miss: OnMiss) -> None:
+        """See `backend`."""
+        if inner not in ("inductor", "aot_eager"):
+            raise ArgumentError(f"inner={inner!r}; use 'inductor' or 'aot_eager'.")
+        if on_miss not in ("warn", "error", "ignore"):
+            raise ArgumentError(f"on_miss={on_miss!r}; use 'warn', 'error' or 'ignore'.")
+        if masks is not None:
+            masks.embed()
+        self.masks, self.inner, self.on_miss = masks, inner, on_miss
+        self.__name__ = "sylva"
+        self._found: weakref.WeakKeyDictionary[embedding.Site, WeightReport] = weakref.WeakKeyDictionary()
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one Dynamo graph; `mode` and `options` are those of `torch.compile` and go to Inductor."""
+        joint = _JointPass(_configured_pass(options))
+        # A graph from AOTAutograd's cache comes without its joint pass, and so without a word on what was rewritten.
+        # Inductor's own cache, which saves the code generation, stays on.
+        with functorch_config.patch(enable_autograd_cache=False):
+            if self.inner == "inductor":
+                compiled = _inductor(gm, example_inputs, joint, mode, options)
+            else:
+                compiled = _aot_eager(gm, example_inputs, joint)
+        self._check(joint.outcomes, example_inputs)
+        return self._follow(compiled, joint.outcomes, example_inputs)
+
+    def report(self) -> Report:
+        """What became of every masked weight's gradient in the compiled graphs that have run so far."""
+        model = self.masks.model if self.masks is not None else None
+        if model is not None:
+            known = embedding.sites(model)
+        else:
+            known = {site.name: site for site in embedding.iter_sites()}
+        return Report({name: self._found.get(site, WeightReport()) for name, site in known.items()})
+
+    def _check(self, outcomes: list[Outcome], example_inputs: Sequence[Any]) -> None:
+        names = {id(site.layout.positions): site.name for site in embedding.iter_sites()}
+        for outcome in outcomes:
+            if outcome.reason is None:
+                continue
+            name = names.get(id(example_inputs[_input_index(outcome)]), "a weight")
+            message = f"{name}: the weight gradient stays dense, {outcome.reason}."
+            if self.on_miss == "error":
+                raise _RewriteError(
+                    f"{message} Leave it out of the scope, or compile with on_miss='warn'.", first_useful_frame=None
+                )
+            if self.on_miss == "warn":
+                log.warning("%s Training is right but slower there; leave it out of the scope to silence this.", message)
+
+    def _follow(
+        self, compiled: Callable[..., Any], outcomes: list[Outcome], example_inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        """Wrap `compiled` so that blocks and dense weights agree before it runs, and the report names what ran.
+
+        Version counters of a handful of tensors are compared on each call; masks and weights are found by identity
+        among the arguments, since a later call may be for another layer.
+        """
+        weights = {id(site.weight) for site in embedding.iter_sites()}
+        where = [index for index, value in enumerate(example_inputs) if id(value) in weights]
+        if not where:
+            return compiled
+        marked = [(outcome, _input_index(outcome)) for outcome in outcomes]
+        known: dict[tuple[int, ...], list[weakref.ref[embedding.Site]]] = {}
+
+        def first_run(args: tuple[Any, ...]) -> list[weakref.ref[embedding.Site]]:
+            by_weight = {id(site.weight): site for site in embedding.iter_sites()}
+            by_positions = {id(site.layout.positions): site for site in embedding.iter_sites()}
+            for outcome, index in marked:
+                site = by_positions.get(id(args[index]))
+                if site is not None:
+                    self._note(site, outcome)
+            return [weakref.ref(by_weight[id(args[index])]) for index in where if id(args[index]) in by_weight]
+
+        def run(*args: Any) -> Any:
+            key = tuple(id(args[index]) for index in where)
+            if key not in known:
+                known[key] = first_run(args)
+            for ref in known[key]:
+                site = ref()
+                if site is not None:
+                    site.sync()
+            return compiled(*args)
+
+        return run
+
+    def _note(self, site: embedding.Site, outcome: Outcome) -> None:
+        before = self._found.get(site, WeightReport())
+        self._found[site] = WeightReport(
+            uses=before.uses + 1,
+            reason=before.reason or outcome.reason,
+            narrowed=before.narrowed or outcome.narrowed,
+        )
+
+
+def backend(masks: Masks | None = None, *, inner: Inner = "inductor", on_miss: OnMiss = "warn") -> Backend:
+    """A `torch.compile` backend that computes only the masked blocks of weight gradients.
+
+    Args:
+        masks: masks bound to the model to compile; embedded into it now if nobody did. None compiles whatever is
+            embedded already (what the registered backend name `"sylva"` does).
+        inner: `"inductor"` generates code; `"aot_eager"` runs the same rewritten graphs without, for debugging.
+        on_miss: what to do about a weight gradient that cannot be sampled: `"warn"`, `"error"` or `"ignore"`. It is
+            computed densely then: right, but slower.
+
+    Raises:
+        ArgumentError: `inner` or `on_miss` is none of these.
+        MaskError, EmbeddingError: the masks do not fit, or the model carries others.
+        RewriteError: later, when a graph is compiled with `on_miss="error"` and a gradient stays dense.
+    """
+    return Backend(masks, inner, on_miss)
+
+
+@functools.cache
+def _registered() -> Backend:
+    return backend()
+
+
+def sylva(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """The backend behind `torch.compile(model, backend="sylva")`: compiles whatever is embedded."""
+    return _registered()(gm, example_inputs, **kwargs)
+
+
+def _input_index(outcome: Outcome) -> int:
+    """Which of the graph's inputs the positions are."""
+    desc = outcome.positions.meta.get("desc")
+    if isinstance(desc, PlainAOTInput):
+        return desc.idx
+    raise AssertionError(f"positions are no plain input of the graph but {outcome.positions} ({desc})")
+
+
+def _configured_pass(options: Mapping[str, Any] | None) -> Any:
+    from torch._inductor import config
+
+    return (options or {}).get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+
+
+def _inductor(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    joint: _JointPass,
+    mode: str | None,
+    options: Mapping[str, Any] | None,
+) -> Callable[..., Any]:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **(options or {}), "joint_custom_pre_pass": joint}
+    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[no-any-return, arg-type]
+
+
+def _aot_eager(gm: GraphModule, example_inputs: Sequence[Any], joint: _JointPass) -> Callable[..., Any]:
+    def partition(module: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+        joint(module.graph)
+        module.recompile()
+        return min_cut_rematerialization_partition(module, joint_inputs, **kwargs)
+
+    compile_ = aot_autograd(fw_compiler=_as_it_is, partition_fn=partition)
+    return compile_(gm, example_inputs)
+
+
+def _as_it_is(gm: GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(gm.forward)  # type: ignore[no-any-return]

@@ -1,0 +1,56 @@
+"""What the tracer asks of every estimator."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
+
+
+class Curvature(ABC):
+    """Statistics of one weight `[m, n]` (m outputs, n inputs), gathered batch by batch.
+
+    Estimators hold plain sums, so that the statistics of several ranks add up to those of all their data.
+    """
+
+    @abstractmethod
+    def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
+        """Add a batch: `inputs [T, n]` and `output_gradients [T, m]`, token by token."""
+
+    @abstractmethod
+    def sums(self) -> list[Tensor]:
+        """The sums held, in a fixed order and of fixed shapes; changing them in place changes the estimator."""
+
+    @abstractmethod
+    def block_scores(self, block_size: int) -> Tensor:
+        """Scores `[ceil(m/b), ceil(n/b)]`, float64, on the CPU; higher is worth more."""
+
+    def combine(self, group: ProcessGroup) -> None:
+        """Add up the sums of all ranks of `group`."""
+        for total in self.sums():
+            all_reduce(total, group=group)
+
+
+def live_tokens(output_gradients: Tensor) -> Tensor:
+    """`[T, 1]`, 1 for tokens that carry loss or feed it, 0 for the others.
+
+    A token that no loss depends on (padding above all) has an output gradient of exactly zero. It would add nothing to
+    the gradients, but it would count in the mean and in the inputs' covariance.
+    """
+    return (output_gradients != 0).any(dim=1, keepdim=True).to(output_gradients.dtype)
+
+
+def sum_tiles(matrix: Tensor, block_size: int) -> Tensor:
+    """Sum `matrix [m, n]` over its blocks: `[ceil(m/b), ceil(n/b)]`."""
+    for axis in (0, 1):
+        matrix = sum_lines(matrix, block_size, axis)
+    return matrix
+
+
+def sum_lines(tensor: Tensor, block_size: int, axis: int = 0) -> Tensor:
+    """Sum groups of b neighbours along `axis`; the last group may be short."""
+    size = tensor.shape[axis]
+    groups = torch.arange(size, device=tensor.device) // block_size
+    shape = list(tensor.shape)
+    shape[axis] = -(-size // block_size)
+    return tensor.new_zeros(shape).index_add_(axis, groups, tensor)

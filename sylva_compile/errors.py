@@ -1,0 +1,33 @@
+"""Every error the package raises on purpose. Each message says what was found and what to do."""
+
+
+class SylvaError(Exception):
+    """Base of all errors of this package."""
+
+
+class ArgumentError(SylvaError, ValueError):
+    """An argument is outside the values it may take."""
+
+
+class ScopeError(SylvaError, ValueError):
+    """The scope names no weight, or a weight that cannot carry blocks."""
+
+
+class TraceError(SylvaError, RuntimeError):
+    """Stage 1 could not observe what it needs: no batches, no loss, no gradient."""
+
+
+class MaskError(SylvaError, ValueError):
+    """Masks do not fit the model they are used with."""
+
+
+class EmbeddingError(SylvaError, RuntimeError):
+    """The model is, or is not, embedded as the call requires."""
+
+
+class RewriteError(SylvaError, RuntimeError):
+    """A weight gradient stayed dense although `on_miss="error"` was asked for."""
+
+
+class AdapterError(SylvaError, RuntimeError):
+    """An adapter cannot be written, read, or applied to this model."""

@@ -1,0 +1,38 @@
+"""`sylva::gather_blocks`: the marker between a dense weight gradient and the gradient of the weight's blocks.
+
+Run as it is, it samples the blocks from the dense gradient: slow, obvious, right. The compiler looks for it and
+replaces it, together with the product that made the dense gradient, by `sylva::sddmm`. The last two tensors do nothing
+here; they are what the rewrite needs and cannot compute inside a graph.
+"""
+
+import torch
+from torch import Tensor
+
+from sylva_compile.kernels.blocks import block_dtype, read_blocks
+
+
+@torch.library.custom_op("sylva::gather_blocks", mutates_args=())
+def gather_blocks(
+    gradient: Tensor, positions: Tensor, input_lines: Tensor, narrow_positions: Tensor, block_size: int, input_axis: int
+) -> Tensor:
+    """Blocks of a dense weight gradient.
+
+    Args:
+        gradient: `[m, n]`, the gradient of the weight as stored.
+        positions: `int64[2, nnz]`, block rows and block columns.
+        input_lines: `int64[k]`, the elements of the weight's input axis that any block covers, ascending.
+        narrow_positions: `int64[2, nnz]`, the positions once the input axis is restricted to `input_lines`.
+        block_size: b.
+        input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 for GPT-2's Conv1D.
+
+    Returns:
+        `[nnz, b, b]`, float32 (float64 for a float64 gradient), zero outside the matrix.
+    """
+    return read_blocks(gradient, positions, block_size).to(block_dtype(gradient.dtype)).contiguous()
+
+
+@gather_blocks.register_fake
+def _(
+    gradient: Tensor, positions: Tensor, input_lines: Tensor, narrow_positions: Tensor, block_size: int, input_axis: int
+) -> Tensor:
+    return gradient.new_empty((positions.shape[1], block_size, block_size), dtype=block_dtype(gradient.dtype))

@@ -1,0 +1,59 @@
+"""Small helpers that passes share: new nodes with the metadata they may carry, and what depends on the backward."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from sylva_compile.passes.match_weight_gradient import Operand, Scale
+
+
+def call(graph: Graph, target: Any, *args: Any, like: Node | None = None) -> Node:
+    """Insert `target(*args)` at the graph's insertion point.
+
+    Only `meta["val"]` is set: other keys (`eager_input_vals` above all) describe the node they were made for, and
+    Inductor believes them. `like` names a node whose place in a checkpointed region the new one shares.
+    """
+    node = graph.call_function(target, args)
+    values = map_arg(args, lambda argument: argument.meta["val"])
+    with _fake_mode_of(args):
+        node.meta["val"] = target(*values)
+    if like is not None:
+        for key in ("recompute", "ac_graph_id"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+    return node
+
+
+def _fake_mode_of(args: Iterable[Any]) -> Any:
+    for argument in args:
+        if isinstance(argument, Node):
+            return argument.meta["val"].fake_mode
+    raise AssertionError("a new node needs at least one node among its arguments")
+
+
+def materialize(graph: Graph, operand: Operand) -> Node:
+    """The operand as a node, with the transpose that it still needs."""
+    if not operand.transposed:
+        return operand.node
+    return call(graph, torch.ops.aten.permute.default, operand.node, [1, 0])
+
+
+def apply_scales(graph: Graph, blocks: Node, scales: Iterable[Scale]) -> Node:
+    """Multiply sampled blocks as the dense gradient was; innermost factors come last in `scales`."""
+    for scale in reversed(tuple(scales)):
+        args = (blocks,) if scale.factor is None else (blocks, scale.factor)
+        blocks = call(graph, scale.target, *args)
+    return blocks
+
+
+def tangent_dependents(graph: Graph) -> set[Node]:
+    """The nodes that need a gradient from outside: the backward half of a joint graph."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found

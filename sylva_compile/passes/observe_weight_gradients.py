@@ -1,0 +1,82 @@
+"""Stage 1: show the operands of every weight gradient to the tracer instead of multiplying them.
+
+Before:
+
+    %mm = aten.mm(aten.t(%gy), %x)
+    return (..., %mm, ...)                                       the gradient of %weight
+
+After:
+
+    %zero = sylva.observe(%gy, %x, %weight, False)
+    %none = aten.expand(%zero, [m, n])                           a gradient of zeros that takes no memory
+    return (..., %none, ...)
+
+The weight goes along at run time, because one compiled graph may serve several layers.
+
+Refuses: an opaque term (then the weight keeps its dense gradient and is reported as not observed), and a parameter
+that is no matrix.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput
+from torch.fx import Graph, Node
+
+from sylva_compile.kernels.observe import observe
+from sylva_compile.passes.edit import call, materialize, tangent_dependents
+from sylva_compile.passes.match_weight_gradient import match_weight_gradient
+
+aten = torch.ops.aten
+OBSERVE = observe._opoverload
+
+
+def observe_weight_gradients_pass(graph: Graph, *, missed: Callable[[Node, str], None] | None = None) -> int:
+    """Rewrite a joint `graph` in place; returns how many weights are observed.
+
+    Args:
+        graph: joint graph whose placeholders and output carry AOTAutograd's `desc`.
+        missed: called with the placeholder of a weight that cannot be observed, and the reason.
+    """
+    output = graph.output_node()
+    inputs = {node.meta.get("desc"): node for node in graph.find_nodes(op="placeholder")}
+    backward = tangent_dependents(graph)
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    observed = 0
+    for index, desc in enumerate(output.meta["desc"]):
+        gradient = results[index]
+        if not isinstance(desc, GradAOTOutput) or not isinstance(gradient, Node):
+            continue
+        weight = inputs.get(desc.grad_of)
+        if weight is None or weight.meta["val"].dim() != 2:
+            continue
+        terms = match_weight_gradient(gradient)
+        reason = next((term.reason for term in terms if term.reason is not None), None)
+        if reason is not None:
+            if missed is not None:
+                missed(weight, reason)
+            continue
+        with graph.inserting_before(output):
+            zero: Node | None = None
+            for term in terms:
+                assert term.rhs is not None
+                # A scalar factor belongs to the gradient: put it on the operand that is a gradient already.
+                sides = [term.lhs, term.rhs]
+                side = 0 if term.lhs.node in backward else 1
+                nodes = [materialize(graph, operand) for operand in sides]
+                for scale in reversed(term.scales):
+                    factor = () if scale.factor is None else (scale.factor,)
+                    nodes[side] = call(graph, scale.target, nodes[side], *factor)
+                seen = call(graph, OBSERVE, *nodes, weight, side == 1)
+                zero = seen if zero is None else call(graph, aten.add.Tensor, zero, seen)
+            assert zero is not None
+            results[index] = call(graph, aten.expand.default, zero, list(weight.meta["val"].shape))
+        observed += 1
+    if observed:
+        output.args = (type(output.args[0])(results),)  # type: ignore[operator]
+        graph.eliminate_dead_code()
+        graph.lint()
+    return observed
+
+

@@ -1,0 +1,59 @@
+"""Runs graph passes in order and owns what can be seen of them: log lines, times, dumps.
+
+    TORCH_LOGS="+sylva_compile"             a line a pass: number, name, nodes rewritten, operators added and removed
+    SYLVA_DUMP_GRAPHS=directory             the graph before and after each pass, as text
+    SYLVA_DISABLE_PASSES=name,name          leave passes out (the result stays right, only slower)
+"""
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch.fx import Graph
+
+log = logging.getLogger("sylva_compile.passes")
+
+Pass = Callable[[Graph], int]
+"""Rewrites a graph in place and returns how many places it changed."""
+
+
+def run_passes(graph: Graph, passes: Mapping[str, Pass]) -> int:
+    """Run `passes` over `graph` in their order; returns the number of places changed."""
+    disabled = {name.strip() for name in os.environ.get("SYLVA_DISABLE_PASSES", "").split(",")}
+    dump = os.environ.get("SYLVA_DUMP_GRAPHS")
+    total = 0
+    for number, (name, run) in enumerate(passes.items()):
+        if name in disabled:
+            log.info("pass %d %s: disabled by SYLVA_DISABLE_PASSES", number, name)
+            continue
+        before = _operators(graph) if log.isEnabledFor(logging.INFO) else Counter()
+        if dump:
+            _dump(graph, Path(dump), number, name, "before")
+        started = time.perf_counter()
+        changed = run(graph)
+        elapsed = time.perf_counter() - started
+        total += changed
+        if dump:
+            _dump(graph, Path(dump), number, name, "after")
+        if changed and log.isEnabledFor(logging.INFO):
+            after = _operators(graph)
+            difference = {
+                name: after[name] - before[name]
+                for name in sorted(after.keys() | before.keys())
+                if after[name] != before[name]
+            }
+            log.info("pass %d %s: %d rewritten in %.1f ms, %s", number, name, changed, elapsed * 1e3, difference)
+    return total
+
+
+def _operators(graph: Graph) -> "Counter[str]":
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+def _dump(graph: Graph, directory: Path, number: int, name: str, moment: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    serial = len(list(directory.glob("*.txt")))
+    (directory / f"{serial:04d}_{number}_{name}_{moment}.txt").write_text(str(graph))

@@ -1,0 +1,98 @@
+"""Which weights of a model are meant: scope patterns, wrapped models, shared parameters, odd weights."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sylva_compile.errors import ScopeError
+
+Scope = str | Sequence[str]
+"""`"all-linear"`, a regular expression for the whole module name, or a list of module-name endings."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def input_axis(module: nn.Module) -> int:
+    """The axis of the stored weight that the layer's inputs meet: 0 for GPT-2's transposed Conv1D, else 1."""
+    return 0 if isinstance(module, Conv1D) else 1
+
+
+def owners_of(model: nn.Module, weight: Tensor) -> Iterator[tuple[nn.Module, str]]:
+    """Every `(module, attribute)` that holds `weight`; shared weights have several."""
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is weight:
+                yield module, attribute
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if get is not None else None
+    except (AttributeError, NotImplementedError):
+        # Encoders without a language-model head answer this way.
+        head = None
+    return head if isinstance(head, nn.Module) else None
+
+
+def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
+    """The weights that `scope` names, by full parameter name, in the model's order; shared weights once.
+
+    Raises:
+        ScopeError: nothing matches, or a match cannot carry blocks (meta device, quantised, integer).
+    """
+    model = unwrap(model)
+    head = _output_head(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if scope == "all-linear":
+        chosen = {name: module for name, module in layers.items() if module is not head}
+    elif isinstance(scope, str):
+        try:
+            pattern = re.compile(scope)
+        except re.error as error:
+            raise ScopeError(f"scope={scope!r} is no regular expression ({error}); mend it or use 'all-linear'.") from None
+        chosen = {name: module for name, module in layers.items() if pattern.fullmatch(name)}
+    else:
+        endings = tuple(scope)
+        chosen = {n: m for n, m in layers.items() if any(n == e or n.endswith("." + e) for e in endings)}
+    if not chosen:
+        some = ", ".join(list(layers)[:3]) or "none"
+        raise ScopeError(
+            f"scope={scope!r} matches no Linear or Conv1D; name some of the model's {len(layers)} (such as {some}), "
+            "or use 'all-linear'."
+        )
+    weights: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, module in chosen.items():
+        full = f"{name}.weight" if name else "weight"
+        weight = module._parameters.get("weight")
+        check_weight(full, weight)
+        assert weight is not None
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            weights[full] = weight
+    return weights
+
+
+def check_weight(name: str, weight: Tensor | None) -> None:
+    """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory."""
+    if not isinstance(weight, nn.Parameter):
+        raise ScopeError(f"{name} is no plain Parameter (quantised?); load the model unquantised or leave it out of scope.")
+    if weight.device.type == "meta":
+        raise ScopeError(f"{name} is on the meta device; load the weights before masking or embedding.")
+    if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ScopeError(f"{name} holds {weight.dtype} values (quantised?); dequantise it or leave it out of scope.")
+    if weight.dim() != 2:
+        raise ScopeError(f"{name} has {weight.dim()} dimensions; blocks sit in matrices, so leave it out of scope.")
