@@ -1,10 +1,24 @@
 """Fine-tune a few blocks of each weight, chosen by second-order information, at the cost of a frozen model."""
 
+from sylva_compile.adapters import load_adapter, merge_adapter, save_adapter, unload_adapter
 from sylva_compile.backend import backend
 from sylva_compile.errors import SylvaError
 from sylva_compile.masks import BlockMask, Masks
+from sylva_compile.optim import AdamW
 from sylva_compile.tracing import trace_and_mask
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockMask", "Masks", "SylvaError", "__version__", "backend", "trace_and_mask"]
+__all__ = [
+    "AdamW",
+    "BlockMask",
+    "Masks",
+    "SylvaError",
+    "__version__",
+    "backend",
+    "load_adapter",
+    "merge_adapter",
+    "save_adapter",
+    "trace_and_mask",
+    "unload_adapter",
+]

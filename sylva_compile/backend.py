@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 
 from sylva_compile import embedding
+from sylva_compile.aot import compile_eagerly
 from sylva_compile.errors import ArgumentError, RewriteError
 from sylva_compile.masks import Masks
 from sylva_compile.passes.runner import run_passes
@@ -153,17 +153,15 @@ class Backend:
             if self.inner == "inductor":
                 compiled = _inductor(gm, example_inputs, joint, mode, options)
             else:
-                compiled = _aot_eager(gm, example_inputs, joint)
+                compiled = compile_eagerly(gm, example_inputs, joint)
         self._check(joint.outcomes, example_inputs)
         return self._follow(compiled, joint.outcomes, example_inputs)
 
     def report(self) -> Report:
         """What became of every masked weight's gradient in the compiled graphs that have run so far."""
         model = self.masks.model if self.masks is not None else None
-        if model is not None:
-            known = embedding.sites(model)
-        else:
-            known = {site.name: site for site in embedding.iter_sites()}
+        alive = embedding.iter_sites()
+        known = embedding.sites(model) if model is not None else {site.name: site for site in alive}
         return Report({name: self._found.get(site, WeightReport()) for name, site in known.items()})
 
     def _check(self, outcomes: list[Outcome], example_inputs: Sequence[Any]) -> None:
@@ -178,7 +176,9 @@ class Backend:
                     f"{message} Leave it out of the scope, or compile with on_miss='warn'.", first_useful_frame=None
                 )
             if self.on_miss == "warn":
-                log.warning("%s Training is right but slower there; leave it out of the scope to silence this.", message)
+                log.warning(
+                    "%s Training is right but slower there; leave it out of the scope to silence this.", message
+                )
 
     def _follow(
         self, compiled: Callable[..., Any], outcomes: list[Outcome], example_inputs: Sequence[Any]
@@ -262,9 +262,7 @@ def _input_index(outcome: Outcome) -> int:
 
 
 def _configured_pass(options: Mapping[str, Any] | None) -> Any:
-    from torch._inductor import config
-
-    return (options or {}).get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    return (options or {}).get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
 
 
 def _inductor(
@@ -274,24 +272,6 @@ def _inductor(
     mode: str | None,
     options: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {}), "joint_custom_pre_pass": joint}
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[no-any-return, arg-type]
-
-
-def _aot_eager(gm: GraphModule, example_inputs: Sequence[Any], joint: _JointPass) -> Callable[..., Any]:
-    def partition(module: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
-        joint(module.graph)
-        module.recompile()
-        return min_cut_rematerialization_partition(module, joint_inputs, **kwargs)
-
-    compile_ = aot_autograd(fw_compiler=_as_it_is, partition_fn=partition)
-    return compile_(gm, example_inputs)
-
-
-def _as_it_is(gm: GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    from functorch.compile import make_boxed_func
-
-    return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled  # type: ignore[no-any-return]

@@ -6,18 +6,18 @@ No module hooks: what is seen is what the joint graph of forward and backward co
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.eval_frame import remove_from_cache
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 
+from sylva_compile.aot import compile_eagerly
 from sylva_compile.passes.observe_weight_gradients import observe_weight_gradients_pass
 from sylva_compile.passes.runner import run_passes
 
@@ -34,24 +34,14 @@ def capture_backend(missed: Missed) -> Callable[..., Any]:
             if isinstance(desc, PlainAOTInput):
                 missed(example_inputs[desc.idx], reason)
 
-        def partition(module: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
-            def observe(graph: torch.fx.Graph) -> int:
-                return observe_weight_gradients_pass(graph, missed=note)
-
-            if run_passes(module.graph, {"observe_weight_gradients": observe}):
-                module.recompile()
-            return min_cut_rematerialization_partition(module, joint_inputs, **kwargs)
-
+        observe = partial(observe_weight_gradients_pass, missed=note)
+        # A graph from AOTAutograd's cache would come without the pass that makes it observable.
         with functorch_config.patch(enable_autograd_cache=False):
-            return aot_autograd(fw_compiler=_as_it_is, partition_fn=partition)(gm, example_inputs)
+            return compile_eagerly(
+                gm, example_inputs, partial(run_passes, passes={"observe_weight_gradients": observe})
+            )
 
     return compile_graph
-
-
-def _as_it_is(gm: GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    from functorch.compile import make_boxed_func
-
-    return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
 
 
 @contextmanager

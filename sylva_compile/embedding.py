@@ -91,7 +91,7 @@ class Site:
         self.writer = BlockWriter(mask.shape, torch.stack([mask.rows, mask.cols]), mask.block_size).to(weight.device)
         values = read_blocks(weight.detach(), self.layout.positions, mask.block_size)
         self.base = values.to("cpu", copy=True)
-        """The blocks as they were before training, in the weight's dtype, on the host: what `unload_adapter` restores."""
+        """The blocks before training, in the weight's dtype, on the host; `unload_adapter` restores them."""
         self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
         self.remember()
         _sites.add(self)
@@ -131,6 +131,12 @@ class Site:
         """Whether the dense weight's blocks equal the rounded blocks, bit for bit (waits for the device)."""
         dense = read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)
         return bool(torch.equal(dense, self.inside(self.blocks.detach().to(dense.dtype))))
+
+    def base_weight(self) -> Tensor:
+        """A copy of the dense weight `[m, n]` with the blocks as they were before training."""
+        dense = self.weight.detach().clone()
+        self.writer.write(dense, self.base.to(dense.device))
+        return dense
 
     def inside(self, blocks: Tensor) -> Tensor:
         """`blocks [nnz, b, b]` with everything that reaches over the weight's edge set to zero."""
@@ -195,7 +201,7 @@ def _weight_property(attribute: str) -> property:
         if not (torch.is_grad_enabled() and blocks.requires_grad):  # type: ignore[union-attr]
             return weight  # type: ignore[return-value]
         layout = site.layout
-        return Embed.apply(  # type: ignore[no-untyped-call, no-any-return]
+        return Embed.apply(  # type: ignore[no-any-return]
             weight,
             blocks,
             layout.positions,
@@ -228,7 +234,9 @@ class _Embedded:
         if site is not None and isinstance(value, nn.Parameter):
             if value.shape != site.mask.shape:
                 found, wanted = tuple(value.shape), tuple(site.mask.shape)
-                raise EmbeddingError(f"{site.name}: shape {found} where {wanted} is embedded; unload the adapter first.")
+                raise EmbeddingError(
+                    f"{site.name}: shape {found} where {wanted} is embedded; unload the adapter first."
+                )
             site.weight = value.requires_grad_(False)
             site.read()
 
@@ -269,8 +277,9 @@ def _embedded_class(base: type, attributes: tuple[str, ...]) -> type:
 
 
 def _rebuild(base: type, attributes: tuple[str, ...]) -> nn.Module:
-    cls = _embedded_class(base, attributes)
-    return cls.__new__(cls)  # type: ignore[no-any-return]
+    cls: Any = _embedded_class(base, attributes)
+    module: nn.Module = cls.__new__(cls)
+    return module
 
 
 def site_of(module: nn.Module, attribute: str) -> Site | None:

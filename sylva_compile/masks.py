@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from sylva_compile import embedding
 from sylva_compile.errors import ArgumentError, MaskError
+from sylva_compile.files import write_file
 from sylva_compile.kernels.blocks import grid_shape
 from sylva_compile.scope import check_weight, unwrap
 
@@ -104,7 +104,7 @@ class Masks(Mapping[str, BlockMask]):
         model: nn.Module | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`config` says how the masks were made; it is saved with them. `model` binds them, without keeping it alive."""
+        """`config` says how the masks were made; it is saved with them. `model` binds them without keeping it alive."""
         self._blocks = dict(blocks)
         self.config: dict[str, Any] = dict(config or {})
         self._model: weakref.ref[nn.Module] | None = None
@@ -262,23 +262,5 @@ def check_block_fits(block_size: int, weights: Mapping[str, Tensor]) -> None:
     largest = max((size for weight in weights.values() for size in weight.shape), default=0)
     if weights and block_size > largest:
         raise ArgumentError(
-            f"block_size={block_size} is larger than every dimension in scope (the largest is {largest}); use a smaller one."
+            f"block_size={block_size} is larger than every dimension in scope (at most {largest}); use a smaller one."
         )
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write `content` beside `path` and rename it onto `path`, so that a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise

@@ -62,7 +62,9 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
         try:
             pattern = re.compile(scope)
         except re.error as error:
-            raise ScopeError(f"scope={scope!r} is no regular expression ({error}); mend it or use 'all-linear'.") from None
+            raise ScopeError(
+                f"scope={scope!r} is no regular expression ({error}); mend it or use 'all-linear'."
+            ) from None
         chosen = {name: module for name, module in layers.items() if pattern.fullmatch(name)}
     else:
         endings = tuple(scope)
@@ -89,7 +91,9 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
 def check_weight(name: str, weight: Tensor | None) -> None:
     """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory."""
     if not isinstance(weight, nn.Parameter):
-        raise ScopeError(f"{name} is no plain Parameter (quantised?); load the model unquantised or leave it out of scope.")
+        raise ScopeError(
+            f"{name} is no plain Parameter (quantised?); load the model unquantised or leave it out of scope."
+        )
     if weight.device.type == "meta":
         raise ScopeError(f"{name} is on the meta device; load the weights before masking or embedding.")
     if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):

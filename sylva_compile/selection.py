@@ -52,7 +52,9 @@ def select_blocks(scores: Mapping[str, Tensor], budget: Budget, input_axes: Mapp
     """
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
-            raise ArgumentError(f"{name}: block scores are not finite; raise damping, or look for overflow in the model.")
+            raise ArgumentError(
+                f"{name}: block scores are not finite; raise damping, or look for overflow in the model."
+            )
     if budget.allocation == "layer":
         maps = {}
         for name, score in scores.items():
@@ -77,7 +79,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _allowed(scores: Tensor, wanted: int, budget: Budget, axis: int) -> Tensor:
-    """Blocks in the columns that the budget keeps: those whose best blocks, an equal part of `wanted`, add up highest."""
+    """Blocks in the columns that the budget keeps: those whose best blocks, an equal part of `wanted`, add up most."""
     allowed = torch.ones(scores.shape, dtype=torch.bool)
     if budget.column_budget is None:
         return allowed
@@ -92,6 +94,6 @@ def _allowed(scores: Tensor, wanted: int, budget: Budget, axis: int) -> Tensor:
 def _check_room(name: str, room: int, wanted: int, budget: Budget) -> None:
     if room < wanted:
         raise ArgumentError(
-            f"{name}: column_budget={budget.column_budget} leaves room for {room} blocks and sparsity={budget.sparsity} "
-            f"wants {wanted}; raise either."
+            f"{name}: column_budget={budget.column_budget} leaves room for {room} blocks, "
+            f"sparsity={budget.sparsity} wants {wanted}; raise either."
         )

@@ -91,7 +91,9 @@ def trace_and_mask(
     check_block_size(block_size)
     _check_choices(method, score, num_samples, damping)
     if embedding.sites(model):
-        raise EmbeddingError("The model carries blocks already; call sylva_compile.unload_adapter(model) before tracing.")
+        raise EmbeddingError(
+            "The model carries blocks already; call sylva_compile.unload_adapter(model) before tracing."
+        )
     weights = weights_in_scope(model, scope)
     check_block_fits(block_size, weights)
     axes = {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
@@ -103,7 +105,9 @@ def trace_and_mask(
             scores = {name: random_scores(weight, block_size) for name, weight in weights.items()}
     else:
         if loader is None:
-            raise ArgumentError(f"method={method!r} needs a loader of batches; give one, or use 'magnitude' or 'random'.")
+            raise ArgumentError(
+                f"method={method!r} needs a loader of batches; give one, or use 'magnitude' or 'random'."
+            )
 
         def new_estimator(name: str) -> Curvature:
             weight = weights[name]
@@ -212,12 +216,16 @@ def _observe(
     if total == 0:
         raise TraceError("The loader gave no batches; give one with data (an iterator is used up after one pass).")
     if total < num_samples:
-        log.warning("The loader ended after %d of num_samples=%d sequences; the masks are from these.", total, num_samples)
+        log.warning(
+            "The loader ended after %d of num_samples=%d sequences; the masks are from these.", total, num_samples
+        )
     unseen = [name for name in weights if name not in seen]
     if len(unseen) == len(weights):
         name = unseen[0]
         why = missed.get(name, "no gradient reaches it")
-        raise TraceError(f"No weight in scope could be observed; the first, {name}: {why}. Check the loss and the scope.")
+        raise TraceError(
+            f"No weight in scope could be observed; the first, {name}: {why}. Check the loss and the scope."
+        )
     for name in unseen:
         why = missed.get(name, "the loss does not depend on it")
         log.warning("%s gets no mask: %s.", name, why)
@@ -276,6 +284,7 @@ def _count_sequences(batch: Any) -> int:
 
 
 def _loss_of(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> Tensor:
+    loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)  # type: ignore[arg-type]
     elif isinstance(batch, Mapping):
@@ -298,7 +307,9 @@ def _check_loss(
         raise TraceError(f"The loss has no gradient, not even to {first}; look for detach, no_grad or integer outputs.")
     if not bool(torch.isfinite(loss)):
         layer = _first_not_finite(model, batch, loss_fn)
-        raise TraceError(f"The loss is {loss.item()}; the first values that are not finite leave {layer}. Mend the data or dtype.")
+        raise TraceError(
+            f"The loss is {loss.item()}; the first values that are not finite leave {layer}. Mend the data or dtype."
+        )
 
 
 def _first_not_finite(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> str:
@@ -308,7 +319,9 @@ def _first_not_finite(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> s
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             values = output.values() if isinstance(output, Mapping) else [output]
-            if not found and any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in _tensors(list(values))):
+            if not found and any(
+                t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in _tensors(list(values))
+            ):
                 found.append(name)
 
         return hook
@@ -333,8 +346,12 @@ def _check_gradients(
 ) -> None:
     """Raise on output gradients that are not finite; note weights whose gradient came from outside compiled graphs."""
     if checks and not bool(torch.isfinite(torch.stack([check.float() for check in checks])).all()):
-        bad = next((name for name, check in zip(seen, checks, strict=False) if not bool(torch.isfinite(check))), "a layer")
-        raise TraceError(f"The loss is finite but the output gradient of {bad} is not; scale the loss or use a wider dtype.")
+        bad = next(
+            (name for name, check in zip(seen, checks, strict=False) if not bool(torch.isfinite(check))), "a layer"
+        )
+        raise TraceError(
+            f"The loss is finite but the output gradient of {bad} is not; scale the loss or use a wider dtype."
+        )
     for name, gradient in zip(weights, gradients, strict=True):
         if gradient is not None and name not in seen:
             missed.setdefault(name, "it runs outside of the graphs that torch.compile makes")

@@ -17,11 +17,11 @@ class BlockKfac(Curvature):
 
     def __init__(self, weight: Tensor, outputs: int, inputs: int, *, block_size: int, damping: float | None) -> None:
         """Sums on the weight's device, in float32 or wider."""
-        options = {"dtype": block_dtype(weight.dtype), "device": weight.device}
+        dtype, device = block_dtype(weight.dtype), weight.device
         self.block_size, self.damping = block_size, damping
-        self.a = torch.zeros(-(-inputs // block_size), block_size, block_size, **options)
-        self.g = torch.zeros(-(-outputs // block_size), block_size, block_size, **options)
-        self.gradient = torch.zeros(outputs, inputs, **options)
+        self.a = torch.zeros(-(-inputs // block_size), block_size, block_size, dtype=dtype, device=device)
+        self.g = torch.zeros(-(-outputs // block_size), block_size, block_size, dtype=dtype, device=device)
+        self.gradient = torch.zeros(outputs, inputs, dtype=dtype, device=device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=weight.device)
 
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:

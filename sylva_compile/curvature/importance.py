@@ -69,7 +69,8 @@ def gain_scores(gradient: Tensor, a_blocks: Tensor, g_blocks: Tensor, damping: f
     # [mb, b, nb, b] -> [nb, b, mb * b]: one solve a block column, on the inputs' side.
     half = half.unflatten(2, (nb, b)).permute(2, 3, 0, 1).flatten(2)
     whole = torch.linalg.solve_triangular(right, half, upper=False)
-    return 0.5 * whole.square().sum(1).unflatten(1, (mb, b)).sum(2).t()
+    scores: Tensor = 0.5 * whole.square().sum(1).unflatten(1, (mb, b)).sum(2).t()
+    return scores
 
 
 def damped_cholesky(blocks: Tensor, size: int, damping: float) -> Tensor:
@@ -85,13 +86,16 @@ def damped_cholesky(blocks: Tensor, size: int, damping: float) -> Tensor:
     unit = torch.eye(b, dtype=blocks.dtype, device=blocks.device)
     padded = blocks + torch.diag_embed(outside.to(blocks.dtype) * mean)
     lam = torch.full((count, 1, 1), damping, dtype=blocks.dtype, device=blocks.device) * mean
+    factor: Tensor
     for attempt in range(20):
         factor, info = torch.linalg.cholesky_ex(padded + lam * unit)
         failed = info != 0
         if not bool(failed.any()):
             return factor
         if attempt == 0:
-            log.warning("%d of %d curvature blocks are not positive definite; their damping is raised.", failed.sum(), count)
+            log.warning(
+                "%d of %d curvature blocks are not positive definite; their damping is raised.", failed.sum(), count
+            )
         lam = torch.where(failed[:, None, None], lam.clamp(min=1e-12 * mean) * 10, lam)
     raise ArithmeticError("a curvature block stays indefinite under any damping; are the activations finite?")
 
@@ -101,5 +105,5 @@ def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
     count = -(-matrix.shape[0] // block_size)
     extra = count * block_size - matrix.shape[0]
     padded = F.pad(matrix, (0, extra, 0, extra))
-    tiles = padded.unflatten(1, (count, block_size)).unflatten(0, (count, block_size))
+    tiles: Tensor = padded.unflatten(1, (count, block_size)).unflatten(0, (count, block_size))
     return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

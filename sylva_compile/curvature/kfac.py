@@ -20,11 +20,11 @@ class DenseKfac(Curvature):
 
     def __init__(self, weight: Tensor, outputs: int, inputs: int, *, score: str, damping: float | None) -> None:
         """Sums on the weight's device, in float32 or wider; `score` is `"gain"` or `"paper"`."""
-        options = {"dtype": block_dtype(weight.dtype), "device": weight.device}
+        dtype, device = block_dtype(weight.dtype), weight.device
         self.score, self.damping = score, damping
-        self.a = torch.zeros(inputs, inputs, **options)
-        self.g = torch.zeros(outputs, outputs, **options)
-        self.gradient = torch.zeros(outputs, inputs, **options)
+        self.a = torch.zeros(inputs, inputs, dtype=dtype, device=device)
+        self.g = torch.zeros(outputs, outputs, dtype=dtype, device=device)
+        self.gradient = torch.zeros(outputs, inputs, dtype=dtype, device=device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=weight.device)
 
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:

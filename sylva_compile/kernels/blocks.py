@@ -26,7 +26,7 @@ def read_blocks(matrix: Tensor, positions: Tensor, block_size: int) -> Tensor:
     mb, nb = grid_shape(matrix.shape, block_size)
     if m % block_size or n % block_size:
         matrix = F.pad(matrix, (0, nb * block_size - n, 0, mb * block_size - m))
-    tiles = matrix.unflatten(1, (nb, block_size)).unflatten(0, (mb, block_size)).transpose(1, 2)
+    tiles: Tensor = matrix.unflatten(1, (nb, block_size)).unflatten(0, (mb, block_size)).transpose(1, 2)
     return tiles[positions[0], positions[1]]
 
 

@@ -61,7 +61,7 @@ def _sddmm_kernel(
 
 
 def sddmm_triton(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Blocks of `lhsᵀ · rhs`; shapes as in `sylva_compile.kernels.sddmm`. Float32 products follow torch's TF32 switch."""
+    """Blocks of `lhsᵀ · rhs`; shapes as in `sylva_compile.kernels.sddmm`. Float32 follows torch's TF32 switch."""
     nnz = positions.shape[1]
     out = torch.empty((nnz, block_size, block_size), dtype=block_dtype(lhs.dtype), device=lhs.device)
     if nnz == 0:

@@ -86,7 +86,7 @@ def is_transpose(node: Node) -> bool:
     if node.target is aten.permute.default:
         return [int(d) % 2 for d in node.args[1]] == [1, 0] and len(node.args[1]) == 2  # type: ignore[union-attr, arg-type]
     if node.target is aten.transpose.int:
-        return node.args[0].meta["val"].dim() == 2 and node.args[1] % 2 != node.args[2] % 2  # type: ignore[union-attr, operator, no-any-return]
+        return node.args[0].meta["val"].dim() == 2 and node.args[1] % 2 != node.args[2] % 2  # type: ignore[union-attr, operator]
     return False
 
 
@@ -170,7 +170,7 @@ def _is_outer_product(node: Node) -> bool:
     if not (isinstance(left, Node) and isinstance(right, Node)):
         return False
     first, second = left.meta["val"], right.meta["val"]
-    return first.dim() == second.dim() == 2 and first.shape[1] == 1 and second.shape[0] == 1
+    return bool(first.dim() == second.dim() == 2 and first.shape[1] == 1 and second.shape[0] == 1)
 
 
 def _batch_of_one(node: Node) -> tuple[Operand, Operand] | None:

@@ -74,9 +74,7 @@ def observe_weight_gradients_pass(graph: Graph, *, missed: Callable[[Node, str],
             results[index] = call(graph, aten.expand.default, zero, list(weight.meta["val"].shape))
         observed += 1
     if observed:
-        output.args = (type(output.args[0])(results),)  # type: ignore[operator]
+        output.args = (tuple(results),)
         graph.eliminate_dead_code()
         graph.lint()
     return observed
-
-

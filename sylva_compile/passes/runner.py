@@ -1,8 +1,8 @@
 """Runs graph passes in order and owns what can be seen of them: log lines, times, dumps.
 
-    TORCH_LOGS="+sylva_compile"             a line a pass: number, name, nodes rewritten, operators added and removed
-    SYLVA_DUMP_GRAPHS=directory             the graph before and after each pass, as text
-    SYLVA_DISABLE_PASSES=name,name          leave passes out (the result stays right, only slower)
+TORCH_LOGS="+sylva_compile"             a line a pass: number, name, nodes rewritten, operators added and removed
+SYLVA_DUMP_GRAPHS=directory             the graph before and after each pass, as text
+SYLVA_DISABLE_PASSES=name,name          leave passes out (the result stays right, only slower)
 """
 
 import logging

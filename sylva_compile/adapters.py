@@ -1,0 +1,216 @@
+"""Adapters: the trained blocks and where they sit, on disk; loading, merging and unloading them.
+
+An adapter is a directory with `sylva_adapter.json` and the one safetensors file that it names. The JSON file is written
+last and renamed into place, so that at every moment the directory holds a whole adapter, the old one or the new one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from sylva_compile import embedding
+from sylva_compile.errors import AdapterError, SylvaError
+from sylva_compile.files import write_file
+from sylva_compile.fingerprint import checksum
+from sylva_compile.masks import BlockMask, Masks
+from sylva_compile.scope import unwrap
+
+CONFIG_NAME = "sylva_adapter.json"
+_FORMAT = "sylva-adapter-1"
+_REPLACED = "_sylva_replaced"
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules_to_save: Sequence[str] = ()) -> None:
+    """Write the trained blocks of `model` to `directory`.
+
+    Args:
+        model: an embedded model.
+        directory: made if missing; an adapter that is there already is replaced in one step.
+        modules_to_save: endings of module names whose parameters are stored whole beside the blocks, such as
+            `["classifier"]` for a head that was trained densely (PEFT's word for the same).
+
+    Raises:
+        AdapterError: the model carries no blocks, values are not finite, blocks and dense weights disagree, or a
+            name in `modules_to_save` matches nothing. Nothing is written then.
+    """
+    model = unwrap(model)
+    sites = embedding.sites(model)
+    if not sites:
+        raise AdapterError("This model carries no trained blocks; call masks.embed(model) before training and saving.")
+    tensors: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
+    for name, site in sites.items():
+        site.sync()
+        if not site.agrees():
+            raise AdapterError(
+                f"{name}: blocks and dense weight differ, so something wrote past autograd (`.data`, a raw pointer); "
+                "write the blocks instead, or change the weight under torch.no_grad()."
+            )
+        blocks = site.inside(site.blocks.detach())
+        if not bool(torch.isfinite(blocks).all()):
+            raise AdapterError(f"{name}_blocks holds NaN or infinity; go back to the last good state before saving.")
+        tensors[f"{name}/blocks"] = blocks.cpu().contiguous()
+        tensors[f"{name}/positions"] = torch.stack([site.mask.rows, site.mask.cols]).to(torch.int32)
+        weights[name] = {
+            "shape": list(site.mask.shape),
+            "block_size": site.mask.block_size,
+            "blocks": site.mask.nnz,
+            "dtype": str(site.weight.dtype).removeprefix("torch."),
+            "base": checksum(site.base_weight()),
+        }
+    extras = _extras(model, modules_to_save, set(sites))
+    for name, parameter in extras.items():
+        tensors[f"{name}/whole"] = parameter.detach().cpu().contiguous()
+    content = serialize(tensors)
+    digest = hashlib.sha256(content).hexdigest()
+    name_on_disk = f"sylva_adapter-{digest[:12]}.safetensors"
+    config = {
+        "format": _FORMAT,
+        "torch": torch.__version__,
+        "tensors": name_on_disk,
+        "sha256": digest,
+        "weights": weights,
+        "modules_to_save": {name: checksum(parameter) for name, parameter in extras.items()},
+    }
+    directory = Path(directory)
+    write_file(directory / name_on_disk, content)
+    write_file(directory / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+    for old in directory.glob("sylva_adapter-*.safetensors"):
+        if old.name != name_on_disk:
+            old.unlink()
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
+    """Put the blocks saved in `directory` into `model`, whose base weights must be those that they were trained on.
+
+    The dense weights equal those of the trained model bit for bit, and the blocks can be trained on. A model that
+    carries the same masks already gets the values into its existing parameters.
+
+    Returns:
+        The masks, bound to `model`.
+
+    Raises:
+        AdapterError: no adapter there, a damaged one, or one for another base; the model is as before then.
+        EmbeddingError: the model carries other masks.
+    """
+    model = unwrap(model)
+    directory = Path(directory)
+    config, tensors = _read(directory)
+    masks = Masks(
+        {
+            name: BlockMask(tuple(entry["shape"]), entry["block_size"], *tensors[f"{name}/positions"].to(torch.int64))
+            for name, entry in config["weights"].items()
+        },
+        config={"adapter": str(directory)},
+    )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    _check_base(config, parameters, embedding.sites(model), directory)
+    extras = {name: tensors[f"{name}/whole"] for name in config["modules_to_save"]}
+    for name, value in extras.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            found = tuple(parameters[name].shape) if name in parameters else "missing"
+            raise AdapterError(
+                f"{directory} stores {name} {tuple(value.shape)}, {found} here; build the model as in training."
+            )
+    masks.embed(model)
+    with torch.no_grad():
+        for name, site in embedding.sites(model).items():
+            site.blocks.copy_(tensors[f"{name}/blocks"])
+            site.write()
+        replaced = model.__dict__.setdefault(_REPLACED, {})
+        for name, value in extras.items():
+            replaced.setdefault(name, parameters[name].detach().to("cpu", copy=True))
+            parameters[name].copy_(value)
+    return masks
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """Leave an ordinary model behind: the trained values stay in the dense weights, the blocks and classes go."""
+    embedding.unembed(model)
+    unwrap(model).__dict__.pop(_REPLACED, None)
+
+
+def unload_adapter(model: nn.Module) -> None:
+    """Restore the base, bit for bit.
+
+    Masked weights are again what they were before `embed`, and so are modules that an adapter replaced whole. Ordinary
+    classes and `requires_grad` come back too. A model without blocks is left alone.
+    """
+    model = unwrap(model)
+    embedding.unembed(model, restore=True)
+    with torch.no_grad():
+        for name, value in model.__dict__.pop(_REPLACED, {}).items():
+            model.get_parameter(name).copy_(value)
+
+
+def _extras(model: nn.Module, endings: Sequence[str], masked: set[str]) -> dict[str, nn.Parameter]:
+    extras: dict[str, nn.Parameter] = {}
+    if isinstance(endings, str):
+        raise AdapterError(f"modules_to_save={endings!r} is a string; give a list of module-name endings.")
+    for ending in endings:
+        found = [name for name, _ in model.named_modules() if name == ending or name.endswith("." + ending)]
+        if not found:
+            raise AdapterError(f"modules_to_save names {ending!r}, which no module ends in; see model.named_modules().")
+        for module in found:
+            for name, parameter in model.get_submodule(module).named_parameters():
+                full = f"{module}.{name}" if module else name
+                if full not in masked and not full.endswith(embedding.SUFFIX):
+                    extras[full] = parameter
+    return extras
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = directory / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text())
+        if config["format"] != _FORMAT:
+            raise AdapterError(
+                f"{path} has format {config['format']!r}, not {_FORMAT!r}; use the version that wrote it."
+            )
+        content = (directory / config["tensors"]).read_bytes()
+        if hashlib.sha256(content).hexdigest() != config["sha256"]:
+            raise AdapterError(
+                f"{directory / config['tensors']} is damaged (its checksum differs); save or copy it again."
+            )
+        return config, deserialize(content)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{error.filename} does not exist; give a directory written by save_adapter.") from None
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        if isinstance(error, SylvaError):
+            raise
+        raise AdapterError(f"{path} is damaged or no adapter ({error!r}); save or copy it again.") from error
+
+
+def _check_base(
+    config: Mapping[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    sites: Mapping[str, embedding.Site],
+    directory: Path,
+) -> None:
+    for name, entry in config["weights"].items():
+        weight = parameters.get(name)
+        if weight is None:
+            raise AdapterError(
+                f"{directory} trains {name}, which this model lacks; load it onto the base it was made for."
+            )
+        found = (list(weight.shape), str(weight.dtype).removeprefix("torch."))
+        wanted = (entry["shape"], entry["dtype"])
+        if found != wanted:
+            raise AdapterError(
+                f"{directory} was made for {name} {wanted[0]} {wanted[1]}, which is {found[0]} {found[1]} here; "
+                "load the base in that shape and dtype."
+            )
+        base = sites[name].base_weight() if name in sites else weight
+        if checksum(base) != entry["base"]:
+            raise AdapterError(
+                f"{directory} was trained on another base: {name} holds other values here; load that base."
+            )

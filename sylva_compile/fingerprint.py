@@ -1,0 +1,29 @@
+"""A quick fingerprint of tensors: tells one base model from another, wherever the tensors live."""
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22
+_MULTIPLIER = 0x5851F42D4C957F2D
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> str:
+    """16 hexadecimal digits that depend on every bit of `tensor`, on their order and on its dtype.
+
+    Words of 64 bits are multiplied by a factor of their place and summed modulo 2⁶⁴: exact integer arithmetic, so the
+    result is the same on every device, at the speed of memory. It guards against mistakes, not against malice.
+    """
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    words, rest = data.numel() // 8, data.numel() % 8
+    body = data[: words * 8].view(torch.int64)
+    total = torch.full((), words * 8 + rest, dtype=torch.int64, device=tensor.device)
+    for start in range(0, words, _CHUNK):
+        piece = body[start : start + _CHUNK]
+        place = torch.arange(start, start + piece.numel(), device=tensor.device)
+        # Mixing high bits into low ones first keeps the top bits of a word from mattering only to the top of the sum.
+        total += ((piece ^ (piece >> 29)) * ((2 * place + 1) * _MULTIPLIER)).sum()
+    if rest:
+        place = torch.arange(1, rest + 1, device=tensor.device)
+        total += (data[words * 8 :].to(torch.int64) * place).sum() * _MULTIPLIER
+    return f"{int(total) % (1 << 64):016x}"
