@@ -50,14 +50,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
     weights: dict[str, Any] = {}
     for name, site in sites.items():
         site.sync()
+        blocks = site.inside(site.blocks.detach())
+        if not bool(torch.isfinite(blocks).all()):
+            raise AdapterError(f"{name}_blocks holds NaN or infinity; go back to the last good state before saving.")
         if not site.agrees():
             raise AdapterError(
                 f"{name}: blocks and dense weight differ, so something wrote past autograd (`.data`, a raw pointer); "
                 "write the blocks instead, or change the weight under torch.no_grad()."
             )
-        blocks = site.inside(site.blocks.detach())
-        if not bool(torch.isfinite(blocks).all()):
-            raise AdapterError(f"{name}_blocks holds NaN or infinity; go back to the last good state before saving.")
         tensors[f"{name}/blocks"] = blocks.cpu().contiguous()
         tensors[f"{name}/positions"] = torch.stack([site.mask.rows, site.mask.cols]).to(torch.int32)
         weights[name] = {

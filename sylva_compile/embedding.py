@@ -195,21 +195,20 @@ def _follow_optimizers() -> None:
 def _weight_property(attribute: str) -> property:
     def read(self: nn.Module) -> Tensor:
         weight, blocks = self._parameters[attribute], self._parameters[attribute + SUFFIX]
+        assert weight is not None and blocks is not None
         site = self.__dict__["_sylva_sites"][attribute]
-        if not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        if eager:
             site.sync()
-        if not (torch.is_grad_enabled() and blocks.requires_grad):  # type: ignore[union-attr]
-            return weight  # type: ignore[return-value]
-        layout = site.layout
-        return Embed.apply(  # type: ignore[no-any-return]
-            weight,
-            blocks,
-            layout.positions,
-            layout.input_lines,
-            layout.narrow_positions,
-            layout.block_size,
-            layout.input_axis,
-        )
+        if not (torch.is_grad_enabled() and blocks.requires_grad):
+            return weight
+        at = site.layout
+        tensors = (at.positions, at.input_lines, at.narrow_positions)
+        value: Tensor = Embed.apply(weight, blocks, *tensors, at.block_size, at.input_axis)
+        if eager:
+            # torch's own mark of a Parameter by another class: `model.get_parameter(name)` asks for one.
+            value._is_param = True
+        return value
 
     return property(read, doc=f"The dense `{attribute}`; its gradient flows to `{attribute}{SUFFIX}`.")
 

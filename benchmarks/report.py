@@ -1,0 +1,76 @@
+"""What every benchmark shares: a printed table, and a dated JSON file that says where its numbers come from."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, the first column as names, the others as figures."""
+    table = Table(title=title)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if os.isatty(1) else 140).print(table)
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that a number depends on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": device,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "triton", "transformers", "peft")},
+        "commit": _commit(),
+    }
+
+
+def write_results(name: str, settings: Mapping[str, Any], results: Any) -> Path:
+    """Write `benchmarks/results/<name>-<UTC time>.json`; an older file is never overwritten."""
+    RESULTS.mkdir(exist_ok=True)
+    moment = datetime.now(UTC)
+    path = RESULTS / f"{name}-{moment:%Y%m%dT%H%M%S}.json"
+    row = {
+        "benchmark": name,
+        "date": moment.isoformat(timespec="seconds"),
+        "machine": machine(),
+        "settings": dict(settings),
+        "results": results,
+    }
+    with path.open("x") as file:
+        json.dump(row, file, indent=2)
+        file.write("\n")
+    return path
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,229 @@
+"""Adapters: bit for bit there and back, and never onto another base."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import assert_invariant, random_masks
+from torch import nn
+
+import sylva_compile
+from sylva_compile import Masks, adapters
+from sylva_compile.errors import AdapterError, EmbeddingError, SylvaError
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(40, 50), nn.GELU(), nn.Linear(50, 30))
+        self.head = nn.Linear(30, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+def trained(dtype: torch.dtype = torch.float32) -> tuple[Classifier, Classifier, Masks]:
+    """A base, a copy of it with trained blocks and head, and the masks."""
+    base = Classifier().to(dtype)
+    model = copy.deepcopy(base)
+    masks = random_masks(model, ["body.0.weight", "body.2.weight"], 16, 0.5)
+    optimizer = sylva_compile.AdamW([*masks.parameters(), *model.head.parameters()], lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 40, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+    return base, model, masks
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_base_becomes_the_trained_model_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, model, _ = trained(dtype)
+    sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
+    fresh = copy.deepcopy(base)
+    masks = sylva_compile.load_adapter(fresh, tmp_path)
+    assert same(fresh, model)
+    assert_invariant(fresh, masks)
+    assert torch.equal(fresh.get_parameter("body.0.weight_blocks"), model.get_parameter("body.0.weight_blocks"))
+    sylva_compile.unload_adapter(fresh)
+    assert same(fresh, base)
+    assert type(fresh.body[0]) is nn.Linear
+
+
+def test_unloading_after_training_restores_the_base(tmp_path: Path) -> None:
+    base, model, _ = trained()
+    sylva_compile.unload_adapter(model)
+    assert torch.equal(model.body[0].weight, base.body[0].weight)
+    assert torch.equal(model.body[2].weight, base.body[2].weight)
+
+
+def test_unloading_a_plain_model_does_nothing() -> None:
+    model = Classifier()
+    sylva_compile.unload_adapter(model)
+    assert type(model.head) is nn.Linear
+
+
+def test_training_goes_on_after_loading(tmp_path: Path) -> None:
+    base, model, _ = trained()
+    sylva_compile.save_adapter(model, tmp_path)
+    masks = sylva_compile.load_adapter(base, tmp_path)
+    optimizer = sylva_compile.AdamW(masks.parameters(), lr=0.01)
+    base(torch.randn(8, 40)).square().mean().backward()
+    optimizer.step()
+    assert_invariant(base, masks)
+
+
+def test_loading_into_the_same_masks_keeps_the_parameters(tmp_path: Path) -> None:
+    _, model, masks = trained()
+    sylva_compile.save_adapter(model, tmp_path)
+    saved = [blocks.detach().clone() for blocks in masks.parameters()]
+    held = masks.parameters()
+    with torch.no_grad():
+        for blocks in held:
+            blocks.zero_()
+    sylva_compile.load_adapter(model, tmp_path)
+    assert all(a is b for a, b in zip(held, masks.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(held, saved, strict=True))
+    assert_invariant(model, masks)
+
+
+def test_merging_keeps_the_trained_values() -> None:
+    _, model, _ = trained()
+    values = {key: value.clone() for key, value in model.state_dict().items()}
+    sylva_compile.merge_adapter(model)
+    assert type(model.body[0]) is nn.Linear
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in values.items())
+
+
+def test_switching_between_two(tmp_path: Path) -> None:
+    base, first, _ = trained()
+    second = copy.deepcopy(base)
+    masks = random_masks(second, ["body.2.weight"], 8, 0.3)
+    with torch.no_grad():
+        masks.parameters()[0].add_(1.0)
+    sylva_compile.save_adapter(first, tmp_path / "first")
+    sylva_compile.save_adapter(second, tmp_path / "second")
+    sylva_compile.load_adapter(base, tmp_path / "first")
+    with pytest.raises(EmbeddingError, match="unload_adapter"):
+        sylva_compile.load_adapter(base, tmp_path / "second")
+    assert torch.equal(base.body[0].weight, first.body[0].weight)
+    sylva_compile.unload_adapter(base)
+    sylva_compile.load_adapter(base, tmp_path / "second")
+    assert torch.equal(base.body[2].weight, second.body[2].weight)
+
+
+class TestFiles:
+    def test_hold_blocks_and_positions_and_nothing_else(self, tmp_path: Path) -> None:
+        _, model, masks = trained()
+        sylva_compile.save_adapter(model, tmp_path)
+        config = json.loads((tmp_path / adapters.CONFIG_NAME).read_text())
+        tensors = tmp_path / config["tensors"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([adapters.CONFIG_NAME, tensors.name])
+        blocks = sum(mask.nnz * (16 * 16 * 4 + 8) for mask in masks.values())
+        assert blocks < tensors.stat().st_size < blocks + 2048
+
+    def test_saving_again_replaces_in_one_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        base, model, masks = trained()
+        sylva_compile.save_adapter(model, tmp_path)
+        kept = {key: value.clone() for key, value in model.state_dict().items()}
+        with torch.no_grad():
+            masks.parameters()[0].add_(1.0)
+        write = adapters.write_file
+
+        def fail_at_the_config(path: Path, content: bytes) -> None:
+            if path.name == adapters.CONFIG_NAME:
+                raise OSError("disk full")
+            write(path, content)
+
+        monkeypatch.setattr(adapters, "write_file", fail_at_the_config)
+        with pytest.raises(OSError, match="disk full"):
+            sylva_compile.save_adapter(model, tmp_path)
+        monkeypatch.undo()
+        sylva_compile.load_adapter(base, tmp_path)
+        assert torch.equal(base.body[0].weight, kept["body.0.weight"])
+        sylva_compile.unload_adapter(base)
+        sylva_compile.save_adapter(model, tmp_path)
+        assert len(list(tmp_path.iterdir())) == 2
+        sylva_compile.load_adapter(base, tmp_path)
+        assert torch.equal(base.body[0].weight, model.body[0].weight)
+
+
+class TestRefusals:
+    def refused(self, model: nn.Module, directory: Path, match: str) -> None:
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        kinds = [type(module) for module in model.modules()]
+        with pytest.raises(SylvaError, match=match) as caught:
+            sylva_compile.load_adapter(model, directory)
+        assert "\n" not in str(caught.value)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+        assert [type(module) for module in model.modules()] == kinds
+
+    def test_another_base(self, tmp_path: Path) -> None:
+        base, model, _ = trained()
+        sylva_compile.save_adapter(model, tmp_path)
+        with torch.no_grad():
+            base.body[2].weight[3, 7] += 1e-6
+        self.refused(base, tmp_path, "another base: body.2.weight")
+
+    def test_a_trained_model_is_another_base_for_its_own_adapter(self, tmp_path: Path) -> None:
+        _, model, _ = trained()
+        sylva_compile.save_adapter(model, tmp_path)
+        sylva_compile.merge_adapter(model)
+        self.refused(model, tmp_path, "another base")
+
+    def test_another_dtype(self, tmp_path: Path) -> None:
+        base, model, _ = trained()
+        sylva_compile.save_adapter(model, tmp_path)
+        self.refused(base.bfloat16(), tmp_path, "bfloat16 here")
+
+    def test_another_architecture(self, tmp_path: Path) -> None:
+        _, model, _ = trained()
+        sylva_compile.save_adapter(model, tmp_path)
+        self.refused(nn.Sequential(nn.Linear(40, 50)), tmp_path, "which this model lacks")
+
+    def test_a_damaged_file(self, tmp_path: Path) -> None:
+        base, model, _ = trained()
+        sylva_compile.save_adapter(model, tmp_path)
+        (path,) = tmp_path.glob("*.safetensors")
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+        self.refused(base, tmp_path, "damaged")
+
+    @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": "other"}'])
+    def test_a_foreign_config(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / adapters.CONFIG_NAME).write_text(content)
+        self.refused(Classifier(), tmp_path, "damaged or no adapter|has format")
+
+    def test_no_adapter_there(self, tmp_path: Path) -> None:
+        self.refused(Classifier(), tmp_path, "does not exist")
+
+    def test_saving_a_model_without_blocks(self, tmp_path: Path) -> None:
+        with pytest.raises(AdapterError, match="no trained blocks"):
+            sylva_compile.save_adapter(Classifier(), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_saving_blocks_that_are_not_finite(self, tmp_path: Path) -> None:
+        _, model, masks = trained()
+        with torch.no_grad():
+            masks.parameters()[0][0, 0, 0] = torch.nan
+        with pytest.raises(AdapterError, match="NaN"):
+            sylva_compile.save_adapter(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_saving_after_a_write_past_autograd(self, tmp_path: Path) -> None:
+        _, model, _ = trained()
+        model.body[0]._parameters["weight"].data.zero_()
+        with pytest.raises(AdapterError, match="past autograd"):
+            sylva_compile.save_adapter(model, tmp_path / "out")
+
+    def test_a_module_to_save_that_is_not_there(self, tmp_path: Path) -> None:
+        _, model, _ = trained()
+        with pytest.raises(AdapterError, match="'tail'"):
+            sylva_compile.save_adapter(model, tmp_path / "out", modules_to_save=["tail"])

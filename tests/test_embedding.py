@@ -1,0 +1,340 @@
+"""Blocks and dense weights stay one value, whoever writes either."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_invariant, blocks_by_loops, random_masks
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import sylva_compile
+from sylva_compile import Masks, embedding
+from sylva_compile.errors import EmbeddingError
+
+NAMES = ["0.weight", "2.weight"]
+
+
+def small() -> tuple[nn.Sequential, Masks]:
+    model = nn.Sequential(nn.Linear(40, 50), nn.GELU(), nn.Linear(50, 30))
+    return model, random_masks(model, NAMES, 16, 0.5)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, width: int = 40) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(6, width)).square().mean().backward()
+    optimizer.step()
+
+
+class TestEmbed:
+    def test_freezes_the_weight_and_nothing_else(self) -> None:
+        model, masks = small()
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        masks.embed()
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == {"0.bias", "2.bias", "0.weight_blocks", "2.weight_blocks"}
+        for name, value in before.items():
+            assert torch.equal(model.get_parameter(name), value)
+
+    def test_blocks_are_float32_in_the_order_of_the_mask(self) -> None:
+        model, masks = small()
+        model.bfloat16()
+        masks.embed()
+        for name, mask in masks.items():
+            blocks = model.get_parameter(name + "_blocks")
+            assert blocks.dtype == torch.float32
+            assert torch.equal(blocks, blocks_by_loops(model.get_parameter(name).detach().float(), mask))
+
+    def test_twice_is_once(self) -> None:
+        model, masks = small()
+        masks.embed()
+        blocks = masks.parameters()
+        Masks(masks, model=model).embed()
+        assert all(a is b for a, b in zip(blocks, masks.parameters(), strict=True))
+
+    def test_other_masks_are_refused_and_leave_the_model_alone(self) -> None:
+        model, masks = small()
+        masks.embed()
+        blocks = masks.parameters()
+        other = random_masks(model, NAMES, 8, 0.5)
+        with pytest.raises(EmbeddingError, match="unload_adapter"):
+            other.embed()
+        assert all(a is b for a, b in zip(blocks, masks.parameters(), strict=True))
+
+    def test_unembed_leaves_an_ordinary_model(self) -> None:
+        model, masks = small()
+        masks.embed()
+        sylva_compile.merge_adapter(model)
+        assert type(model[0]) is nn.Linear
+        assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        assert model[0].weight.requires_grad
+        assert isinstance(model[0].weight, nn.Parameter)
+
+    def test_a_frozen_model_stays_frozen_after_unembed(self) -> None:
+        model, masks = small()
+        model.requires_grad_(False)
+        masks.embed()
+        sylva_compile.merge_adapter(model)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+    def test_get_parameter_finds_the_dense_weight(self) -> None:
+        model, masks = small()
+        masks.embed()
+        assert model.get_parameter("0.weight").shape == (50, 40)
+
+    def test_a_shared_weight_has_one_set_of_blocks(self) -> None:
+        model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.GELU(), nn.Linear(32, 32, bias=False))
+        model[2].weight = model[0].weight
+        reference = copy.deepcopy(model)
+        masks = random_masks(model, ["0.weight"], 16, 0.6)
+        masks.embed()
+        assert model[0].weight_blocks is model[2].weight_blocks
+        x = torch.randn(5, 32)
+        model(x).square().mean().backward()
+        reference(x).square().mean().backward()
+        gathered = blocks_by_loops(reference[0].weight.grad, masks["0.weight"])
+        torch.testing.assert_close(model[0].weight_blocks.grad, gathered)
+
+    def test_any_module_and_attribute_name(self) -> None:
+        class Bilinear(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.kernel = nn.Parameter(torch.randn(24, 40))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x @ self.kernel.t()
+
+        model = Bilinear()
+        masks = random_masks(model, ["kernel"], 8, 0.5)
+        masks.embed()
+        x = torch.randn(3, 40)
+        model(x).sum().backward()
+        wanted = blocks_by_loops(torch.ones(24, 3) @ x, masks["kernel"])
+        torch.testing.assert_close(model.kernel_blocks.grad, wanted)
+
+
+class TestOneValue:
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_any_torch_optimizer_writes_through(
+        self, kind: type[torch.optim.Optimizer], dtype: torch.dtype
+    ) -> None:
+        model, masks = small()
+        model.to(dtype)
+        masks.embed()
+        outside = {name: model.get_parameter(name).detach()[~mask.dense()].clone() for name, mask in masks.items()}
+        optimizer = kind(masks.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(6, 40, dtype=dtype)).square().mean().backward()
+            optimizer.step()
+            assert_invariant(model, masks)
+        for name, mask in masks.items():
+            assert torch.equal(model.get_parameter(name).detach()[~mask.dense()], outside[name])
+
+    def test_masters_keep_what_bfloat16_cannot(self) -> None:
+        model, masks = small()
+        model.bfloat16()
+        masks.embed()
+        blocks = masks.parameters()[0]
+        start = blocks.detach().clone()
+        for _ in range(100):
+            blocks.grad = torch.full_like(blocks, 1e-6)
+            torch.optim.SGD([blocks], lr=1.0).step()
+        torch.testing.assert_close(blocks.detach(), start - 1e-4, rtol=0, atol=2e-6)
+
+    def test_an_optimizer_that_writes_past_autograd(self) -> None:
+        class Raw(torch.optim.Optimizer):
+            def step(self, closure: None = None) -> None:
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter.data.add_(1.0)
+
+        model, masks = small()
+        masks.embed()
+        before = model[0].weight.detach().clone()
+        Raw(masks.parameters(), {}).step()
+        assert_invariant(model, masks)
+        assert not torch.equal(model[0].weight, before)
+
+    def test_a_step_by_hand(self) -> None:
+        model, masks = small()
+        masks.embed()
+        with torch.no_grad():
+            for blocks in masks.parameters():
+                blocks.add_(0.25)
+        model(torch.randn(2, 40))
+        assert_invariant(model, masks)
+
+    @pytest.mark.parametrize("gradients", [True, False], ids=["training", "evaluation"])
+    def test_a_step_by_hand_before_a_compiled_call(self, gradients: bool) -> None:
+        model, masks = small()
+        compiled = torch.compile(model, backend=sylva_compile.backend(masks, inner="aot_eager"))
+        x = torch.randn(2, 40)
+        with torch.set_grad_enabled(gradients):
+            compiled(x)
+            with torch.no_grad():
+                for blocks in masks.parameters():
+                    blocks.add_(0.25)
+            out = compiled(x)
+        assert_invariant(model, masks)
+        sylva_compile.merge_adapter(model)
+        torch.testing.assert_close(out, model(x))
+
+    def test_a_dense_weight_changed_in_place(self) -> None:
+        model, masks = small()
+        masks.embed()
+        with torch.no_grad():
+            model[0].weight.mul_(2.0)
+        step(model, torch.optim.SGD(masks.parameters(), lr=0.0))
+        assert_invariant(model, masks)
+        wanted = blocks_by_loops(model[0].weight.detach(), masks["0.weight"])
+        assert torch.equal(model[0].weight_blocks.detach(), wanted)
+
+    def test_an_assigned_weight_is_read(self) -> None:
+        model, masks = small()
+        masks.embed()
+        model[0].weight = nn.Parameter(torch.randn(50, 40))
+        assert_invariant(model, masks)
+        step(model, torch.optim.SGD(masks.parameters(), lr=0.1))
+        assert_invariant(model, masks)
+
+    def test_to_another_dtype_and_back(self) -> None:
+        model, masks = small()
+        masks.embed()
+        exact = masks.parameters()[0].detach().clone()
+        model.bfloat16()
+        assert model[0].weight.dtype == torch.bfloat16
+        assert torch.equal(masks.parameters()[0].detach(), exact)
+        assert_invariant(model, masks)
+        model.float()
+        assert_invariant(model, masks)
+        assert torch.equal(blocks_by_loops(model[0].weight.detach(), masks["0.weight"]), exact)
+
+    def test_a_copy_has_its_own_life(self) -> None:
+        model, masks = small()
+        masks.embed()
+        twin = copy.deepcopy(model)
+        original = model[0].weight.detach().clone()
+        bound = Masks(masks, model=twin)
+        step(twin, torch.optim.SGD(bound.parameters(), lr=1.0))
+        assert_invariant(twin, masks)
+        assert torch.equal(model[0].weight, original)
+        assert not torch.equal(twin[0].weight, original)
+
+    def test_pickle_and_torch_save(self) -> None:
+        model, masks = small()
+        masks.embed()
+        for twin in (pickle.loads(pickle.dumps(model)), _through_torch_save(model)):
+            assert torch.equal(twin[0].weight, model[0].weight)
+            bound = Masks(masks, model=twin)
+            step(twin, torch.optim.SGD(bound.parameters(), lr=1.0))
+            assert_invariant(twin, masks)
+
+    def test_parametrizations_elsewhere_are_not_disturbed(self) -> None:
+        model, masks = small()
+        parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+        masks.embed()
+        model(torch.randn(2, 40)).sum().backward()
+        assert model[0].weight_blocks.grad is not None
+
+
+def _through_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+class TestStateDict:
+    def test_shows_none_of_it(self) -> None:
+        model, masks = small()
+        plain = {key: value.clone() for key, value in model.state_dict().items()}
+        masks.embed()
+        shown = model.state_dict()
+        assert list(shown) == list(plain)
+        assert all(torch.equal(shown[key], plain[key]) for key in plain)
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_loading_reads_the_blocks_again(self, assign: bool) -> None:
+        model, masks = small()
+        masks.embed()
+        other, _ = small()
+        torch.manual_seed(1)
+        for parameter in other.parameters():
+            nn.init.normal_(parameter)
+        result = model.load_state_dict(other.state_dict(), assign=assign)
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        assert torch.equal(model[0].weight, other[0].weight)
+        assert_invariant(model, masks)
+        step(model, torch.optim.SGD(masks.parameters(), lr=0.1))
+        assert_invariant(model, masks)
+
+    def test_a_trained_model_loads_into_an_ordinary_one(self) -> None:
+        model, masks = small()
+        masks.embed()
+        step(model, torch.optim.SGD(masks.parameters(), lr=1.0))
+        plain = nn.Sequential(nn.Linear(40, 50), nn.GELU(), nn.Linear(50, 30))
+        plain.load_state_dict(model.state_dict())
+        x = torch.randn(3, 40)
+        assert torch.equal(plain(x), model(x))
+
+
+class TestGradients:
+    def test_accumulate_clip_and_scale_like_any_parameter(self) -> None:
+        model, masks = small()
+        masks.embed()
+        x = torch.randn(4, 40)
+        model(x).sum().backward()
+        once = masks.parameters()[0].grad.clone()
+        model(x).sum().backward()
+        torch.testing.assert_close(masks.parameters()[0].grad, 2 * once)
+        norm = nn.utils.clip_grad_norm_(masks.parameters(), 1e-3)
+        assert norm > 0
+
+    def test_the_dense_weight_never_trains_even_if_unfrozen(self) -> None:
+        model, masks = small()
+        masks.embed()
+        model.requires_grad_(True)
+        model(torch.randn(2, 40)).sum().backward()
+        assert all(model.get_parameter(name).grad is None for name in NAMES)
+        assert model[0].weight_blocks.grad is not None
+
+    def test_no_gradient_no_marker(self) -> None:
+        model, masks = small()
+        masks.embed()
+        with torch.no_grad():
+            assert model[0].weight is model[0]._parameters["weight"]
+        for blocks in masks.parameters():
+            blocks.requires_grad_(False)
+        assert model[0].weight is model[0]._parameters["weight"]
+
+    def test_a_forward_copies_nothing(self) -> None:
+        model, masks = small()
+        masks.embed()
+        assert model[0].weight.data_ptr() == model[0]._parameters["weight"].data_ptr()
+
+    def test_a_use_that_is_no_product_is_right_too(self) -> None:
+        table = nn.Embedding(24, 16)
+        masks = random_masks(table, ["weight"], 8, 0.5)
+        masks.embed()
+        ids = torch.tensor([1, 5, 5, 20])
+        table(ids).sum().backward()
+        counts = F.one_hot(ids, 24).sum(0).float()[:, None].expand(24, 16)
+        assert torch.equal(table.weight_blocks.grad, blocks_by_loops(counts, masks["weight"]))
+
+
+def test_sites_die_with_their_model() -> None:
+    model, masks = small()
+    masks.embed()
+    before = len(list(embedding.iter_sites()))
+    del model
+    import gc
+
+    gc.collect()
+    assert len(list(embedding.iter_sites())) == before - 2

@@ -1,0 +1,137 @@
+"""Masks: what they hold, how they bind, and that files survive bad luck."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import random_masks
+from torch import nn
+
+from sylva_compile import BlockMask, Masks, SylvaError
+from sylva_compile.errors import ArgumentError, MaskError, ScopeError
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(40, 50), nn.GELU(), nn.Linear(50, 30))
+
+
+class TestBlockMask:
+    def test_blocks_are_sorted_by_row_then_column(self) -> None:
+        mask = BlockMask.from_block_map(torch.tensor([[0, 1, 1], [1, 0, 1]]).bool(), (16, 20), 8)
+        assert mask.rows.tolist() == [0, 0, 1, 1]
+        assert mask.cols.tolist() == [1, 2, 0, 2]
+        assert mask.nnz == 4
+
+    def test_dense_covers_whole_blocks_and_the_remainder(self) -> None:
+        mask = BlockMask.from_block_map(torch.tensor([[0, 1], [1, 0]]).bool(), (9, 12), 8)
+        dense = mask.dense()
+        assert dense.shape == (9, 12)
+        assert dense[:8, 8:].all()
+        assert dense[8, :8].all()
+        assert int(dense.sum()) == mask.trainable == 8 * 4 + 8
+
+    def test_a_map_of_another_grid_is_refused(self) -> None:
+        with pytest.raises(MaskError, match=r"make it \(2, 2\)"):
+            BlockMask.from_block_map(torch.ones(1, 2).bool(), (9, 12), 8)
+
+
+class TestMasks:
+    def test_is_a_mapping_in_the_models_order(self) -> None:
+        masks = random_masks(small(), ["0.weight", "2.weight"], 16, 0.5)
+        assert list(masks) == ["0.weight", "2.weight"]
+        assert masks["2.weight"].shape == (30, 50)
+        assert "2 weights" in masks.summary()
+
+    def test_parameters_embed_on_demand(self) -> None:
+        model = small()
+        masks = random_masks(model, ["0.weight"], 16, 0.5)
+        (blocks,) = masks.parameters()
+        assert blocks is model.get_parameter("0.weight_blocks")
+
+    def test_a_model_that_is_gone_is_said_so(self) -> None:
+        masks = random_masks(small(), ["0.weight"], 16, 0.5)
+        with pytest.raises(MaskError, match="not bound"):
+            masks.parameters()
+
+    def test_summary_counts_what_else_trains(self) -> None:
+        model = small()
+        masks = random_masks(model, ["0.weight"], 16, 0.5)
+        masks.embed()
+        assert "1,580 elements outside the masks require grad" in masks.summary()
+        model.requires_grad_(False)
+        model.get_parameter("0.weight_blocks").requires_grad_(True)
+        assert "outside the masks" not in masks.summary()
+
+    @pytest.mark.parametrize("block_size", [0, 7, True, 8.0])
+    def test_block_sizes_below_eight_are_refused(self, block_size: int) -> None:
+        with pytest.raises(ArgumentError, match="8 or more"):
+            Masks.from_block_maps(small(), {"0.weight": torch.ones(1, 1).bool()}, block_size)
+
+    def test_a_block_larger_than_everything_is_refused(self) -> None:
+        with pytest.raises(ArgumentError, match="at most 50"):
+            Masks.from_block_maps(small(), {"0.weight": torch.ones(1, 1).bool()}, 64)
+
+
+class TestOtherModels:
+    def test_a_missing_name(self) -> None:
+        masks = random_masks(small(), ["2.weight"], 16, 0.5)
+        model = nn.Sequential(nn.Linear(40, 50))
+        with pytest.raises(MaskError, match=r"'2.weight', which this model lacks"):
+            masks.embed(model)
+        assert type(model[0]) is nn.Linear
+
+    def test_another_shape(self) -> None:
+        masks = random_masks(small(), ["0.weight"], 16, 0.5)
+        model = nn.Sequential(nn.Linear(40, 51))
+        with pytest.raises(MaskError, match=r"\(51, 40\) here and \(50, 40\)"):
+            masks.embed(model)
+        assert type(model[0]) is nn.Linear
+        assert model[0].weight.requires_grad
+
+    def test_an_unknown_name_in_from_block_maps(self) -> None:
+        with pytest.raises(MaskError, match="named_parameters"):
+            Masks.from_block_maps(small(), {"0.wait": torch.ones(1, 1).bool()}, 16)
+
+    @pytest.mark.parametrize("odd", ["meta", "integer", "vector"])
+    def test_weights_that_cannot_carry_blocks(self, odd: str) -> None:
+        model = nn.Sequential(nn.Linear(16, 16))
+        name, block_map = "0.weight", torch.ones(2, 2).bool()
+        if odd == "meta":
+            model.to("meta")
+        elif odd == "integer":
+            model[0].weight = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
+        else:
+            name = "0.bias"
+        with pytest.raises(ScopeError):
+            Masks.from_block_maps(model, {name: block_map}, 8)
+
+
+class TestFiles:
+    def test_round_trip(self, tmp_path: Path) -> None:
+        model = small()
+        masks = random_masks(model, ["0.weight", "2.weight"], 16, 0.5)
+        masks.config["note"] = "ä"
+        masks.save(tmp_path / "deep" / "masks.safetensors")
+        loaded = Masks.load(tmp_path / "deep" / "masks.safetensors")
+        assert dict(loaded) == dict(masks)
+        assert loaded.config == masks.config
+        assert loaded.model is None
+        loaded.embed(model)
+
+    def test_saving_over_a_file_leaves_nothing_beside_it(self, tmp_path: Path) -> None:
+        masks = random_masks(small(), ["0.weight"], 16, 0.5)
+        masks.save(tmp_path / "masks")
+        masks.save(tmp_path / "masks")
+        assert [path.name for path in tmp_path.iterdir()] == ["masks"]
+
+    @pytest.mark.parametrize("content", [b"", b"not a mask file", b"\x10\x00\x00\x00\x00\x00\x00\x00{}              "])
+    def test_other_files_are_refused_in_one_line(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "masks"
+        path.write_bytes(content)
+        with pytest.raises(MaskError) as caught:
+            Masks.load(path)
+        assert "\n" not in str(caught.value)
+
+    def test_a_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(SylvaError, match="does not exist"):
+            Masks.load(tmp_path / "nothing")
