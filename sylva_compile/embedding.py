@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sylva_compile.errors import EmbeddingError
@@ -76,6 +77,10 @@ class Embed(torch.autograd.Function):
         positions, input_lines, narrow_positions = ctx.saved_tensors
         blocks = gather_blocks(gradients[0], positions, input_lines, narrow_positions, ctx.block_size, ctx.axis)
         return None, blocks, None, None, None, None, None
+
+
+skip_code(Embed.forward.__code__)
+skip_code(Embed.backward.__code__)
 
 
 class Site:
@@ -210,6 +215,9 @@ def _weight_property(attribute: str) -> property:
             value._is_param = True
         return value
 
+    # Dynamo inlines this into the frames that it compiles; called from a frame that it skips (`nn.Linear.forward` run by
+    # itself), it must not become a graph of its own, with the dense gradient as its boundary.
+    skip_code(read.__code__)
     return property(read, doc=f"The dense `{attribute}`; its gradient flows to `{attribute}{SUFFIX}`.")
 
 

@@ -119,9 +119,7 @@ class TestEmbed:
 class TestOneValue:
     @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_any_torch_optimizer_writes_through(
-        self, kind: type[torch.optim.Optimizer], dtype: torch.dtype
-    ) -> None:
+    def test_any_torch_optimizer_writes_through(self, kind: type[torch.optim.Optimizer], dtype: torch.dtype) -> None:
         model, masks = small()
         model.to(dtype)
         masks.embed()

@@ -123,7 +123,8 @@ class TestColumnBudget:
         chosen = select_blocks(scores, budget, {"w": axis})["w"]
         assert chosen.sum() == max(1, round((1 - budget.sparsity) * chosen.numel()))
         used = int(chosen.any(1 - axis).sum())
-        assert used <= max(1.0, fraction * columns)
+        # A fraction that misses a whole number of columns by a rounding error may mean that number.
+        assert used <= max(1.0, fraction * columns + 1e-6)
         # Where the budget left columns in use, the best of their blocks are taken.
         passed_over = chosen.any(1 - axis, keepdim=True) & ~chosen
         if passed_over.any():

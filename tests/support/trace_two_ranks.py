@@ -1,0 +1,45 @@
+"""One of two processes that trace a model together: `python trace_two_ranks.py RANK DIRECTORY`."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import sylva_compile
+
+
+def regression(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def model_and_data() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 50), nn.GELU(), nn.Linear(50, 30))
+    return model, [(torch.randn(8, 40), torch.randn(8, 30)) for _ in range(4)]
+
+
+def main(rank: int, directory: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    model, data = model_and_data()
+    for method in ("sylva", "kfac", "random"):
+        # Ranks that start from other seeds must agree all the same.
+        torch.manual_seed(rank)
+        masks = sylva_compile.trace_and_mask(
+            model,
+            data[rank::2],
+            loss_fn=regression,
+            method=method,
+            process_group=dist.group.WORLD,
+            num_samples=32,
+            block_size=8,
+            sparsity=0.7,
+            progress=False,
+        )
+        masks.save(f"{directory}/{method}{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,42 @@
+"""README.md is true: its Python runs, the files it names exist, its make targets are there."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_the_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    case = tiny("llama")
+    names = {"model": case.model, "base": copy.deepcopy(case.model), "loader": [case.batch] * 3, "batch": case.batch}
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        # The README's sizes are for real models.
+        exec(block.replace("block_size=64", "block_size=8").replace("num_samples=256", "num_samples=12"), names)
+    assert names["backend"].report().rewritten == 14
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|benchmarks)/[a-z_]+\.py", TEXT))))
+def test_named_scripts_exist_and_are_tested(path: str) -> None:
+    assert (ROOT / path).exists()
+    stem = Path(path).stem
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert re.search(rf"import.*\b{stem}\b|{stem}\.py", tests)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:^|`)make ([a-z]+)", TEXT, re.MULTILINE))))
+def test_named_make_targets_exist(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_environment_variables_are_read_somewhere() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "sylva_compile").rglob("*.py"))
+    for name in set(re.findall(r"SYLVA_[A-Z_]+", TEXT)):
+        assert name in source
