@@ -215,8 +215,8 @@ def _weight_property(attribute: str) -> property:
             value._is_param = True
         return value
 
-    # Dynamo inlines this into the frames that it compiles; called from a frame that it skips (`nn.Linear.forward` run by
-    # itself), it must not become a graph of its own, with the dense gradient as its boundary.
+    # Dynamo inlines this into the frames that it compiles. Called from one that it skips (`nn.Linear.forward` run by
+    # itself), this must not become a graph of its own, with the dense gradient as its boundary.
     skip_code(read.__code__)
     return property(read, doc=f"The dense `{attribute}`; its gradient flows to `{attribute}{SUFFIX}`.")
 

@@ -35,7 +35,6 @@ class Budget:
         if self.column_budget is not None and not 0.0 < self.column_budget <= 1.0:
             raise ArgumentError(f"column_budget={self.column_budget!r}; use None or a number in (0, 1].")
 
-
     def blocks(self, total: int) -> int:
         """How many of `total` blocks to take: the nearest whole number, halves up, and one at least."""
         # The small term undoes what binary fractions lose: 30% of 35 is 10.5, not a little less.
@@ -90,7 +89,8 @@ def _allowed(scores: Tensor, wanted: int, budget: Budget, axis: int) -> Tensor:
     if budget.column_budget is None:
         return allowed
     columns = scores.shape[axis]
-    kept = max(1, int(budget.column_budget * columns))
+    # The small term, as in Budget.blocks: 29% of 100 is 29 columns.
+    kept = max(1, int(budget.column_budget * columns + 1e-9))
     each = min(scores.shape[1 - axis], -(-wanted // kept))
     value = scores.topk(each, dim=1 - axis).values.sum(1 - axis)
     keep = _best(value, kept)

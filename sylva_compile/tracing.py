@@ -178,7 +178,7 @@ def _observe(
     names = {weight.data_ptr(): name for name, weight in weights.items()}
     seen: set[str] = set()
     missed: dict[str, str] = {}
-    checks: list[Tensor] = []
+    checks: dict[str, Tensor] = {}
     sequences = 0
 
     def listen(weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool) -> None:
@@ -186,7 +186,7 @@ def _observe(
         inputs, gradients = (lhs, rhs) if activation_is_lhs else (rhs, lhs)
         # The loss is a mean over the batch; its sum over sequences is what adds up over batches.
         gradients = gradients * sequences
-        checks.append(gradients.sum())
+        checks[name] = gradients.sum().float()
         estimators[name].update(inputs.detach(), gradients.detach())
         seen.add(name)
 
@@ -338,19 +338,17 @@ def _first_not_finite(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> s
 
 
 def _check_gradients(
-    checks: list[Tensor],
+    checks: Mapping[str, Tensor],
     seen: set[str],
     gradients: tuple[Tensor | None, ...],
     weights: Mapping[str, nn.Parameter],
     missed: dict[str, str],
 ) -> None:
     """Raise on output gradients that are not finite; note weights whose gradient came from outside compiled graphs."""
-    if checks and not bool(torch.isfinite(torch.stack([check.float() for check in checks])).all()):
-        bad = next(
-            (name for name, check in zip(seen, checks, strict=False) if not bool(torch.isfinite(check))), "a layer"
-        )
+    if checks and not bool(torch.isfinite(torch.stack(list(checks.values()))).all()):
+        bad = next(name for name in weights if name in checks and not bool(torch.isfinite(checks[name])))
         raise TraceError(
-            f"The loss is finite but the output gradient of {bad} is not; scale the loss or use a wider dtype."
+            f"The loss is finite but the output gradient of {bad} is not; scale the loss or widen its dtype."
         )
     for name, gradient in zip(weights, gradients, strict=True):
         if gradient is not None and name not in seen:

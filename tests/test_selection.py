@@ -30,6 +30,11 @@ def slow_best(values: list[float], count: int) -> set[int]:
     return set(sorted(range(len(values)), key=lambda index: (-values[index], index))[:count])
 
 
+def is_share(count: int, sparsity: float, total: int) -> bool:
+    """Whether `count` is the whole number next to the share of `total` that is not frozen, and one at least."""
+    return abs(count - max(1.0, (1 - sparsity) * total)) <= 0.5 + 1e-6
+
+
 shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)
 sparsities = st.floats(0.0, 0.999)
 seeds = st.integers(0, 1000)
@@ -45,11 +50,30 @@ class TestLayer:
         maps = select_blocks(scores, Budget(sparsity), axes(scores))
         assert list(maps) == list(scores)
         for name, score in scores.items():
-            wanted = max(1, round((1 - sparsity) * score.numel()))
             assert maps[name].dtype == torch.bool
             assert maps[name].shape == score.shape
             found = set(maps[name].flatten().nonzero().flatten().tolist())
-            assert found == slow_best(score.flatten().tolist(), wanted)
+            assert is_share(len(found), sparsity, score.numel())
+            assert found == slow_best(score.flatten().tolist(), len(found))
+
+    @pytest.mark.parametrize(
+        ("sparsity", "total", "wanted"),
+        [
+            (0.98, 50, 1),
+            (0.98, 100, 2),
+            (0.5, 9, 5),
+            (0.5, 5, 3),
+            (0.7, 35, 11),
+            (0.9, 14, 1),
+            (0.9, 15, 2),
+            (0.9, 16, 2),
+        ],
+    )
+    @pytest.mark.parametrize("allocation", ["layer", "global"])
+    def test_counts_are_rounded_with_halves_up(self, allocation: str, sparsity: float, total: int, wanted: int) -> None:
+        scores = {"w": torch.zeros(1, total)}
+        budget = Budget(sparsity, allocation)  # type: ignore[arg-type]
+        assert int(select_blocks(scores, budget, {"w": 1})["w"].sum()) == wanted
 
     def test_one_block_at_least(self) -> None:
         scores = grids([(2, 2), (50, 50)], seed=0)
@@ -82,9 +106,9 @@ class TestGlobal:
         assert list(maps) == list(scores)
         assert all(maps[name].shape == score.shape for name, score in scores.items())
         everything = [value for score in scores.values() for value in score.flatten().tolist()]
-        wanted = max(1, round((1 - sparsity) * len(everything)))
         found = torch.cat([chosen.flatten() for chosen in maps.values()]).nonzero().flatten().tolist()
-        assert set(found) == slow_best(everything, wanted)
+        assert is_share(len(found), sparsity, len(everything))
+        assert set(found) == slow_best(everything, len(found))
 
     def test_a_weight_may_end_up_with_none(self) -> None:
         scores = {"good": torch.ones(4, 4), "bad": torch.zeros(4, 4)}
@@ -121,7 +145,7 @@ class TestColumnBudget:
         room = max(1, int(fraction * columns)) * shape[1 - axis]
         budget = Budget(1 - 0.5 * room / scores["w"].numel(), column_budget=fraction)
         chosen = select_blocks(scores, budget, {"w": axis})["w"]
-        assert chosen.sum() == max(1, round((1 - budget.sparsity) * chosen.numel()))
+        assert is_share(int(chosen.sum()), budget.sparsity, chosen.numel())
         used = int(chosen.any(1 - axis).sum())
         # A fraction that misses a whole number of columns by a rounding error may mean that number.
         assert used <= max(1.0, fraction * columns + 1e-6)

@@ -336,7 +336,7 @@ class TestBadData:
 
     def test_gradients_that_are_not_finite(self) -> None:
         self.trace(small(), batches(), lambda m, b: (m(b[0]).square().sum() * 0).sqrt())
-        assert "output gradient of" in self.message
+        assert "output gradient of 0.weight" in self.message
 
     def test_a_loss_that_misses_the_scope(self) -> None:
         other = nn.Parameter(torch.ones(()))

@@ -7,6 +7,7 @@ from sylva_compile.curvature.base import Curvature, live_tokens
 from sylva_compile.curvature.importance import (
     GAIN_DAMPING,
     PAPER_DAMPING,
+    damped_cholesky,
     diagonal_blocks,
     gain_scores,
     importance,
@@ -61,7 +62,5 @@ class DenseKfac(Curvature):
 
 
 def inverse_diagonal(factor: Tensor, damping: float) -> Tensor:
-    """`diag((B + λ I)⁻¹)` of a dense factor `[d, d]`, λ = `damping` times its mean diagonal."""
-    mean = factor.diagonal().mean().clamp(min=torch.finfo(factor.dtype).tiny)
-    damped = factor + damping * mean * torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()
+    """`diag((B + λ I)⁻¹)` of a dense factor `[d, d]`, λ = `damping` times its mean diagonal, more if B needs it."""
+    return torch.cholesky_inverse(damped_cholesky(factor[None], factor.shape[0], damping)[0]).diagonal()

@@ -85,7 +85,7 @@ def sddmm_triton(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -
         BLOCK=block_size,
         PANEL=panel,
         TOKENS=32 if panel >= 128 else 64,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         num_warps=8 if panel >= 128 else 4,
     )
     return out

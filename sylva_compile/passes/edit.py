@@ -34,11 +34,11 @@ def _fake_mode_of(args: Iterable[Any]) -> Any:
     raise AssertionError("a new node needs at least one node among its arguments")
 
 
-def materialize(graph: Graph, operand: Operand) -> Node:
-    """The operand as a node, with the transpose that it still needs."""
+def materialize(graph: Graph, operand: Operand, like: Node | None = None) -> Node:
+    """The operand as a node, with the transpose that it still needs; `like` as for `call`."""
     if not operand.transposed:
         return operand.node
-    return call(graph, torch.ops.aten.permute.default, operand.node, [1, 0])
+    return call(graph, torch.ops.aten.permute.default, operand.node, [1, 0], like=like)
 
 
 def apply_scales(graph: Graph, blocks: Node, scales: Iterable[Scale]) -> Node:

@@ -176,7 +176,9 @@ def _is_outer_product(node: Node) -> bool:
 def _batch_of_one(node: Node) -> tuple[Operand, Operand] | None:
     """`view(bmm(unsqueeze(a, 0), unsqueeze(b, 0)), [m, n])`, as `einsum` writes a product, is `a · b`."""
     inner = _source(node)
-    if inner.target is not aten.bmm.default or inner.meta["val"].shape[0] != 1 or len(inner.users) > 1:
+    if inner.target is not aten.bmm.default or len(inner.users) > 1:
+        return None
+    if tuple(inner.meta["val"].shape) != (1, *node.meta["val"].shape):
         return None
     operands = []
     for arg in inner.args:

@@ -46,7 +46,7 @@ class Outcome:
 
 
 def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[Outcome], None] | None = None) -> int:
-    """Rewrite every `gather_blocks` of a joint `graph` in place; returns how many were rewritten in full."""
+    """Rewrite every `gather_blocks` of a joint `graph` in place; returns how many changed, in full or in part."""
     markers = graph.find_nodes(op="call_function", target=GATHER)
     if not markers:
         return 0
@@ -60,7 +60,7 @@ def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[Outcome], No
         narrowed = False
         if len(missed) < len(terms):
             narrowed = _rewrite(graph, marker, terms, backward)
-        rewritten += not missed
+        rewritten += len(missed) < len(terms)
         if report is not None:
             report(Outcome(positions, missed[0] if missed else None, narrowed))
     graph.eliminate_dead_code()
@@ -82,6 +82,11 @@ def _rewrite(graph: Graph, marker: Node, terms: list[Term], backward: set[Node])
             blocks = apply_scales(graph, blocks, term.scales)
             total = blocks if total is None else call(graph, aten.add.Tensor, total, blocks)
     assert total is not None
+    wanted = marker.meta["val"].dtype
+    if total.meta["val"].dtype != wanted:
+        # A product in float32 whose gradient was then cast to float64, or the reverse.
+        with graph.inserting_before(marker):
+            total = call(graph, torch.ops.prims.convert_element_type.default, total, wanted)
     marker.replace_all_uses_with(total)
     graph.erase_node(marker)
     return narrowed
@@ -96,7 +101,7 @@ def _sample(graph: Graph, marker: Node, term: Term, backward: set[Node]) -> tupl
     if narrow:
         positions = narrow_positions
         with graph.inserting_after(_later(activation.node, lines)):
-            whole = materialize(graph, activation)
+            whole = materialize(graph, activation, like=activation.node)
         with graph.inserting_after(_later(whole, lines)):
             taken = call(graph, aten.index.Tensor, whole, [None, lines], like=activation.node)
         operands[axis] = Operand(taken)  # type: ignore[index]
@@ -113,4 +118,8 @@ def _is_narrow(activation: Operand, lines: Node) -> bool:
 
 
 def _later(first: Node, second: Node) -> Node:
-    return second if first < second else first
+    later = second if first < second else first
+    # Inputs of the graph stay together in front.
+    while later.op == "placeholder" and later.next.op == "placeholder":
+        later = later.next
+    return later

@@ -74,7 +74,7 @@ def checkpoint(model: PreTrainedModel) -> None:
     """Switch gradient checkpointing on."""
     model.activation_checkpointing_enable()
     for module in model.modules():
-        # T5 marks a bias of zeros as trainable for the sake of reentrant checkpoints, which Dynamo cannot trace. Without
-        # this flag the first decoder layer would run uncompiled: right, but dense (README, "Limits").
+        # T5 marks a bias of zeros as trainable for the sake of reentrant checkpoints, which Dynamo cannot trace.
+        # Without this the first decoder layer would run uncompiled: right, but dense (README, "Limits").
         if isinstance(module, T5Attention):
             module.gradient_checkpointing = False

@@ -1,0 +1,510 @@
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from sylva_compile.kernels.blocks import read_blocks
+from sylva_compile.kernels.gather_blocks import gather_blocks
+from sylva_compile.kernels.sddmm import sddmm
+from sylva_compile.passes.sample_weight_gradients import Outcome, sample_weight_gradients_pass
+
+if TYPE_CHECKING:
+    from tests.passes.conftest import Joint
+
+aten = torch.ops.aten
+cast = torch.ops.prims.convert_element_type.default
+GATHER = gather_blocks._opoverload
+SDDMM = sddmm._opoverload
+INDEX = aten.index.Tensor
+
+# A weight [10, 14] in blocks of 4: no size is a multiple, and neither axis needs all of its lines.
+T, M, N, B = 5, 10, 14, 4
+POSITIONS = torch.tensor([[0, 0, 2], [1, 3, 0]])
+
+
+def integers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """From -2 to 2: sums of their products are exact in every dtype, so that results can be compared bit for bit."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def lines_of(positions: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The elements of the input axis that blocks cover, and the positions among these alone."""
+    used = sorted(set(positions[axis].tolist()))
+    lines = [line for line in range((M, N)[axis]) if line // B in used]
+    narrow = positions.clone()
+    narrow[axis] = torch.tensor([used.index(position) for position in positions[axis].tolist()])
+    return torch.tensor(lines), narrow
+
+
+class Site:
+    """A weight `[M, N]` of one linear layer, its layout, and a way to mark its gradient."""
+
+    def __init__(self, joint: "Joint", *, axis: int = 1, positions: Tensor = POSITIONS) -> None:
+        self.joint, self.axis = joint, axis
+        lines, narrow = lines_of(positions, axis)
+        serial = len(joint.values)
+        self.positions = joint.input(f"primals_positions_{serial}", positions)
+        self.lines = joint.input(f"primals_lines_{serial}", lines)
+        self.narrow = joint.input(f"primals_narrow_{serial}", narrow)
+        self.dense: list[Tensor] = []
+
+    def use(self, dtype: torch.dtype = torch.float32, tokens: int = T) -> tuple[Node, Node]:
+        """One use of the weight: the operands `[T, M]` and `[T, N]` of its gradient. That of `axis` is the input."""
+        serial = len(self.joint.values)
+        values = [integers(tokens, size, seed=100 * serial + size, dtype=dtype) for size in (M, N)]
+        names = [f"primals_x{serial}" if axis == self.axis else f"tangents_{serial}" for axis in (0, 1)]
+        nodes = [self.joint.input(name, value) for name, value in zip(names, values, strict=True)]
+        self.dense.append(values[0].double().t() @ values[1].double())
+        return nodes[0], nodes[1]
+
+    def product(self, lhs: Node, rhs: Node) -> Node:
+        return self.joint.call(aten.mm.default, self.joint.call(aten.t.default, lhs), rhs)
+
+    def mark(self, gradient: Node) -> Node:
+        arguments = (self.positions, self.lines, self.narrow, B, self.axis)
+        return self.joint.call(GATHER, gradient, *arguments)
+
+
+def rewrite(joint: "Joint") -> tuple[int, list[Outcome]]:
+    outcomes: list[Outcome] = []
+    return sample_weight_gradients_pass(joint.graph, report=outcomes.append), outcomes
+
+
+def check_sampled(joint: "Joint", site: Site, gradient: Node, dense: Tensor, products: int = 1) -> list[Outcome]:
+    """Mark `gradient`, run the pass, and compare before, after and the float64 oracle `dense`."""
+    marker = site.mark(gradient)
+    joint.output(marker)
+    expected = read_blocks(dense, POSITIONS, B)
+    [before] = joint.run()
+    assert torch.equal(before.double(), expected)
+    count, outcomes = rewrite(joint)
+    assert count == 1
+    assert GATHER not in joint.targets()
+    assert joint.targets().count(SDDMM) == products
+    assert not {aten.mm.default, aten.bmm.default} & set(joint.targets())
+    [after] = joint.run()
+    assert torch.equal(after.double(), expected)
+    assert (after.shape, after.dtype) == (before.shape, before.dtype)
+    return outcomes
+
+
+@pytest.mark.parametrize("axis", [1, 0], ids=["linear", "conv1d"])
+class TestProduct:
+    """Both ways to store a weight: inputs on its second axis (`nn.Linear`) or on its first (GPT-2's Conv1D)."""
+
+    def test_direct(self, joint: "Joint", axis: int) -> None:
+        site = Site(joint, axis=axis)
+        gradient = site.product(*site.use())
+        [outcome] = check_sampled(joint, site, gradient, site.dense[0])
+        assert outcome == Outcome(site.positions, None, True)
+
+    @pytest.mark.parametrize(
+        ("target", "args"),
+        [(aten.t.default, ()), (aten.permute.default, ([1, 0],)), (aten.transpose.int, (0, 1))],
+    )
+    def test_transposed(self, joint: "Joint", axis: int, target: Any, args: tuple[Any, ...]) -> None:
+        site = Site(joint, axis=axis)
+        lhs, rhs = site.use()
+        gradient = joint.call(target, site.product(rhs, lhs), *args)
+        check_sampled(joint, site, gradient, site.dense[0])
+        # Both operands lie as the kernel wants them: the transposes are gone, not computed.
+        assert set(joint.targets()) == {INDEX, SDDMM}
+
+    def test_transposed_twice(self, joint: "Joint", axis: int) -> None:
+        site = Site(joint, axis=axis)
+        gradient = site.product(*site.use())
+        for _ in range(2):
+            gradient = joint.call(aten.t.default, gradient)
+        check_sampled(joint, site, gradient, site.dense[0])
+
+    def test_operand_that_lies_transposed(self, joint: "Joint", axis: int) -> None:
+        site = Site(joint, axis=axis)
+        first = joint.input(("tangents_9", "primals_9")[1 - axis], integers(M, T, seed=1))
+        second = joint.input(("tangents_8", "primals_8")[axis], integers(N, T, seed=2))
+        gradient = joint.call(aten.mm.default, first, joint.call(aten.t.default, second))
+        [outcome] = check_sampled(joint, site, gradient, joint.values[-2].double() @ joint.values[-1].double().t())
+        assert outcome.narrowed
+
+    def test_one_token_as_an_outer_product(self, joint: "Joint", axis: int) -> None:
+        site = Site(joint, axis=axis)
+        lhs, rhs = site.use(tokens=1)
+        gradient = joint.call(aten.mul.Tensor, joint.call(aten.t.default, lhs), rhs)
+        check_sampled(joint, site, gradient, site.dense[0])
+
+    def test_batch_of_one(self, joint: "Joint", axis: int) -> None:
+        site = Site(joint, axis=axis)
+        lhs, rhs = site.use()
+        operands = [joint.call(aten.unsqueeze.default, node, 0) for node in (joint.call(aten.t.default, lhs), rhs)]
+        gradient = joint.call(aten.view.default, joint.call(aten.bmm.default, *operands), [M, N])
+        check_sampled(joint, site, gradient, site.dense[0])
+
+    def test_view_of_the_same_shape(self, joint: "Joint", axis: int) -> None:
+        site = Site(joint, axis=axis)
+        gradient = joint.call(aten.view.default, site.product(*site.use()), [M, N])
+        check_sampled(joint, site, gradient, site.dense[0])
+
+    def test_without_tokens(self, joint: "Joint", axis: int) -> None:
+        site = Site(joint, axis=axis)
+        check_sampled(joint, site, site.product(*site.use(tokens=0)), torch.zeros(M, N, dtype=torch.float64))
+
+
+class TestCasts:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("operator", ["_to_copy", "convert_element_type"])
+    def test_autocast(self, joint: "Joint", dtype: torch.dtype, operator: str) -> None:
+        site = Site(joint)
+        gradient = site.product(*site.use(dtype))
+        if operator == "_to_copy":
+            gradient = joint.call(aten._to_copy.default, gradient, dtype=torch.float32)
+        else:
+            gradient = joint.call(cast, gradient, torch.float32)
+        check_sampled(joint, site, gradient, site.dense[0])
+
+    def test_between_transposes(self, joint: "Joint") -> None:
+        site = Site(joint)
+        lhs, rhs = site.use(torch.bfloat16)
+        gradient = joint.call(aten.t.default, site.product(rhs, lhs))
+        gradient = joint.call(aten.t.default, joint.call(cast, gradient, torch.float32))
+        check_sampled(joint, site, joint.call(aten.t.default, gradient), site.dense[0])
+
+    def test_a_weight_in_bfloat16(self, joint: "Joint") -> None:
+        site = Site(joint)
+        check_sampled(joint, site, site.product(*site.use(torch.bfloat16)), site.dense[0])
+
+    def test_a_weight_in_float64(self, joint: "Joint") -> None:
+        site = Site(joint)
+        check_sampled(joint, site, site.product(*site.use(torch.float64)), site.dense[0])
+
+    @pytest.mark.parametrize(("inner", "outer"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+    def test_the_blocks_keep_the_dtype_of_the_gradient(
+        self, joint: "Joint", inner: torch.dtype, outer: torch.dtype
+    ) -> None:
+        site = Site(joint)
+        gradient = joint.call(cast, site.product(*site.use(inner)), outer)
+        check_sampled(joint, site, gradient, site.dense[0])
+
+    def test_sampling_rounds_less_than_the_dense_gradient(self, joint: "Joint") -> None:
+        site = Site(joint)
+        generator = torch.Generator().manual_seed(0)
+        gy = joint.input("tangents_9", torch.randn(64, M, generator=generator).bfloat16())
+        x = joint.input("primals_9", torch.randn(64, N, generator=generator).bfloat16())
+        exact = read_blocks(joint.values[-2].double().t() @ joint.values[-1].double(), POSITIONS, B)
+        joint.output(site.mark(joint.call(cast, site.product(gy, x), torch.float32)))
+        before = (joint.run()[0] - exact).abs().max()
+        rewrite(joint)
+        after = (joint.run()[0] - exact).abs().max()
+        assert after < 1e-4 < before
+
+
+class TestSums:
+    def test_of_two_uses(self, joint: "Joint") -> None:
+        site = Site(joint)
+        first, second = site.use(), site.use()
+        gradient = joint.call(aten.add.Tensor, site.product(*first), site.product(*second))
+        check_sampled(joint, site, gradient, site.dense[0] + site.dense[1], products=2)
+
+    def test_of_uses_that_differ_in_orientation_and_dtype(self, joint: "Joint") -> None:
+        site = Site(joint)
+        first, (lhs, rhs) = site.use(), site.use(torch.bfloat16)
+        turned = joint.call(cast, joint.call(aten.t.default, site.product(rhs, lhs)), torch.float32)
+        gradient = joint.call(aten.add.Tensor, turned, site.product(*first))
+        check_sampled(joint, site, gradient, site.dense[0] + site.dense[1], products=2)
+
+    def test_of_a_product_with_itself(self, joint: "Joint") -> None:
+        site = Site(joint)
+        product = site.product(*site.use())
+        check_sampled(joint, site, joint.call(aten.add.Tensor, product, product), 2 * site.dense[0], products=2)
+
+    def test_difference(self, joint: "Joint") -> None:
+        site = Site(joint)
+        first, second = site.use(), site.use()
+        gradient = joint.call(aten.sub.Tensor, site.product(*first), site.product(*second))
+        check_sampled(joint, site, gradient, site.dense[0] - site.dense[1], products=2)
+
+    def test_difference_of_differences(self, joint: "Joint") -> None:
+        site = Site(joint)
+        uses = [site.use() for _ in range(3)]
+        first, second, third = (site.product(*use) for use in uses)
+        gradient = joint.call(aten.sub.Tensor, first, joint.call(aten.sub.Tensor, second, third))
+        check_sampled(joint, site, gradient, site.dense[0] - (site.dense[1] - site.dense[2]), products=3)
+
+
+class TestFactors:
+    @pytest.mark.parametrize(
+        ("target", "args", "factor"),
+        [
+            (aten.neg.default, (), -1.0),
+            (aten.mul.Tensor, (3.0,), 3.0),
+            (aten.mul.Scalar, (3,), 3.0),
+            (aten.div.Tensor, (4.0,), 0.25),
+            (aten.div.Scalar, (4,), 0.25),
+            (aten.mul.Tensor, (0.0,), 0.0),
+        ],
+    )
+    def test_number(self, joint: "Joint", target: Any, args: tuple[Any, ...], factor: float) -> None:
+        site = Site(joint)
+        gradient = joint.call(target, site.product(*site.use()), *args)
+        check_sampled(joint, site, gradient, factor * site.dense[0])
+
+    @pytest.mark.parametrize(("target", "factor"), [(aten.mul.Tensor, 4.0), (aten.div.Tensor, 0.25)])
+    def test_tensor_without_dimensions(self, joint: "Joint", target: Any, factor: float) -> None:
+        site = Site(joint)
+        scalar = joint.input("tangents_scale", torch.tensor(4.0))
+        gradient = joint.call(target, site.product(*site.use()), scalar)
+        check_sampled(joint, site, gradient, factor * site.dense[0])
+
+    def test_of_one_side_of_a_sum(self, joint: "Joint") -> None:
+        site = Site(joint)
+        first, second = site.use(), site.use()
+        tripled = joint.call(aten.mul.Tensor, site.product(*second), 3.0)
+        gradient = joint.call(aten.add.Tensor, site.product(*first), tripled)
+        check_sampled(joint, site, gradient, site.dense[0] + 3 * site.dense[1], products=2)
+
+    def test_of_a_difference(self, joint: "Joint") -> None:
+        site = Site(joint)
+        first, second = site.use(), site.use()
+        difference = joint.call(aten.sub.Tensor, site.product(*first), site.product(*second))
+        gradient = joint.call(aten.neg.default, joint.call(aten.mul.Tensor, difference, 3.0))
+        check_sampled(joint, site, gradient, -3 * (site.dense[0] - site.dense[1]), products=2)
+
+
+class TestNarrowing:
+    def narrow_index(self, joint: "Joint") -> Node:
+        [index] = joint.graph.find_nodes(op="call_function", target=INDEX)
+        return index
+
+    @pytest.mark.parametrize("axis", [1, 0], ids=["linear", "conv1d"])
+    def test_the_forward_half_cuts_the_activation_down(self, joint: "Joint", axis: int) -> None:
+        site = Site(joint, axis=axis)
+        operands = site.use()
+        hidden = joint.call(aten.neg.default, operands[axis])
+        lhs, rhs = (hidden, operands[1]) if axis == 0 else (operands[0], hidden)
+        check_sampled(joint, site, site.product(lhs, rhs), -site.dense[0])
+        index = self.narrow_index(joint)
+        assert index.args == (hidden, [None, site.lines])
+        assert index.meta["val"].shape == (T, len(lines_of(POSITIONS, axis)[0]))
+        [product] = joint.graph.find_nodes(op="call_function", target=SDDMM)
+        assert product.args[axis] is index
+        assert product.args[2] is site.narrow
+        # Right behind the activation, not in the backward half: nothing there would be saved narrow.
+        assert hidden.next is index
+
+    def test_placeholders_stay_in_front(self, joint: "Joint") -> None:
+        # AOTAutograd puts the tangents last, so an input of the graph that is an activation has others behind it.
+        site = Site(joint)
+        x, gy = joint.input("primals_9", integers(T, N, seed=1)), joint.input("tangents_9", integers(T, M, seed=2))
+        check_sampled(joint, site, site.product(gy, x), joint.values[-1].double().t() @ joint.values[-2].double())
+        kinds = [node.op == "placeholder" for node in joint.graph.nodes]
+        assert kinds == sorted(kinds, reverse=True)
+
+    def test_two_masks_cut_one_activation_each_to_its_own(self, joint: "Joint") -> None:
+        first = Site(joint)
+        second = Site(joint, positions=torch.tensor([[1], [2]]))
+        gy, x = first.use()
+        other_gy = joint.input("tangents_9", integers(T, M, seed=9))
+        markers = [first.mark(first.product(gy, x)), second.mark(second.product(other_gy, x))]
+        joint.output(*markers)
+        before = joint.run()
+        assert rewrite(joint)[0] == 2
+        assert joint.targets().count(INDEX) == 2
+        for new, old in zip(joint.run(), before, strict=True):
+            assert torch.equal(new, old)
+
+    def test_wide_activation_untouched(self, joint: "Joint") -> None:
+        everything = torch.ones(3, 4).nonzero().t()
+        site = Site(joint, positions=everything)
+        joint.output(site.mark(site.product(*site.use())))
+        [before] = joint.run()
+        count, [outcome] = rewrite(joint)
+        assert (count, outcome.narrowed) == (1, False)
+        assert joint.targets() == [SDDMM]
+        [product] = joint.graph.find_nodes(op="call_function", target=SDDMM)
+        assert product.args[2] is site.positions
+        assert torch.equal(joint.run()[0], before)
+
+    def test_operands_both_from_the_backward_untouched(self, joint: "Joint") -> None:
+        # A second-order term: what looks like the activation is a gradient too, and nothing is saved for it.
+        site = Site(joint)
+        gy, x = site.use()
+        tangent = joint.input("tangents_9", torch.tensor(-1.0))
+        later = joint.call(aten.mul.Tensor, x, tangent)
+        [outcome] = check_sampled(joint, site, site.product(gy, later), -site.dense[0])
+        assert not outcome.narrowed
+        assert INDEX not in joint.targets()
+
+    def test_a_count_of_lines_that_is_symbolic_is_taken_as_narrow(self, joint: "Joint") -> None:
+        # Layers of one shape with unequal masks share a graph; its example may be the one that uses every line.
+        everything = torch.ones(3, 4).nonzero().t()
+        site = Site(joint, positions=everything)
+        joint.mode = FakeTensorMode(shape_env=ShapeEnv())
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        for node, value in zip(joint.graph.nodes, list(joint.values), strict=True):
+            symbolic = {"symbolic_context": context} if node is site.lines else {"static_shapes": True}
+            node.meta["val"] = joint.mode.from_tensor(value, **symbolic)
+        gy, x = site.use()
+        assert (type(site.lines.meta["val"].shape[0]), type(x.meta["val"].shape[1])) == (torch.SymInt, int)
+        joint.output(site.mark(site.product(gy, x)))
+        [before] = joint.run()
+        count, [outcome] = rewrite(joint)
+        assert (count, outcome.narrowed) == (1, True)
+        assert torch.equal(joint.run()[0], before)
+
+
+class TestRefuses:
+    def check_untouched(self, joint: "Joint", site: Site, gradient: Node, *others: Node) -> str:
+        joint.output(site.mark(gradient), *others)
+        before, code = joint.run(), str(joint.graph)
+        count, [outcome] = rewrite(joint)
+        assert count == 0
+        assert str(joint.graph) == code
+        assert all(torch.equal(new, old) for new, old in zip(joint.run(), before, strict=True))
+        assert outcome.positions is site.positions
+        assert not outcome.narrowed
+        assert outcome.reason is not None
+        return outcome.reason
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda joint, node: joint.call(aten.relu.default, node),
+            lambda joint, node: joint.call(
+                aten.t.default, joint.call(aten.relu.default, joint.call(aten.t.default, node))
+            ),
+            lambda joint, node: joint.call(aten.mul.Tensor, node, node),
+        ],
+        ids=["alone", "between transposes", "square"],
+    )
+    def test_other_operator_untouched(self, joint: "Joint", wrap: "Callable[[Joint, Node], Node]") -> None:
+        site = Site(joint)
+        reason = self.check_untouched(joint, site, wrap(joint, site.product(*site.use())))
+        assert "cannot be sampled through" in reason
+
+    def test_dense_gradient_returned_too_untouched(self, joint: "Joint") -> None:
+        site = Site(joint)
+        gradient = site.product(*site.use())
+        assert "used elsewhere" in self.check_untouched(joint, site, gradient, gradient)
+
+    def test_dense_gradient_read_by_another_operator_untouched(self, joint: "Joint") -> None:
+        site = Site(joint)
+        product = site.product(*site.use())
+        norm = joint.call(aten.sum.default, product)
+        assert "used elsewhere" in self.check_untouched(joint, site, joint.call(aten.neg.default, product), norm)
+
+    def test_gradient_from_outside_the_graph_untouched(self, joint: "Joint") -> None:
+        site = Site(joint)
+        gradient = joint.input("tangents_9", integers(M, N, seed=3))
+        assert "outside the graph" in self.check_untouched(joint, site, gradient)
+
+    def test_graph_without_markers_untouched(self, joint: "Joint") -> None:
+        site = Site(joint)
+        joint.output(site.product(*site.use()))
+        code = str(joint.graph)
+        assert rewrite(joint) == (0, [])
+        assert str(joint.graph) == code
+
+    @pytest.mark.parametrize("opaque_first", [True, False])
+    def test_opaque_side_of_a_sum_stays_dense_and_the_other_is_sampled(
+        self, joint: "Joint", opaque_first: bool
+    ) -> None:
+        site = Site(joint)
+        first, second = site.use(), site.use()
+        relu = joint.call(aten.relu.default, site.product(*second))
+        sides = [site.product(*first), joint.call(aten.t.default, joint.call(aten.t.default, relu))]
+        total = joint.call(aten.sub.Tensor, *(reversed(sides) if opaque_first else sides))
+        joint.output(site.mark(total))
+        [before] = joint.run()
+        count, [outcome] = rewrite(joint)
+        assert count == 1
+        assert "relu" in str(outcome.reason)
+        assert joint.targets().count(aten.mm.default) == 1
+        assert joint.targets().count(SDDMM) == 1
+        [gathered] = joint.graph.find_nodes(op="call_function", target=GATHER)
+        assert gathered.args == (relu, site.positions, site.lines, site.narrow, B, 1)
+        assert torch.equal(joint.run()[0], before)
+
+    def test_opaque_side_that_is_transposed_is_gathered_transposed(self, joint: "Joint") -> None:
+        site = Site(joint)
+        lhs, rhs = site.use()
+        relu = joint.call(aten.relu.default, site.product(rhs, lhs))
+        turned = joint.call(aten.t.default, relu)
+        joint.output(site.mark(joint.call(aten.add.Tensor, site.product(lhs, rhs), turned)))
+        [before] = joint.run()
+        rewrite(joint)
+        assert torch.equal(joint.run()[0], before)
+
+
+class TestGraphAfterwards:
+    @pytest.mark.parametrize("opaque", [False, True])
+    def test_a_second_run_changes_nothing(self, joint: "Joint", opaque: bool) -> None:
+        site = Site(joint)
+        first, second = site.use(), site.use()
+        other = site.product(*second)
+        if opaque:
+            other = joint.call(aten.relu.default, other)
+        joint.output(site.mark(joint.call(aten.add.Tensor, site.product(*first), other)))
+        rewrite(joint)
+        code = str(joint.graph)
+        rewrite(joint)
+        assert str(joint.graph) == code
+
+    def test_new_nodes_carry_their_value_and_no_other_key(self, joint: "Joint") -> None:
+        # A copied `eager_input_vals` describes the old node, and Inductor would believe it.
+        site = Site(joint)
+        first, second = site.use(), site.use()
+        total = joint.call(aten.add.Tensor, site.product(*first), joint.call(aten.neg.default, site.product(*second)))
+        joint.output(site.mark(joint.call(aten.mul.Tensor, total, 3.0)))
+        for node in joint.graph.nodes:
+            node.meta["eager_input_vals"] = node.meta["stack_trace"] = "of the old node"
+        old = set(joint.graph.nodes)
+        rewrite(joint)
+        new = set(joint.graph.nodes) - old
+        assert {SDDMM, INDEX, aten.neg.default, aten.mul.Tensor, aten.add.Tensor} == {node.target for node in new}
+        for node in new:
+            assert node.meta.keys() == {"val"}
+            assert node.meta["val"].fake_mode is joint.mode
+
+    def test_values_noted_are_the_values_computed(self, joint: "Joint") -> None:
+        site = Site(joint, axis=0)
+        joint.output(site.mark(joint.call(aten.div.Tensor, site.product(*site.use(torch.bfloat16)), 4.0)))
+        rewrite(joint)
+        for node in list(joint.graph.nodes):
+            if node.op != "call_function":
+                continue
+            joint.graph.output_node().args = ((node,),)
+            [real] = joint.run()
+            noted = node.meta["val"]
+            assert (noted.shape, noted.dtype, noted.stride()) == (real.shape, real.dtype, real.stride()), node
+
+    def test_the_narrow_activation_belongs_to_the_checkpointed_region_of_the_activation(self, joint: "Joint") -> None:
+        site = Site(joint)
+        gy, x = site.use()
+        hidden = joint.call(aten.neg.default, x)
+        hidden.meta.update(recompute="must", ac_graph_id=3)
+        joint.output(site.mark(site.product(gy, hidden)))
+        rewrite(joint)
+        [index] = joint.graph.find_nodes(op="call_function", target=INDEX)
+        assert (index.meta["recompute"], index.meta["ac_graph_id"]) == ("must", 3)
+        [product] = joint.graph.find_nodes(op="call_function", target=SDDMM)
+        assert product.meta.keys() == {"val"}
+
+    def test_works_without_a_listener_for_the_report(self, joint: "Joint") -> None:
+        site = Site(joint)
+        joint.output(site.mark(site.product(*site.use())))
+        assert sample_weight_gradients_pass(joint.graph) == 1
+
+    def test_each_marker_is_reported_and_counted(self, joint: "Joint") -> None:
+        sites = [Site(joint), Site(joint)]
+        gradients = [site.product(*site.use()) for site in sites]
+        gradients[1] = joint.call(aten.relu.default, gradients[1])
+        joint.output(*(site.mark(gradient) for site, gradient in zip(sites, gradients, strict=True)))
+        count, outcomes = rewrite(joint)
+        assert count == 1
+        assert [(outcome.positions, outcome.reason is None) for outcome in outcomes] == [
+            (sites[0].positions, True),
+            (sites[1].positions, False),
+        ]
