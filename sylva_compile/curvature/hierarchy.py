@@ -104,7 +104,7 @@ class Hierarchy:
         layout = Layout(size, depth)
         ranks = [min(rank, layout.half(level)) for level in range(depth)]
         numbers = layout.slots * layout.leaf_size + sum(r * (layout.slots + 2**level) for level, r in enumerate(ranks))
-        return numbers * dtype.itemsize
+        return int(numbers * dtype.itemsize)
 
     @property
     def nbytes(self) -> int:
@@ -176,7 +176,8 @@ def _diagonal_tiles(matrix: Tensor, count: int) -> Tensor:
     """The `count` square tiles on the diagonal of `matrix [*, P, P]`: `[*, count, P/count, P/count]`."""
     size = matrix.shape[-1] // count
     tiles = matrix.unflatten(-1, (count, size)).unflatten(-3, (count, size))
-    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    diagonal: Tensor = tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    return diagonal
 
 
 def dense_bytes(size: int, dtype: torch.dtype = torch.float32) -> int:

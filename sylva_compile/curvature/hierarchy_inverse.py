@@ -110,7 +110,8 @@ class HierarchyInverse:
 
     def _by_half(self, lines: Tensor, level: int) -> Tensor:
         """`[*, P, c]` as `[*, 2^k, 2, h, c]`."""
-        return lines.unflatten(-2, (2**level, 2, self.layout.half(level)))
+        halves: Tensor = lines.unflatten(-2, (2**level, 2, self.layout.half(level)))
+        return halves
 
     def _solve_leaves(self, lines: Tensor) -> Tensor:
         """Apply the inverses of the leaves to `[*, P, c]`."""
@@ -121,7 +122,8 @@ class HierarchyInverse:
         halves = self._by_half(lines, level)
         inner = (self._bases[level].mT @ halves).flatten(-3, -2)
         outer = (self._cores[level] @ inner).unflatten(-2, (2, -1))
-        return lines - (self._by_half(self._sides[level], level) @ outer).flatten(-4, -2)
+        correction: Tensor = (self._by_half(self._sides[level], level) @ outer).flatten(-4, -2)
+        return lines - correction
 
     def solve(self, lines: Tensor) -> Tensor:
         """`(B + λ I)⁻¹ X` for X `[*, d, c]`."""

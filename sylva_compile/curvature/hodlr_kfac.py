@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
 from sylva_compile.curvature.base import Curvature, live_tokens
-from sylva_compile.curvature.hierarchy import Hierarchy
 from sylva_compile.curvature.importance import GAIN_DAMPING, PAPER_DAMPING, gain_scores, importance, paper_scores
 from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.online import OnlineHierarchy
@@ -105,6 +104,6 @@ class HierarchicalKfac(Curvature):
 
     @staticmethod
     def estimate_bytes(outputs: int, inputs: int, depth: int, rank: int, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of A, G and Γ of one weight as `rank`-r hierarchies; A is counted here even if it is shared."""
-        factors = sum(Hierarchy.estimate_bytes(size, depth, rank, dtype) for size in (outputs, inputs))
+        """Bytes of A, G and Γ of one weight while tracing; A is counted here even if it is shared."""
+        factors = sum(OnlineHierarchy.estimate_bytes(size, depth, rank, dtype) for size in (outputs, inputs))
         return factors + outputs * inputs * dtype.itemsize

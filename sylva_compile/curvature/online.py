@@ -71,16 +71,19 @@ class OnlineHierarchy:
         self.layout, self.rank = Layout(size, depth), rank
         kept = OVERSAMPLING * rank if kept is None else kept
         self.probes = max(4, rank // 2) if probes is None else probes
-        options = {"dtype": dtype, "device": device}
         s = self.layout.leaf_size
-        self.leaves = torch.zeros(*batch, self.layout.leaves, s, s, **options)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*batch, *shape, dtype=dtype, device=device)
+
+        self.leaves = zeros(self.layout.leaves, s, s)
         self.bases: list[Tensor] = []
         self.values: list[Tensor] = []
         for level in range(depth):
             h = self.layout.half(level)
             q = min(kept, h)
-            self.bases.append(torch.zeros(*batch, 2**level, 2, h, q, **options))
-            self.values.append(torch.zeros(*batch, 2**level, q, **options))
+            self.bases.append(zeros(2**level, 2, h, q))
+            self.values.append(zeros(2**level, q))
         self.updates = torch.zeros((), dtype=torch.int64)
 
     def state(self) -> list[Tensor]:
@@ -90,9 +93,15 @@ class OnlineHierarchy:
     def copy(self) -> "OnlineHierarchy":
         """An independent hierarchy of the same sum."""
         batch, kept = self.leaves.shape[:-3], max((basis.shape[-1] for basis in self.bases), default=0)
-        options = {"dtype": self.leaves.dtype, "device": self.leaves.device}
         twin = OnlineHierarchy(
-            self.layout.size, self.layout.depth, self.rank, batch=batch, kept=kept, probes=self.probes, **options
+            self.layout.size,
+            self.layout.depth,
+            self.rank,
+            batch=batch,
+            kept=kept,
+            probes=self.probes,
+            dtype=self.leaves.dtype,
+            device=self.leaves.device,
         )
         for mine, other in zip(twin.state(), self.state(), strict=True):
             mine.copy_(other)
@@ -102,7 +111,8 @@ class OnlineHierarchy:
     def update(self, tokens: Tensor) -> None:
         """Add `Zᵀ Z` for tokens Z `[*, T, d]`.
 
-        Costs `2·T·d·s` operations for the leaves and about `4·T·d·c` a level, c = kept + probes.
+        Costs `2·T·d·s` operations for the leaves and for each level `4·T·d·c`, c = kept + probes, or `T·d·h` where
+        nodes are small (see `WHOLE_BLOCKS`).
         """
         if tokens.shape[-2] == 0:
             return
@@ -203,12 +213,14 @@ class _Sum:
         probes = probes - self.v @ (used.mT * (self.v.mT @ probes))
         probes = F.normalize(probes, dim=-2, eps=torch.finfo(self.lam.dtype).tiny)
         right = torch.cat([torch.where(used, self.v, probes[..., :q]), probes[..., q:]], -1)
-        return torch.linalg.qr(self.times(right[..., :h])).Q
+        basis: Tensor = torch.linalg.qr(self.times(right[..., :h])).Q
+        return basis
 
 
 def _by_node(lines: Tensor, nodes: int) -> Tensor:
     """`[*, T, nodes · h]` as `[*, nodes, T, h]`, a view."""
-    return lines.unflatten(-1, (nodes, -1)).transpose(-3, -2)
+    grouped: Tensor = lines.unflatten(-1, (nodes, -1)).transpose(-3, -2)
+    return grouped
 
 
 def _rediagonalise(basis: Tensor, lam: Tensor, left: Tensor, right: Tensor, *, orthonormal: bool = False) -> None:

@@ -25,7 +25,7 @@ def model_folder() -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> dict[str, dict[str, list[Tensor]]]:
     """Of each weight, by batch: live tokens' inputs `[T, n]` and output gradients `[T, m]`."""
-    return captured(sequences=128, batch=16)
+    return captured(sequences=96, batch=16)
 
 
 def captured(sequences: int, batch: int) -> dict[str, dict[str, list[Tensor]]]:

@@ -42,7 +42,7 @@ class TestScores:
         st.sampled_from(["gain", "paper"]),
         st.integers(0, 99),
     )
-    @settings(deadline=None, max_examples=30)
+    @settings(deadline=None, max_examples=20)
     def test_equal_dense_ones_at_full_rank(self, m: int, n: int, depth: int, score: str, seed: int) -> None:
         tree, dense = estimators(m, n, score, depth)
         for at, tokens in enumerate((1, 40, 25)):

@@ -25,7 +25,7 @@ class TestExactAtFullRank:
     @given(
         st.integers(1, 60), st.integers(0, 4), st.lists(st.integers(0, 30), min_size=1, max_size=4), st.integers(0, 99)
     )
-    @settings(deadline=None, max_examples=60)
+    @settings(deadline=None, max_examples=30)
     def test_any_batches(self, size: int, depth: int, counts: list[int], seed: int) -> None:
         batches = [tokens_of(count, size, seed + at) for at, count in enumerate(counts)]
         tree = OnlineHierarchy(size, depth, size, dtype=F64)
@@ -35,7 +35,7 @@ class TestExactAtFullRank:
         torch.testing.assert_close(dense(tree), whole.mT @ whole, rtol=1e-8, atol=1e-8)
 
     @given(st.integers(16, 60), st.integers(1, 3), st.integers(1, 4), st.integers(0, 99))
-    @settings(deadline=None, max_examples=40)
+    @settings(deadline=None, max_examples=20)
     def test_as_long_as_the_rank_holds_all_tokens(self, size: int, depth: int, count: int, seed: int) -> None:
         tree = OnlineHierarchy(size, depth, 4, dtype=F64)
         whole = tokens_of(count, size, seed)
