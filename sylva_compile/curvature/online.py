@@ -32,7 +32,7 @@ from sylva_compile.curvature.hierarchy import Hierarchy, Layout
 OVERSAMPLING = 2
 """Lines kept between batches, as a multiple of the rank."""
 
-WHOLE_BLOCKS = 512
+WHOLE_BLOCKS = 256
 """Up to this height a node's B12' is formed during an update: one wide product is quicker than four thin ones, and all
 nodes of such a level together take `d·h/2` numbers, as much as the leaves of a large layer."""
 
