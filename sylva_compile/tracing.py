@@ -17,6 +17,8 @@ from sylva_compile.capture import capture_backend, compilations_forgotten
 from sylva_compile.curvature.base import Curvature
 from sylva_compile.curvature.baselines import SquaredGradient, magnitude_scores, random_scores
 from sylva_compile.curvature.blockwise import BlockKfac
+from sylva_compile.curvature.hodlr_kfac import HierarchicalKfac
+from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import DenseKfac
 from sylva_compile.errors import ArgumentError, EmbeddingError, TraceError
 from sylva_compile.kernels.observe import observing
@@ -109,6 +111,8 @@ def trace_and_mask(
                 f"method={method!r} needs a loader of batches; give one, or use 'magnitude' or 'random'."
             )
 
+        shared = InputFactors(num_partitions, rank)
+
         def new_estimator(name: str) -> Curvature:
             weight = weights[name]
             outputs, inputs = weight.shape if axes[name] == 1 else reversed(weight.shape)
@@ -116,6 +120,18 @@ def trace_and_mask(
                 return SquaredGradient(weight, outputs, inputs)
             if method == "sylva" and score == "gain":
                 return BlockKfac(weight, outputs, inputs, block_size=block_size, damping=damping)
+            if method == "sylva":
+                return HierarchicalKfac(
+                    weight,
+                    outputs,
+                    inputs,
+                    depth=num_partitions,
+                    rank=rank,
+                    score=score,
+                    damping=damping,
+                    shared=shared,
+                    reader=name,
+                )
             return DenseKfac(weight, outputs, inputs, score=score, damping=damping)
 
         estimators = {name: new_estimator(name) for name in weights}
@@ -123,13 +139,16 @@ def trace_and_mask(
         if process_group is not None:
             ranks = get_world_size(process_group)
             share = num_samples // ranks + (get_rank(process_group) < num_samples % ranks)
-        seen = _observe(model, weights, estimators, loader, loss_fn, share, progress)
+        seen = _observe(model, weights, estimators, loader, loss_fn, share, progress, after_batch=shared.end_batch)
         if process_group is not None:
+            if shared.groups():
+                shared.combine(process_group)
             for name in weights:
                 estimators[name].combine(process_group)
         scores = {}
         for name in seen:
             found = estimators.pop(name).block_scores(block_size)
+            shared.forget(name)
             scores[name] = found if axes[name] == 1 else found.t()
     maps = select_blocks(scores, budget, axes)
     if process_group is not None:
@@ -157,8 +176,6 @@ def _check_choices(method: str, score: str, num_samples: int, damping: float | N
         raise ArgumentError(f"method={method!r}; use one of {', '.join(_METHODS)}.")
     if score not in ("gain", "paper"):
         raise ArgumentError(f"score={score!r}; use 'gain' or 'paper'.")
-    if method == "sylva" and score == "paper":
-        raise ArgumentError("score='paper' needs whole factors, which method='sylva' lacks so far; use method='kfac'.")
     if num_samples < 1:
         raise ArgumentError(f"num_samples={num_samples!r}; use a number of sequences of 1 or more.")
     if damping is not None and not damping > 0:
@@ -173,8 +190,12 @@ def _observe(
     loss_fn: LossFn | None,
     num_samples: int,
     progress: bool,
+    after_batch: Callable[[], None],
 ) -> list[str]:
-    """Feed the estimators from `loader`; returns the names of the weights that were seen, in order."""
+    """Feed the estimators from `loader`, and call `after_batch` after each backward pass.
+
+    Returns the names of the weights that were seen, in order.
+    """
     names = {weight.data_ptr(): name for name, weight in weights.items()}
     seen: set[str] = set()
     missed: dict[str, str] = {}
@@ -209,6 +230,7 @@ def _observe(
                 gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
                 _check_gradients(checks, seen, gradients, weights, missed)
                 checks.clear()
+                after_batch()
                 total += sequences
                 bar.update(min(sequences, num_samples - bar.n))
                 if total >= num_samples:

@@ -1,0 +1,109 @@
+"""Hierarchical K-FAC, the paper's estimator: `(m + n)·(s + 2rK) + mn` numbers a weight instead of `m² + n² + mn`."""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
+
+from sylva_compile.curvature.base import Curvature, live_tokens
+from sylva_compile.curvature.importance import GAIN_DAMPING, PAPER_DAMPING, gain_scores, importance, paper_scores
+from sylva_compile.curvature.input_factors import InputFactors
+from sylva_compile.curvature.online import OnlineHierarchy
+from sylva_compile.kernels.blocks import block_dtype
+
+
+class HierarchicalKfac(Curvature):
+    """`A = E[x xᵀ]` and `G = E[gy gyᵀ]` as online hierarchies, and the mean gradient Γ, of one weight `[m, n]`."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        outputs: int,
+        inputs: int,
+        *,
+        depth: int,
+        rank: int,
+        score: str,
+        damping: float | None,
+        shared: InputFactors | None = None,
+        reader: str = "",
+        gradient_device: torch.device | None = None,
+    ) -> None:
+        """Sums on the weight's device, in float32 or wider.
+
+        Args:
+            weight: gives dtype and device.
+            outputs: m.
+            inputs: n.
+            depth: splits of both factors, K.
+            rank: r of both.
+            score: "gain" or "paper".
+            damping: fraction of a factor's mean diagonal; None: the score's own.
+            shared: where A is kept, for weights that may share it. The caller ends its batches and combines it over
+                ranks. None: A belongs to this weight alone.
+            reader: this weight's name in `shared`.
+            gradient_device: where Γ is kept; None: beside the weight.
+        """
+        dtype, device = block_dtype(weight.dtype), weight.device
+        self.score, self.damping, self.reader = score, damping, reader
+        self._alone = shared is None
+        self.inputs = InputFactors(depth, rank) if shared is None else shared
+        self.inputs.register(reader, inputs, dtype, device)
+        self.g = OnlineHierarchy(outputs, depth, rank, dtype=dtype, device=device)
+        self.gradient = torch.zeros(outputs, inputs, dtype=dtype, device=gradient_device or device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
+        """Add a batch; tokens whose output gradient is zero are left out."""
+        dtype = self.gradient.dtype
+        live = live_tokens(output_gradients).squeeze(1).bool()
+        self.inputs.show(self.reader, inputs, live)
+        if self._alone:
+            self.inputs.end_batch()
+        x, gy = inputs, output_gradients
+        if not bool(live.all()):
+            x, gy = x[live], gy[live]
+        x, gy = x.to(dtype), gy.to(dtype)
+        self.g.update(gy)
+        if self.gradient.device == gy.device:
+            self.gradient.addmm_(gy.t(), x)
+        else:
+            self.gradient += (gy.t() @ x).to(self.gradient.device)
+        self.tokens += live.sum()
+
+    def sums(self) -> list[Tensor]:
+        """Γ and the number of tokens; the factors are no plain sums, see `combine`."""
+        return [self.gradient, self.tokens]
+
+    def combine(self, group: ProcessGroup) -> None:
+        """Add up the statistics of all ranks of `group`; a shared A is combined by who holds it."""
+        for total in self.sums():
+            all_reduce(total, group=group)
+        self.g.combine(group)
+        if self._alone:
+            self.inputs.combine(group)
+
+    def block_scores(self, block_size: int) -> Tensor:
+        """See `sylva_compile.curvature.importance`."""
+        scale = self.tokens.clamp(min=1).reciprocal()
+        a = self.inputs.factor(self.reader).hierarchy().scaled(scale, torch.float64)
+        g = self.g.hierarchy().scaled(scale, torch.float64)
+        gradient = self.gradient.to(scale.device).double() * scale
+        if self.score == "gain":
+            damping = GAIN_DAMPING if self.damping is None else self.damping
+            blocks = (a.diagonal_blocks(block_size), g.diagonal_blocks(block_size))
+            return gain_scores(gradient, *blocks, damping).cpu()
+        damping = PAPER_DAMPING if self.damping is None else self.damping
+        outputs, inputs = importance(
+            gradient,
+            a.matmul(gradient.t()).t(),
+            g.matmul(gradient),
+            a.inverse_diagonal(damping),
+            g.inverse_diagonal(damping),
+        )
+        return paper_scores(outputs, inputs, block_size).cpu()
+
+    @staticmethod
+    def estimate_bytes(outputs: int, inputs: int, depth: int, rank: int, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of A, G and Γ of one weight while tracing; A is counted here even if it is shared."""
+        factors = sum(OnlineHierarchy.estimate_bytes(size, depth, rank, dtype) for size in (outputs, inputs))
+        return factors + outputs * inputs * dtype.itemsize
