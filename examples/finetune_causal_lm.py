@@ -1,0 +1,224 @@
+"""Fine-tune a causal language model from a local folder on a text or CSV file, with Hugging Face's Trainer.
+
+Only the blocks that second-order information picks are trained; the adapter that holds them is written at the end.
+
+    python examples/finetune_causal_lm.py --model path/to/model --data notes.txt
+    python examples/finetune_causal_lm.py --model path/to/model --data reviews.csv --column text --bf16
+
+A text file is cut into sequences of `--max-length` tokens; in a CSV or TSV file, each row's column is one sequence.
+"""
+
+import argparse
+import csv
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+import sylva_compile
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+IGNORED = -100
+"""Label of positions without loss, as in transformers."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one line and says what to do."""
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model of `folder`, all of it frozen. Raises InputError if there are none."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--model {folder} holds no config.json; give a folder written by save_pretrained.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--model {folder} holds no causal language model with a tokenizer: {reason}") from error
+    return tokenizer, model.requires_grad_(False)
+
+
+def read_texts(path: Path, column: str | None) -> list[str]:
+    """One column of a CSV or TSV file, without empty rows, or a text file as a single text. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"--data {path} is no file; give a text, CSV or TSV file.")
+    separator = SEPARATORS.get(path.suffix.lower())
+    if separator is None and column is not None:
+        raise InputError(f"--column {column}: {path} is no .csv or .tsv file; rename it, or leave --column out.")
+    try:
+        if separator is None:
+            return [path.read_text(encoding="utf-8")]
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, delimiter=separator)
+            columns = list(table.fieldnames or [])
+            if not columns:
+                raise InputError(f"--data {path} is empty; give a table with a first line of column names.")
+            if column not in columns:
+                found = f"no column {column!r}" if column else "several columns"
+                raise InputError(f"--data {path} has {found}; choose --column from {', '.join(columns)}.")
+            return [text for row in table if (text := (row[column] or "").strip())]
+    except UnicodeDecodeError:
+        raise InputError(f"--data {path} is not UTF-8; convert it first.") from None
+    except csv.Error as error:
+        raise InputError(f"--data {path} is no table: {error}; mend it, or rename it to .txt.") from None
+
+
+def cut_into_sequences(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, *, rows: bool
+) -> Dataset:
+    """Columns input_ids, attention_mask and labels, each `[L]` with one L for all: a compiler sees a single shape.
+
+    Args:
+        texts: rows, or texts to be cut.
+        tokenizer: the model's own.
+        max_length: L at most; less if every row is shorter.
+        rows: each text is one sequence, cut short and padded; otherwise all are joined and cut into whole sequences.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens = [tokenizer(text, verbose=False)["input_ids"] + end for text in texts]
+    if rows:
+        sequences = [sequence[:max_length] for sequence in tokens]
+        max_length = max(map(len, sequences), default=max_length)
+    else:
+        joined = list(itertools.chain.from_iterable(tokens))
+        whole = len(joined) // max_length * max_length
+        sequences = [joined[start : start + max_length] for start in range(0, whole, max_length)]
+    # Padding carries neither attention nor loss, so any token will do where the tokenizer has none for it.
+    filler = tokenizer.pad_token_id or 0
+    missing = [max_length - len(sequence) for sequence in sequences]
+    return Dataset.from_dict(
+        {
+            "input_ids": [s + [filler] * gap for s, gap in zip(sequences, missing, strict=True)],
+            "attention_mask": [[1] * len(s) + [0] * gap for s, gap in zip(sequences, missing, strict=True)],
+            "labels": [s + [IGNORED] * gap for s, gap in zip(sequences, missing, strict=True)],
+        }
+    )
+
+
+def hold_out(sequences: Dataset, batch_size: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Training and held-out sequences; a tenth, in whole batches, is held out. Raises InputError for too few."""
+    held_out = max(1, round(len(sequences) / 10 / batch_size)) * batch_size
+    if len(sequences) < held_out + batch_size:
+        raise InputError(
+            f"--data gives {len(sequences)} sequences, and training and testing need {held_out + batch_size}; "
+            "give a larger file, or lower --batch-size or --max-length."
+        )
+    halves = sequences.train_test_split(test_size=held_out, seed=seed)
+    return halves["train"], halves["test"]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, trace, embed, compile, train, save."""
+    set_seed(options.seed)
+    texts = read_texts(options.data, options.column)
+    tokenizer, model = load_model(options.model, torch.bfloat16 if options.bf16 else torch.float32)
+    sequences = cut_into_sequences(texts, tokenizer, options.max_length, rows=options.column is not None)
+    train, held_out = hold_out(sequences, options.batch_size, options.seed)
+    print(f"{len(train)} sequences of {len(train[0]['input_ids'])} tokens to train on, {len(held_out)} held out.")
+
+    arguments = TrainingArguments(
+        output_dir=str(options.out),
+        num_train_epochs=options.epochs,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        # A last batch of another size would be compiled for nothing.
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        seed=options.seed,
+    )
+    model.to(arguments.device)
+    loader = DataLoader(
+        train, batch_size=options.batch_size, shuffle=True, drop_last=True, collate_fn=default_data_collator
+    )
+    masks = sylva_compile.trace_and_mask(
+        model,
+        loader,
+        scope=options.scope,
+        sparsity=options.sparsity,
+        block_size=options.block_size,
+        num_samples=options.num_samples,
+        method=options.method,
+    )
+    masks.embed(model)
+    if options.gradient_checkpointing:
+        # The method changed its name within transformers 5. Reentrant recomputation would need an input that requires
+        # grad, and the embeddings are frozen.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    backend = sylva_compile.backend(masks, inner=options.inner)
+    # In place: Trainer(torch.compile(model)) would lose the columns of the data and prefix the names in checkpoints.
+    model.compile(backend=backend)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=default_data_collator,
+        optimizers=(sylva_compile.AdamW(masks.parameters(), lr=options.lr), None),
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    sylva_compile.save_adapter(model, options.out)
+
+    report = backend.report()
+    trained = sum(parameter.numel() for parameter in masks.parameters())
+    print(f"{report.rewritten} of {len(report)} weight gradients rewritten, {trained:,} elements trained.")
+    for when, loss in (("before", before), ("after", after)):
+        print(f"held-out loss {when}: {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}")
+    print(f"adapter: {options.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fine-tune as the command line says; `argv` replaces it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="folder with a causal language model and tokenizer")
+    add("--data", type=Path, required=True, metavar="FILE", help="text, CSV or TSV file")
+    add("--column", help="column of a CSV or TSV file")
+    add("--out", type=Path, default=Path("out/adapter"), help="folder for the adapter (%(default)s)")
+    add("--sparsity", type=float, default=0.98, help="share of each weight's blocks that stays frozen (%(default)s)")
+    add("--block-size", type=int, default=64, help="%(default)s")
+    add("--method", default="sylva", choices=["sylva", "kfac", "fisher", "magnitude", "random"], help="%(default)s")
+    add("--scope", default="all-linear", help="all-linear, or a regular expression for module names (%(default)s)")
+    add("--num-samples", type=int, default=256, help="sequences to choose the blocks by (%(default)s)")
+    add("--epochs", type=float, default=1.0, help="%(default)s")
+    add("--steps", type=int, default=-1, help="stop after so many steps, whatever --epochs says")
+    add("--lr", type=float, default=2e-4, help="%(default)s")
+    add("--batch-size", type=int, default=8, help="%(default)s")
+    add("--max-length", type=int, default=256, help="tokens in a sequence (%(default)s)")
+    add("--bf16", action="store_true", help="frozen weights in bfloat16; the trained blocks stay float32")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    add("--inner", default="inductor", choices=["inductor", "aot_eager"], help="%(default)s; aot_eager for debugging")
+    add("--seed", type=int, default=0, help="%(default)s")
+    options = parser.parse_args(argv)
+    for name in ("batch_size", "max_length", "epochs"):
+        if getattr(options, name) <= 0:
+            raise SystemExit(f"error: --{name.replace('_', '-')} must be above 0.")
+    try:
+        run(options)
+    except (InputError, sylva_compile.SylvaError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
