@@ -21,6 +21,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
 
 from sylva_compile import embedding
@@ -155,7 +156,7 @@ class Backend:
             else:
                 compiled = compile_eagerly(gm, example_inputs, joint)
         self._check(joint.outcomes, example_inputs)
-        return self._follow(compiled, joint.outcomes, example_inputs)
+        return self._follow(compiled, joint.outcomes)
 
     def report(self) -> Report:
         """What became of every masked weight's gradient in the compiled graphs that have run so far."""
@@ -169,6 +170,7 @@ class Backend:
         for outcome in outcomes:
             if outcome.reason is None:
                 continue
+            # DistributedDataParallel's splitter compiles with fake examples, which nobody can tell apart.
             name = names.get(id(example_inputs[_input_index(outcome)]), "a weight")
             message = f"{name}: the weight gradient stays dense, {outcome.reason}."
             if self.on_miss == "error":
@@ -180,38 +182,41 @@ class Backend:
                     "%s Training is right but slower there; leave it out of the scope to silence this.", message
                 )
 
-    def _follow(
-        self, compiled: Callable[..., Any], outcomes: list[Outcome], example_inputs: Sequence[Any]
-    ) -> Callable[..., Any]:
+    def _follow(self, compiled: Callable[..., Any], outcomes: list[Outcome]) -> Callable[..., Any]:
         """Wrap `compiled` so that blocks and dense weights agree before it runs, and the report names what ran.
 
-        Version counters of a handful of tensors are compared on each call; masks and weights are found by identity
-        among the arguments, since a later call may be for another layer.
+        Version counters of a handful of tensors are compared on each call. Weights are found by identity among the
+        arguments of real calls, never among the examples: those may be fake, as are the calls with which
+        DistributedDataParallel's splitter looks for shapes, and a later call may be for another layer.
         """
-        weights = {id(site.weight) for site in embedding.iter_sites()}
-        where = [index for index, value in enumerate(example_inputs) if id(value) in weights]
-        if not where:
-            return compiled
         marked = [(outcome, _input_index(outcome)) for outcome in outcomes]
+        where: list[int] | None = None
         known: dict[tuple[int, ...], list[weakref.ref[embedding.Site]]] = {}
 
-        def first_run(args: tuple[Any, ...]) -> list[weakref.ref[embedding.Site]]:
+        def look(args: tuple[Any, ...]) -> list[embedding.Site]:
             by_weight = {id(site.weight): site for site in embedding.iter_sites()}
             by_positions = {id(site.layout.positions): site for site in embedding.iter_sites()}
             for outcome, index in marked:
                 site = by_positions.get(id(args[index]))
                 if site is not None:
                     self._note(site, outcome)
-            return [weakref.ref(by_weight[id(args[index])]) for index in where if id(args[index]) in by_weight]
+            return [by_weight[id(value)] for value in args if id(value) in by_weight]
 
         def run(*args: Any) -> Any:
-            key = tuple(id(args[index]) for index in where)
-            if key not in known:
-                known[key] = first_run(args)
-            for ref in known[key]:
-                site = ref()
-                if site is not None:
-                    site.sync()
+            nonlocal where
+            if where is None and not any(isinstance(value, FakeTensor) for value in args):
+                weights = {id(site.weight) for site in embedding.iter_sites()}
+                where = [index for index, value in enumerate(args) if id(value) in weights]
+            if where:
+                key = tuple(id(args[index]) for index in where)
+                followed = [ref() for ref in known.get(key, ())]
+                # A dead site means that its model is gone and another one's weight has taken its address.
+                if key not in known or None in followed:
+                    found = look(args)
+                    known[key], followed = [weakref.ref(site) for site in found], list(found)
+                for site in followed:
+                    if site is not None:
+                        site.sync()
             return compiled(*args)
 
         return run
