@@ -109,9 +109,8 @@ class TestReport:
         assert counters["stats"]["unique_graphs"] == 0
         assert "not compiled" in str(backend.report()["0.weight"])
 
-
     def test_what_dynamo_cannot_trace_is_dense_and_right(self) -> None:
-        """T5 with checkpointing marks a bias as trainable inside of a checkpointed layer, so one layer runs uncompiled."""
+        """T5 marks a bias as trainable inside of a checkpointed layer, so that layer runs uncompiled."""
         case = tiny("t5")
         reference = copy.deepcopy(case.model)
         masks = sylva_compile.trace_and_mask(case.model, method="random", sparsity=0.7, block_size=8)

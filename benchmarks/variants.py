@@ -1,0 +1,109 @@
+"""The same small Llama, trained in the ways that the benchmarks compare."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sylva_compile
+
+VARIANTS = ("frozen", "sylva", "lora", "lora eager", "full")
+
+
+@dataclass
+class Variant:
+    """A model ready to step.
+
+    Attributes:
+        name: one of VARIANTS.
+        model: the module that holds the parameters.
+        loss: runs the forward pass.
+        trained: what requires grad; empty for the frozen floor.
+        inputs: embeddings `[B, S, hidden]`; the frozen floor needs their gradient, so that its backward pass goes all
+            the way down, as it must for any method that trains the lowest layer.
+    """
+
+    name: str
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    trained: list[nn.Parameter]
+    inputs: Tensor
+
+    def gradients(self) -> list[Tensor]:
+        """What a backward pass has to leave behind; AssertionError where a gradient is missing or all are zero."""
+        found = [t.grad for t in (self.trained or [self.inputs]) if t.grad is not None]
+        assert len(found) == len(self.trained or [self.inputs]), f"{self.name}: a gradient is missing"
+        assert any(bool(gradient.abs().max() > 0) for gradient in found), f"{self.name}: every gradient is zero"
+        return found
+
+
+def llama(hidden: int, mlp: int, layers: int) -> LlamaForCausalLM:
+    """A randomly initialised Llama with heads of 64."""
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=1024,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def variants(
+    base: LlamaForCausalLM,
+    ids: Tensor,
+    *,
+    block_size: int,
+    sparsity: float,
+    inner: str,
+    names: tuple[str, ...] = VARIANTS,
+) -> Iterator[Variant]:
+    """Each variant of `base`, compiled, on the batch `ids [B, S]`.
+
+    LoRA gets as many trainable parameters as ours, up to one rank. Ours must have every weight gradient sampled once it
+    has run; the benchmarks assert that through `on_miss="error"`.
+    """
+    embeddings = base.get_input_embeddings()(ids).detach()
+    plain: Any = "inductor" if inner == "inductor" else "aot_eager"
+    budget = 0
+
+    def ready(name: str, model: nn.Module, backend: Any) -> Variant:
+        inputs = embeddings.clone().requires_grad_(name == "frozen")
+        run: Any = model if backend is None else torch.compile(model, backend=backend)
+
+        def loss() -> Tensor:
+            value: Tensor = run(inputs_embeds=inputs, labels=ids).loss
+            return value
+
+        return Variant(name, model, loss, [p for p in model.parameters() if p.requires_grad], inputs)
+
+    ours = copy.deepcopy(base).requires_grad_(False)
+    masks = sylva_compile.trace_and_mask(ours, method="random", sparsity=sparsity, block_size=block_size)
+    budget = sum(mask.trainable for mask in masks.values())
+    per_rank = sum(sum(module.weight.shape) for n, module in base.named_modules() if f"{n}.weight" in masks)
+    for name in names:
+        if name == "frozen":
+            yield ready(name, copy.deepcopy(base).requires_grad_(False), plain)
+        elif name == "sylva":
+            yield ready(name, ours, sylva_compile.backend(masks, inner=inner, on_miss="error"))  # type: ignore[arg-type]
+        elif name in ("lora", "lora eager"):
+            config = peft.LoraConfig(r=max(1, round(budget / per_rank)), target_modules="all-linear", lora_dropout=0.0)
+            model = peft.get_peft_model(copy.deepcopy(base), config)
+            yield ready(name, model, plain if name == "lora" else None)
+        elif name == "full":
+            full = copy.deepcopy(base).requires_grad_(False)
+            for weight in masks:
+                full.get_parameter(weight).requires_grad_(True)
+            yield ready(name, full, plain)
+
+
+def assert_losses_agree(losses: list[float]) -> None:
+    """All variants start from the same weights, so their first losses must be equal up to rounding."""
+    assert max(losses) - min(losses) < 1e-3 * abs(losses[0]), f"losses differ: {losses}"
