@@ -6,6 +6,7 @@ last and renamed into place, so that at every moment the directory holds a whole
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,10 @@ from sylva_compile.errors import AdapterError, SylvaError
 from sylva_compile.files import write_file
 from sylva_compile.fingerprint import checksum
 from sylva_compile.masks import BlockMask, Masks
-from sylva_compile.scope import unwrap
+from sylva_compile.scope import named_weights, plain_name, unwrap
+from sylva_compile.site import Site
+
+log = logging.getLogger(__name__)
 
 CONFIG_NAME = "sylva_adapter.json"
 _FORMAT = "sylva-adapter-1"
@@ -58,6 +62,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
                 f"{name}: blocks and dense weight differ, so something wrote past autograd (`.data`, a raw pointer); "
                 "write the blocks instead, or change the weight under torch.no_grad()."
             )
+        if not site.base_known:
+            raise AdapterError(
+                f"{name} was changed in place since its blocks were embedded, so nobody could load this adapter onto "
+                "its base; load the base's state dict before training, or save the whole model."
+            )
         tensors[f"{name}/blocks"] = blocks.cpu().contiguous()
         tensors[f"{name}/positions"] = torch.stack([site.mask.rows, site.mask.cols]).to(torch.int32)
         weights[name] = {
@@ -70,6 +79,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
     extras = _extras(model, modules_to_save, set(sites))
     for name, parameter in extras.items():
         tensors[f"{name}/whole"] = parameter.detach().cpu().contiguous()
+    _warn_of_loss(model, sites, extras)
     content = serialize(tensors)
     digest = hashlib.sha256(content).hexdigest()
     name_on_disk = f"sylva_adapter-{digest[:12]}.safetensors"
@@ -112,7 +122,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
         },
         config={"adapter": str(directory)},
     )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = named_weights(model)
     _check_base(config, parameters, embedding.sites(model), directory)
     extras = {name: tensors[f"{name}/whole"] for name in config["modules_to_save"]}
     for name, value in extras.items():
@@ -127,6 +137,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
             site.blocks.copy_(tensors[f"{name}/blocks"])
             site.write()
         replaced = model.__dict__.setdefault(_REPLACED, {})
+        for name in replaced.keys() - extras.keys():
+            # The adapter that was loaded before replaced this one; this adapter was trained beside the base's.
+            parameters[name].copy_(replaced.pop(name))
         for name, value in extras.items():
             replaced.setdefault(name, parameters[name].detach().to("cpu", copy=True))
             parameters[name].copy_(value)
@@ -149,7 +162,7 @@ def unload_adapter(model: nn.Module) -> None:
     embedding.unembed(model, restore=True)
     with torch.no_grad():
         for name, value in model.__dict__.pop(_REPLACED, {}).items():
-            model.get_parameter(name).copy_(value)
+            named_weights(model)[name].copy_(value)
 
 
 def _extras(model: nn.Module, endings: Sequence[str], masked: set[str]) -> dict[str, nn.Parameter]:
@@ -162,10 +175,23 @@ def _extras(model: nn.Module, endings: Sequence[str], masked: set[str]) -> dict[
             raise AdapterError(f"modules_to_save names {ending!r}, which no module ends in; see model.named_modules().")
         for module in found:
             for name, parameter in model.get_submodule(module).named_parameters():
-                full = f"{module}.{name}" if module else name
+                full = plain_name(f"{module}.{name}" if module else name)
                 if full not in masked and not full.endswith(embedding.SUFFIX):
                     extras[full] = parameter
     return extras
+
+
+def _warn_of_loss(model: nn.Module, sites: Mapping[str, Site], extras: Mapping[str, nn.Parameter]) -> None:
+    kept = {id(parameter) for site in sites.values() for parameter in (site.blocks, site.weight)}
+    kept |= {id(parameter) for parameter in extras.values()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    if lost:
+        log.warning(
+            "%d trainable parameters outside of the blocks are not in this adapter, %s first; freeze them, or name "
+            "their modules in modules_to_save.",
+            len(lost),
+            lost[0],
+        )
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -193,7 +219,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _check_base(
     config: Mapping[str, Any],
     parameters: Mapping[str, nn.Parameter],
-    sites: Mapping[str, embedding.Site],
+    sites: Mapping[str, Site],
     directory: Path,
 ) -> None:
     for name, entry in config["weights"].items():

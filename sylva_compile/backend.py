@@ -30,6 +30,7 @@ from sylva_compile.errors import ArgumentError, RewriteError
 from sylva_compile.masks import Masks
 from sylva_compile.passes.runner import run_passes
 from sylva_compile.passes.sample_weight_gradients import Outcome, sample_weight_gradients_pass
+from sylva_compile.site import Site, iter_sites
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class Backend:
             masks.embed()
         self.masks, self.inner, self.on_miss = masks, inner, on_miss
         self.__name__ = "sylva"
-        self._found: weakref.WeakKeyDictionary[embedding.Site, WeightReport] = weakref.WeakKeyDictionary()
+        self._found: weakref.WeakKeyDictionary[Site, WeightReport] = weakref.WeakKeyDictionary()
 
     def __call__(
         self,
@@ -161,12 +162,12 @@ class Backend:
     def report(self) -> Report:
         """What became of every masked weight's gradient in the compiled graphs that have run so far."""
         model = self.masks.model if self.masks is not None else None
-        alive = embedding.iter_sites()
+        alive = iter_sites()
         known = embedding.sites(model) if model is not None else {site.name: site for site in alive}
         return Report({name: self._found.get(site, WeightReport()) for name, site in known.items()})
 
     def _check(self, outcomes: list[Outcome], example_inputs: Sequence[Any]) -> None:
-        names = {id(site.layout.positions): site.name for site in embedding.iter_sites()}
+        names = {id(site.layout.positions): site.name for site in iter_sites()}
         for outcome in outcomes:
             if outcome.reason is None:
                 continue
@@ -191,11 +192,11 @@ class Backend:
         """
         marked = [(outcome, _input_index(outcome)) for outcome in outcomes]
         where: list[int] | None = None
-        known: dict[tuple[int, ...], list[weakref.ref[embedding.Site]]] = {}
+        known: dict[tuple[int, ...], list[weakref.ref[Site]]] = {}
 
-        def look(args: tuple[Any, ...]) -> list[embedding.Site]:
-            by_weight = {id(site.weight): site for site in embedding.iter_sites()}
-            by_positions = {id(site.layout.positions): site for site in embedding.iter_sites()}
+        def look(args: tuple[Any, ...]) -> list[Site]:
+            by_weight = {id(site.weight): site for site in iter_sites()}
+            by_positions = {id(site.layout.positions): site for site in iter_sites()}
             for outcome, index in marked:
                 site = by_positions.get(id(args[index]))
                 if site is not None:
@@ -205,13 +206,13 @@ class Backend:
         def run(*args: Any) -> Any:
             nonlocal where
             if where is None and not any(isinstance(value, FakeTensor) for value in args):
-                weights = {id(site.weight) for site in embedding.iter_sites()}
+                weights = {id(site.weight) for site in iter_sites()}
                 where = [index for index, value in enumerate(args) if id(value) in weights]
             if where:
                 key = tuple(id(args[index]) for index in where)
                 followed = [ref() for ref in known.get(key, ())]
-                # A dead site means that its model is gone and another one's weight has taken its address.
-                if key not in known or None in followed:
+                # A site that is gone was unloaded, or its model died and another one's weight has taken its address.
+                if key not in known or not all(site is not None and site.embedded for site in followed):
                     found = look(args)
                     known[key], followed = [weakref.ref(site) for site in found], list(found)
                 for site in followed:
@@ -221,7 +222,7 @@ class Backend:
 
         return run
 
-    def _note(self, site: embedding.Site, outcome: Outcome) -> None:
+    def _note(self, site: Site, outcome: Outcome) -> None:
         before = self._found.get(site, WeightReport())
         self._found[site] = WeightReport(
             uses=before.uses + 1,

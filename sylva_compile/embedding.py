@@ -1,12 +1,6 @@
-"""Trainable blocks inside frozen weights: class-swapped modules, and the rule that keeps both halves one value.
+"""Trainable blocks inside frozen weights, by class-swapped modules. The rule they follow is in `sylva_compile.site`."""
 
-The invariant: a dense weight's blocks always equal its `<name>_blocks` parameter, rounded to the weight's dtype. The
-blocks are the masters: optimizers write them, and whatever changes them is followed by a write into the dense weight;
-whatever changes the dense weight (a loaded state dict, an edit in place) is followed by reading the blocks again.
-"""
-
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,41 +9,14 @@ from torch._dynamo.eval_frame import skip_code
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sylva_compile.errors import EmbeddingError
-from sylva_compile.kernels.blocks import BlockWriter, block_dtype, read_blocks
 from sylva_compile.kernels.gather_blocks import gather_blocks
-from sylva_compile.scope import input_axis, owners_of, unwrap
+from sylva_compile.scope import input_axis, named_weights, owners_of, plain_name, unwrap
+from sylva_compile.site import Site, after_step, before_step
 
 if TYPE_CHECKING:
     from sylva_compile.masks import BlockMask
 
 SUFFIX = "_blocks"
-
-
-class Layout:
-    """Where a weight's blocks sit, as the tensors that the compiled graph takes as inputs.
-
-    They are inputs and not constants of the graph, so that layers of one shape can share a compiled graph without ever
-    sharing a mask.
-    """
-
-    def __init__(self, mask: "BlockMask", axis: int, device: torch.device) -> None:
-        """Lay out `mask` on `device`; `axis` is the weight's input axis (1 for `nn.Linear`, 0 for Conv1D)."""
-        b = mask.block_size
-        positions = torch.stack([mask.rows, mask.cols])
-        used, renumbered = positions[axis].unique(return_inverse=True)
-        lines = (used[:, None] * b + torch.arange(b)).flatten()
-        narrow = positions.clone()
-        narrow[axis] = renumbered
-        self.block_size, self.input_axis = b, axis
-        self.positions = positions.to(device)
-        self.input_lines = lines[lines < mask.shape[axis]].to(device)
-        self.narrow_positions = narrow.to(device)
-
-    def to(self, device: torch.device) -> None:
-        """Move every index tensor to `device`, in place."""
-        self.positions = self.positions.to(device)
-        self.input_lines = self.input_lines.to(device)
-        self.narrow_positions = self.narrow_positions.to(device)
 
 
 class Embed(torch.autograd.Function):
@@ -79,124 +46,6 @@ class Embed(torch.autograd.Function):
         return None, blocks, None, None, None, None, None
 
 
-skip_code(Embed.forward.__code__)
-skip_code(Embed.backward.__code__)
-
-
-class Site:
-    """One embedded weight: the dense Parameter, its blocks, and what is needed to keep them equal and to undo them."""
-
-    def __init__(self, name: str, weight: nn.Parameter, mask: "BlockMask", axis: int) -> None:
-        """Read the blocks of `weight` at `mask`; nothing is changed yet."""
-        self.name = name
-        self.mask = mask
-        self.weight = weight
-        self.was_trainable = weight.requires_grad
-        self.layout = Layout(mask, axis, weight.device)
-        self.writer = BlockWriter(mask.shape, torch.stack([mask.rows, mask.cols]), mask.block_size).to(weight.device)
-        values = read_blocks(weight.detach(), self.layout.positions, mask.block_size)
-        self.base = values.to("cpu", copy=True)
-        """The blocks before training, in the weight's dtype, on the host; `unload_adapter` restores them."""
-        self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
-        self.remember()
-        _sites.add(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copied or unpickled site is alive too: its blocks are followed like any other's."""
-        self.__dict__.update(state)
-        self.remember()
-        _sites.add(self)
-
-    def remember(self) -> None:
-        """Note that weight and blocks agree now."""
-        self._versions = (self.weight._version, self.blocks._version)
-
-    def read(self) -> None:
-        """Take the blocks from the dense weight. Masters that still round to the dense value keep their low bits."""
-        with torch.no_grad():
-            dense = read_blocks(self.weight, self.layout.positions, self.mask.block_size)
-            unchanged = self.blocks.to(dense.dtype) == dense
-            self.blocks.copy_(torch.where(unchanged, self.blocks, dense.to(self.blocks.dtype)))
-        self.remember()
-
-    def write(self) -> None:
-        """Write the blocks, rounded, into the dense weight."""
-        self.writer.write(self.weight, self.blocks)
-        self.remember()
-
-    def sync(self) -> None:
-        """Repair the invariant after an edit in place that autograd's version counters have seen."""
-        weight_version, blocks_version = self._versions
-        if self.weight._version != weight_version:
-            self.read()
-        elif self.blocks._version != blocks_version:
-            self.write()
-
-    def agrees(self) -> bool:
-        """Whether the dense weight's blocks equal the rounded blocks, bit for bit (waits for the device)."""
-        dense = read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)
-        return bool(torch.equal(dense, self.inside(self.blocks.detach().to(dense.dtype))))
-
-    def base_weight(self) -> Tensor:
-        """A copy of the dense weight `[m, n]` with the blocks as they were before training."""
-        dense = self.weight.detach().clone()
-        self.writer.write(dense, self.base.to(dense.device))
-        return dense
-
-    def inside(self, blocks: Tensor) -> Tensor:
-        """`blocks [nnz, b, b]` with everything that reaches over the weight's edge set to zero."""
-        b, (m, n) = self.mask.block_size, self.mask.shape
-        if m % b == 0 and n % b == 0:
-            return blocks
-        lane = torch.arange(b, device=blocks.device)
-        rows, cols = self.layout.positions
-        row_inside = rows[:, None] * b + lane < m
-        col_inside = cols[:, None] * b + lane < n
-        return torch.where(row_inside[:, :, None] & col_inside[:, None, :], blocks, 0)
-
-    def rebind(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
-        """Follow the module's tensors to another device or dtype; `masters` are the blocks before the move."""
-        self.weight, self.blocks = weight, blocks
-        wide = block_dtype(weight.dtype)
-        if blocks.dtype != wide:
-            blocks.data = masters.to(device=blocks.device, dtype=wide)
-        if weight.device.type != "meta":
-            self.layout.to(weight.device)
-            self.writer.to(weight.device)
-            self.write()
-
-
-_sites: "weakref.WeakSet[Site]" = weakref.WeakSet()
-_classes: dict[tuple[type, tuple[str, ...]], type] = {}
-
-
-def sync_all() -> None:
-    """Repair the invariant of every embedded weight in the process; a few integer comparisons when nothing changed."""
-    for site in list(_sites):
-        site.sync()
-
-
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    sync_all()
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    # Not every optimizer moves the version counters (`p.data.add_`, raw pointers): what it holds is written regardless.
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for site in list(_sites):
-        if id(site.blocks) in stepped:
-            site.write()
-
-
-_hooks: list[Any] = []
-
-
-def _follow_optimizers() -> None:
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _hooks.append(register_optimizer_step_post_hook(_after_step))
-
-
 def _weight_property(attribute: str) -> property:
     def read(self: nn.Module) -> Tensor:
         weight, blocks = self._parameters[attribute], self._parameters[attribute + SUFFIX]
@@ -204,6 +53,10 @@ def _weight_property(attribute: str) -> property:
         site = self.__dict__["_sylva_sites"][attribute]
         eager = not torch.compiler.is_compiling()
         if eager:
+            if blocks is not site.blocks:
+                raise EmbeddingError(
+                    f"{site.name}{SUFFIX} was swapped (torch.func.functional_call?); swap the dense weight instead."
+                )
             site.sync()
         if not (torch.is_grad_enabled() and blocks.requires_grad):
             return weight
@@ -211,7 +64,8 @@ def _weight_property(attribute: str) -> property:
         tensors = (at.positions, at.input_lines, at.narrow_positions)
         value: Tensor = Embed.apply(weight, blocks, *tensors, at.block_size, at.input_axis)
         if eager:
-            # torch's own mark of a Parameter by another class: `model.get_parameter(name)` asks for one.
+            # torch's own mark of a Parameter by another class: `model.get_parameter(name)` asks for one. It is good for
+            # reading; what is to be written is the blocks, or this weight under torch.no_grad().
             value._is_param = True
         return value
 
@@ -221,33 +75,57 @@ def _weight_property(attribute: str) -> property:
     return property(read, doc=f"The dense `{attribute}`; its gradient flows to `{attribute}{SUFFIX}`.")
 
 
+skip_code(Embed.forward.__code__)
+skip_code(Embed.backward.__code__)
+
+
 class _Embedded:
     """What the generated subclasses share. `nn.Module`'s own methods follow in the order of resolution."""
 
     _sylva_sites: dict[str, Site]
+    _sylva_base: type
+
+    def _settle(self) -> None:
+        """Let blocks and dense weights agree before somebody looks at either."""
+        for site in self._sylva_sites.values():
+            site.sync()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         module: Any = self
+        self._settle()
         masters = {attribute: site.blocks.detach() for attribute, site in self._sylva_sites.items()}
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         for attribute, site in self._sylva_sites.items():
             parameters = module._parameters
-            site.rebind(parameters[attribute], parameters[attribute + SUFFIX], masters[attribute])
+            site.moved(parameters[attribute], parameters[attribute + SUFFIX], masters[attribute])
         return result
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
         site = self.__dict__.get("_sylva_sites", {}).get(name)
-        if site is not None and isinstance(value, nn.Parameter):
-            if value.shape != site.mask.shape:
-                found, wanted = tuple(value.shape), tuple(site.mask.shape)
-                raise EmbeddingError(
-                    f"{site.name}: shape {found} where {wanted} is embedded; unload the adapter first."
-                )
-            site.weight = value.requires_grad_(False)
-            site.read()
+        if site is None:
+            super().__setattr__(name, value)
+            return
+        found, wanted = tuple(getattr(value, "shape", ())), tuple(site.mask.shape)
+        if not isinstance(value, nn.Parameter) or found != wanted:
+            raise EmbeddingError(
+                f"{site.name} carries blocks and takes a Parameter of shape {wanted} only; unload the adapter first."
+            )
+        old = site.weight.detach().to(device=value.device, dtype=value.dtype, copy=True)
+        super().__setattr__(name, value)
+        site.weight = value.requires_grad_(False)
+        site.replaced(old)
+
+    def __delattr__(self, name: str) -> None:
+        site = self.__dict__.get("_sylva_sites", {}).get(name)
+        if site is not None:
+            raise EmbeddingError(f"{site.name} carries blocks and cannot be taken away; unload the adapter first.")
+        super().__delattr__(name)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise EmbeddingError("Blocks do not work under DataParallel; use DistributedDataParallel, a process a device.")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         for attribute in self._sylva_sites:
             destination.pop(prefix + attribute + SUFFIX, None)
@@ -255,18 +133,24 @@ class _Embedded:
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
     ) -> None:
+        self._settle()
+        loaded = [site for attribute, site in self._sylva_sites.items() if prefix + attribute in state_dict]
+        before = [(site.weight, site.weight.detach().clone()) for site in loaded]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *rest)  # type: ignore[misc]
-        for attribute, site in self._sylva_sites.items():
+        for attribute in self._sylva_sites:
             hidden = prefix + attribute + SUFFIX
             if hidden in missing_keys:
                 missing_keys.remove(hidden)
-            if prefix + attribute in state_dict:
-                site.read()
+        for site, (weight, old) in zip(loaded, before, strict=True):
+            # With assign=True the weight is another one by now, and __setattr__ has followed it.
+            if site.weight is weight:
+                site.replaced(old)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class has no importable name, so a pickle names the class it was made from.
         module: Any = self
-        return _rebuild, (type(self).__bases__[1], tuple(self._sylva_sites)), module.__getstate__()
+        self._settle()
+        return _rebuild, (self._sylva_base, tuple(self._sylva_sites)), module.__getstate__()
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]
@@ -274,11 +158,14 @@ class _Embedded:
         return ", ".join(filter(None, [text, *notes]))
 
 
+_classes: dict[tuple[type, tuple[str, ...]], type] = {}
+
+
 def _embedded_class(base: type, attributes: tuple[str, ...]) -> type:
     key = (base, attributes)
     if key not in _classes:
         members: dict[str, Any] = {attribute: _weight_property(attribute) for attribute in attributes}
-        members["__module__"] = __name__
+        members["__module__"], members["_sylva_base"] = __name__, base
         _classes[key] = type(f"Embedded{base.__name__}", (_Embedded, base), members)
     return _classes[key]
 
@@ -289,22 +176,13 @@ def _rebuild(base: type, attributes: tuple[str, ...]) -> nn.Module:
     return module
 
 
-def site_of(module: nn.Module, attribute: str) -> Site | None:
-    """The embedding of `module.<attribute>`, if it has one."""
-    sites: dict[str, Site] = module.__dict__.get("_sylva_sites", {})
-    return sites.get(attribute)
-
-
 def sites(model: nn.Module) -> dict[str, Site]:
-    """Every embedded weight of `model` by its full name."""
-    found: dict[str, Site] = {}
-    seen: set[int] = set()
-    for prefix, module in unwrap(model).named_modules():
+    """Every embedded weight of `model` by its full name; a shared one by the name that its mask has."""
+    names: dict[Site, list[str]] = {}
+    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
         for attribute, site in module.__dict__.get("_sylva_sites", {}).items():
-            if id(site) not in seen:
-                seen.add(id(site))
-                found[f"{prefix}.{attribute}" if prefix else attribute] = site
-    return found
+            names.setdefault(site, []).append(plain_name(f"{prefix}.{attribute}" if prefix else attribute))
+    return {site.name if site.name in found else found[0]: site for site, found in names.items()}
 
 
 def embed(model: nn.Module, masks: "Mapping[str, BlockMask]") -> None:
@@ -314,7 +192,7 @@ def embed(model: nn.Module, masks: "Mapping[str, BlockMask]") -> None:
     again does nothing.
 
     Raises:
-        EmbeddingError: the model already carries other masks.
+        EmbeddingError: the model already carries other masks, or a module cannot carry blocks; nothing is changed then.
     """
     model = unwrap(model)
     present = sites(model)
@@ -323,29 +201,53 @@ def embed(model: nn.Module, masks: "Mapping[str, BlockMask]") -> None:
             return
         raise EmbeddingError(
             f"The model already carries {len(present)} embedded weights with other masks; "
-            "call sylva_compile.unload_adapter(model) or unembed(model) before embedding these."
+            "call sylva_compile.unload_adapter(model) or merge_adapter(model) before embedding these."
         )
-    planned = [_plan(model, name, mask) for name, mask in masks.items()]
+    parameters = named_weights(model)
+    planned: list[tuple[Site, list[tuple[nn.Module, str]]]] = []
+    taken: dict[int, str] = {}
+    for name, mask in masks.items():
+        weight = parameters[name]
+        if id(weight) in taken:
+            raise EmbeddingError(f"{name} and {taken[id(weight)]} are one shared weight; give it one mask.")
+        taken[id(weight)] = name
+        planned.append(_plan(model, name, weight, mask))
     for site, owners in planned:
         for module, attribute in owners:
             _install(module, attribute, site)
         site.weight.requires_grad_(False)
+        # An optimizer that still holds the weight would go on applying a gradient from before, or decay it.
+        site.weight.grad = None
     _follow_optimizers()
 
 
-def _plan(model: nn.Module, name: str, mask: "BlockMask") -> tuple[Site, list[tuple[nn.Module, str]]]:
-    weight = model.get_parameter(name)
+def _plan(
+    model: nn.Module, name: str, weight: nn.Parameter, mask: "BlockMask"
+) -> tuple[Site, list[tuple[nn.Module, str]]]:
     owners = list(owners_of(model, weight))
-    axis = input_axis(owners[0][0])
-    return Site(name, weight, mask, axis), owners
+    for module, attribute in owners:
+        if hasattr(module, attribute + SUFFIX):
+            raise EmbeddingError(
+                f"{name}: its module has a {attribute + SUFFIX} of its own; leave it out of the scope."
+            )
+    return Site(name, weight, mask, input_axis(owners[0][0])), owners
 
 
 def _install(module: nn.Module, attribute: str, site: Site) -> None:
     held = module.__dict__.setdefault("_sylva_sites", {})
-    base = type(module).__bases__[1] if held else type(module)
+    base: type = getattr(type(module), "_sylva_base", type(module))
     held[attribute] = site
     module.register_parameter(attribute + SUFFIX, site.blocks)
     module.__class__ = _embedded_class(base, tuple(held))
+
+
+_hooks: list[Any] = []
+
+
+def _follow_optimizers() -> None:
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(before_step))
+        _hooks.append(register_optimizer_step_post_hook(after_step))
 
 
 def unembed(model: nn.Module, *, restore: bool = False) -> None:
@@ -354,25 +256,32 @@ def unembed(model: nn.Module, *, restore: bool = False) -> None:
     Args:
         model: an embedded model; one that is not embedded is left alone.
         restore: put the base weights back bit for bit; otherwise the trained values stay in the dense weights.
+
+    Raises:
+        EmbeddingError: a class was made from an embedded one since, or the base is not known; nothing is changed then.
     """
     model = unwrap(model)
-    for site in sites(model).values():
+    held = sites(model)
+    for module in model.modules():
+        if "_sylva_sites" in module.__dict__ and _Embedded not in type(module).__bases__:
+            raise EmbeddingError(
+                f"{type(module).__name__} was made from an embedded class (a parametrization?); remove that first."
+            )
+    for name, site in held.items():
+        site.sync()
+        if restore and not site.base_known:
+            raise EmbeddingError(
+                f"{name} was changed in place since its blocks were embedded, so its base is not known; "
+                "call merge_adapter(model) to keep the values, or load the base's state dict first."
+            )
+    for site in held.values():
         if restore:
-            site.writer.write(site.weight, site.base.to(site.weight.device))
-        else:
-            site.sync()
+            site.restore_base()
         site.weight.requires_grad_(site.was_trainable)
-        _sites.discard(site)
+        site.release()
     for module in list(model.modules()):
-        held = module.__dict__.get("_sylva_sites")
-        if held:
-            base = type(module).__bases__[1]
-            for attribute in held:
+        if isinstance(module, _Embedded):
+            for attribute in module._sylva_sites:
                 del module._parameters[attribute + SUFFIX]
-            module.__class__ = base
+            module.__class__ = module._sylva_base
             del module.__dict__["_sylva_sites"]
-
-
-def iter_sites() -> Iterator[Site]:
-    """Every embedded weight alive in the process."""
-    return iter(list(_sites))

@@ -17,7 +17,7 @@ from sylva_compile import embedding
 from sylva_compile.errors import ArgumentError, MaskError
 from sylva_compile.files import write_file
 from sylva_compile.kernels.blocks import grid_shape
-from sylva_compile.scope import check_weight, unwrap
+from sylva_compile.scope import check_weight, named_weights, unwrap
 
 _FORMAT = "sylva-masks-1"
 
@@ -36,6 +36,16 @@ class BlockMask:
     block_size: int
     rows: Tensor
     cols: Tensor
+
+    def __post_init__(self) -> None:
+        rows, cols = grid_shape(self.shape, self.block_size)
+        place = self.rows * cols + self.cols
+        inside = (self.rows >= 0) & (self.rows < rows) & (self.cols >= 0) & (self.cols < cols)
+        if not bool(inside.all()) or not bool((place[1:] > place[:-1]).all()):
+            raise MaskError(
+                f"Blocks of a mask of shape {self.shape} must lie in its {rows} x {cols} grid, sorted by row and "
+                "column, each once; make it with BlockMask.from_block_map."
+            )
 
     @classmethod
     def from_block_map(cls, block_map: Tensor, shape: tuple[int, int] | torch.Size, block_size: int) -> "BlockMask":
@@ -143,7 +153,7 @@ class Masks(Mapping[str, BlockMask]):
             MaskError: a name that the model lacks, or a map of another shape.
         """
         check_block_size(block_size)
-        parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
+        parameters = named_weights(model)
         missing = [name for name in block_maps if name not in parameters]
         if missing:
             raise MaskError(f"The model has no parameter {missing[0]!r}; name weights as in model.named_parameters().")
@@ -157,7 +167,7 @@ class Masks(Mapping[str, BlockMask]):
     def bind(self, model: nn.Module) -> None:
         """Bind to `model` after checking that every masked weight is there in its shape. Raises MaskError otherwise."""
         model = unwrap(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = named_weights(model)
         for name, mask in self.items():
             if name not in parameters:
                 raise MaskError(f"These masks name {name!r}, which this model lacks; make masks for this model.")
@@ -193,8 +203,17 @@ class Masks(Mapping[str, BlockMask]):
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable blocks `[nnz, b, b]` of the bound model, in the order of the masks; embeds them if need be."""
-        model = unwrap(self.embed())
-        return [model.get_parameter(name + embedding.SUFFIX) for name in self]
+        sites = embedding.sites(self.embed())
+        return [sites[name].blocks for name in self]
+
+    def write_through(self) -> None:
+        """Write the blocks into the dense weights now.
+
+        Needed only after a write that autograd does not see (`blocks.data`, a raw pointer): optimizer steps and edits
+        under `torch.no_grad()` are followed by themselves.
+        """
+        for site in embedding.sites(self._require_model()).values():
+            site.write()
 
     def summary(self) -> str:
         """A table: a line a weight, and the totals."""

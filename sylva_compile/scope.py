@@ -24,6 +24,16 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def plain_name(name: str) -> str:
+    """A module or parameter name without the steps that `torch.compile`'s wrapper puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by its plain name; shared ones under each of their names."""
+    return {plain_name(name): parameter for name, parameter in unwrap(model).named_parameters(remove_duplicate=False)}
+
+
 def input_axis(module: nn.Module) -> int:
     """The axis of the stored weight that the layer's inputs meet: 0 for GPT-2's transposed Conv1D, else 1."""
     return 0 if isinstance(module, Conv1D) else 1
@@ -55,7 +65,7 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     """
     model = unwrap(model)
     head = _output_head(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if scope == "all-linear":
         chosen = {name: module for name, module in layers.items() if module is not head}
     elif isinstance(scope, str):

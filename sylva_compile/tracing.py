@@ -258,6 +258,8 @@ def _observe(
 def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Evaluation mode, gradients for `weights` alone and no key-value cache inside; everything as before afterwards."""
     modes = {module: module.training for module in model.modules()}
+    # A model compiled in place would run its own graphs instead of ours.
+    compiled = {module: module._compiled_call_impl for module in modes if module._compiled_call_impl is not None}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
@@ -265,6 +267,8 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
     with torch.random.fork_rng(devices=list(devices)):
         try:
             model.eval()
+            for module in compiled:
+                module._compiled_call_impl = None
             for parameter in flags:
                 parameter.requires_grad_(False)
             for weight in weights:
@@ -277,6 +281,8 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
                 config.use_cache = use_cache  # type: ignore[union-attr]
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
+            for module, call in compiled.items():
+                module._compiled_call_impl = call
             for module, mode in modes.items():
                 module.training = mode
 

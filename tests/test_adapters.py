@@ -118,6 +118,28 @@ def test_switching_between_two(tmp_path: Path) -> None:
     assert torch.equal(base.body[2].weight, second.body[2].weight)
 
 
+def test_a_second_adapter_brings_back_the_head_of_the_base(tmp_path: Path) -> None:
+    base, model, _ = trained()
+    sylva_compile.save_adapter(model, tmp_path / "with", modules_to_save=["head"])
+    sylva_compile.save_adapter(model, tmp_path / "without")
+    fresh = copy.deepcopy(base)
+    sylva_compile.load_adapter(fresh, tmp_path / "with")
+    assert torch.equal(fresh.head.weight, model.head.weight)
+    sylva_compile.load_adapter(fresh, tmp_path / "without")
+    assert torch.equal(fresh.head.weight, base.head.weight)
+
+
+def test_what_an_adapter_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, model, _ = trained()
+    sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
+    assert "2 trainable parameters outside of the blocks are not in this adapter, body.0.bias first" in caplog.text
+    caplog.clear()
+    model.body[0].bias.requires_grad_(False)
+    model.body[2].bias.requires_grad_(False)
+    sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
+    assert not caplog.text
+
+
 class TestFiles:
     def test_hold_blocks_and_positions_and_nothing_else(self, tmp_path: Path) -> None:
         _, model, masks = trained()

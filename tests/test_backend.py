@@ -224,6 +224,23 @@ class TestRecompilation:
             sylva_compile.unload_adapter(model)
         assert torch.equal(model(x), reference(x))
 
+    def test_embedding_again_on_a_compiled_model_is_followed(self) -> None:
+        model = Wrapped()
+        x = torch.randn(5, 30)
+        for round_ in range(3):
+            torch.manual_seed(round_)
+            masks = random_masks(model, ["lin.weight"], 8, 0.5)
+            backend = sylva_compile.backend(masks, inner="aot_eager")
+            if round_ == 0:
+                model.compile(backend=backend)
+            model(x).square().sum().backward()
+            with torch.no_grad():
+                masks.parameters()[0].add_(1.0)
+            out = model(x)
+            assert_invariant(model, masks)
+            sylva_compile.merge_adapter(model)
+            torch.testing.assert_close(out, (x @ model.lin.weight.t() + model.lin.bias).relu())
+
     def test_a_fallen_back_model_is_right_after_unload(self) -> None:
         model = small()
         masks = random_masks(model, NAMES, 16, 0.4)

@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch.nn.utils import parametrize
 
 import sylva_compile
 from sylva_compile import Masks, embedding
-from sylva_compile.errors import EmbeddingError
+from sylva_compile.errors import AdapterError, EmbeddingError
+from sylva_compile.site import iter_sites
 
 NAMES = ["0.weight", "2.weight"]
 
@@ -329,11 +331,186 @@ class TestGradients:
         assert torch.equal(table.weight_blocks.grad, blocks_by_loops(counts, masks["weight"]))
 
 
+class TestPendingEdits:
+    """An edit that nobody has followed yet survives whatever comes next."""
+
+    @pytest.mark.parametrize("side", ["blocks", "dense"])
+    @pytest.mark.parametrize("then", ["to", "state_dict", "deepcopy", "torch.save", "merge", "forward", "step"])
+    def test_survive(self, side: str, then: str) -> None:
+        model, masks = small()
+        masks.embed()
+        mask = masks["0.weight"]
+        with torch.no_grad():
+            if side == "blocks":
+                model.get_parameter("0.weight_blocks").add_(1.0)
+                wanted = blocks_by_loops(model.get_parameter("0.weight_blocks")[:, :8, :8].new_ones(50, 40), mask)
+                wanted = wanted * model.get_parameter("0.weight_blocks")
+            else:
+                model[0]._parameters["weight"].mul_(2.0)
+                wanted = blocks_by_loops(model[0]._parameters["weight"], mask)
+            wanted = wanted.clone()
+        found = model
+        if then == "to":
+            model.to("cpu")
+        elif then == "state_dict":
+            found = nn.Sequential(nn.Linear(40, 50), nn.GELU(), nn.Linear(50, 30))
+            found.load_state_dict(model.state_dict())
+        elif then == "deepcopy":
+            found = copy.deepcopy(model)
+        elif then == "torch.save":
+            found = _through_torch_save(model)
+        elif then == "merge":
+            sylva_compile.merge_adapter(model)
+        elif then == "forward":
+            model(torch.randn(2, 40))
+        else:
+            step(model, torch.optim.SGD(masks.parameters(), lr=0.0))
+        assert torch.equal(blocks_by_loops(found[0]._parameters["weight"].detach(), mask), wanted)
+        if then not in ("state_dict", "merge"):
+            assert_invariant(found, masks)
+
+    def test_blocks_win_where_both_moved(self) -> None:
+        """A weight average moves both; the dense bfloat16 half alone would stay where it was."""
+        model, masks = small()
+        model.bfloat16()
+        masks.embed()
+        average = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+        )
+        start = average.module[0].weight_blocks.detach().clone()
+        average.update_parameters(model)
+        with torch.no_grad():
+            for blocks in masks.parameters():
+                blocks.add_(0.05)
+        for _ in range(200):
+            average.update_parameters(model)
+            average(torch.randn(2, 40, dtype=torch.bfloat16))
+        inside = blocks_by_loops(torch.ones(50, 40), masks["0.weight"]).bool()
+        moved = (average.module[0].weight_blocks.detach() - start)[inside].mean()
+        assert 0.008 < float(moved) < 0.01
+
+    def test_a_write_past_autograd_can_be_followed_by_hand(self) -> None:
+        model, masks = small()
+        for blocks in masks.parameters():
+            blocks.data.add_(1.0)
+        masks.write_through()
+        assert_invariant(model, masks)
+
+
+class TestBase:
+    def test_another_base_that_is_loaded_is_what_unload_restores(self) -> None:
+        model, masks = small()
+        masks.embed()
+        base = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
+        model.load_state_dict(base)
+        step(model, torch.optim.SGD(masks.parameters(), lr=1.0))
+        sylva_compile.unload_adapter(model)
+        assert all(torch.equal(model.state_dict()[name], base[name]) for name in NAMES)
+
+    def test_a_resumed_training_keeps_its_base(self) -> None:
+        model, masks = small()
+        base = {key: value.clone() for key, value in model.state_dict().items()}
+        masks.embed()
+        step(model, torch.optim.SGD(masks.parameters(), lr=1.0))
+        checkpoint = {key: value.clone() for key, value in model.state_dict().items()}
+        model.load_state_dict(checkpoint)
+        sylva_compile.unload_adapter(model)
+        assert all(torch.equal(model.state_dict()[name], base[name]) for name in NAMES)
+
+    def test_an_edited_base_is_not_restored_and_not_saved(self, tmp_path: Path) -> None:
+        model, masks = small()
+        masks.embed()
+        with torch.no_grad():
+            model[0]._parameters["weight"].mul_(2.0)
+        with pytest.raises(EmbeddingError, match="changed in place"):
+            sylva_compile.unload_adapter(model)
+        with pytest.raises(AdapterError, match="changed in place"):
+            sylva_compile.save_adapter(model, tmp_path / "adapter")
+        assert_invariant(model, masks)
+        sylva_compile.merge_adapter(model)
+
+
+class TestRefusals:
+    """What cannot be done is refused in one line, and changes nothing."""
+
+    def test_a_weight_of_another_shape_or_kind(self) -> None:
+        model, masks = small()
+        masks.embed()
+        held = model[0]._parameters["weight"]
+        for value in (nn.Parameter(torch.randn(16, 40)), None):
+            with pytest.raises(EmbeddingError, match=r"\(50, 40\) only"):
+                model[0].weight = value
+        with pytest.raises(EmbeddingError, match="unload"):
+            del model[0].weight
+        assert model[0]._parameters["weight"] is held
+
+    def test_unembedding_a_class_made_from_an_embedded_one(self) -> None:
+        model, masks = small()
+        masks.embed()
+        parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+        with pytest.raises(EmbeddingError, match="parametrization"):
+            sylva_compile.unload_adapter(model)
+        step(model, torch.optim.SGD(masks.parameters(), lr=1.0))
+        assert_invariant(model, masks)
+
+    def test_an_attribute_in_the_way(self) -> None:
+        model, masks = small()
+        model[2].weight_blocks = 3
+        with pytest.raises(EmbeddingError, match="of its own"):
+            masks.embed()
+        assert type(model[0]) is nn.Linear
+        assert model[0].weight.requires_grad
+
+    def test_one_shared_weight_under_two_names(self) -> None:
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        model[1].weight = model[0].weight
+        masks = random_masks(model, ["0.weight", "1.weight"], 8, 0.5)
+        with pytest.raises(EmbeddingError, match="one shared weight"):
+            masks.embed()
+        assert type(model[0]) is nn.Linear
+
+    def test_swapped_blocks(self) -> None:
+        model, masks = small()
+        masks.embed()
+        with pytest.raises(EmbeddingError, match="functional_call"):
+            torch.func.functional_call(model, {"0.weight_blocks": masks.parameters()[0] + 1}, (torch.randn(2, 40),))
+
+
+def test_a_gradient_from_before_does_not_move_the_frozen_part() -> None:
+    model, masks = small()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    model(torch.randn(2, 40)).sum().backward()
+    before = model[0].weight.detach().clone()
+    masks.embed()
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_the_second_name_of_a_shared_weight_may_carry_the_mask() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[1].weight = model[0].weight
+    masks = random_masks(model, ["1.weight"], 8, 0.5)
+    assert masks.parameters()[0] is model[1].weight_blocks
+    masks.embed()
+
+
+def test_layers_wrapped_by_torch_compile_keep_their_names(tmp_path: Path) -> None:
+    base = nn.Sequential(small()[0], small()[0])
+    model = copy.deepcopy(base)
+    masks = random_masks(model, ["0.2.weight", "1.0.weight"], 8, 0.5)
+    masks.embed()
+    for index in (0, 1):
+        model[index] = torch.compile(model[index], backend="eager")
+    assert len(masks.parameters()) == 2
+    sylva_compile.save_adapter(model, tmp_path)
+    assert list(sylva_compile.load_adapter(base, tmp_path)) == ["0.2.weight", "1.0.weight"]
+
+
 def test_sites_die_with_their_model() -> None:
     model, masks = small()
     masks.embed()
     alive = [weakref.ref(site) for site in embedding.sites(model).values()]
-    assert {ref() for ref in alive} <= set(embedding.iter_sites())
+    assert {ref() for ref in alive} <= set(iter_sites())
     del model
     gc.collect()
     assert [ref() for ref in alive] == [None, None]

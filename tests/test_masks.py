@@ -30,6 +30,11 @@ class TestBlockMask:
         assert dense[8, :8].all()
         assert int(dense.sum()) == mask.trainable == 8 * 4 + 8
 
+    @pytest.mark.parametrize(("rows", "cols"), [([0, 0], [1, 1]), ([1, 0], [0, 0]), ([0], [3]), ([-1], [0])])
+    def test_blocks_twice_out_of_order_or_outside_are_refused(self, rows: list[int], cols: list[int]) -> None:
+        with pytest.raises(MaskError, match="each once"):
+            BlockMask((16, 24), 8, torch.tensor(rows), torch.tensor(cols))
+
     def test_a_map_of_another_grid_is_refused(self) -> None:
         with pytest.raises(MaskError, match=r"make it \(2, 2\)"):
             BlockMask.from_block_map(torch.ones(1, 2).bool(), (9, 12), 8)

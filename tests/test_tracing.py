@@ -172,6 +172,13 @@ class TestLeftAsFound:
         assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
         assert type(model.lm_head) is nn.Linear
 
+    def test_a_model_that_was_compiled_in_place(self) -> None:
+        case = tiny("llama")
+        case.model.compile(backend="eager")
+        call = case.model._compiled_call_impl
+        assert len(sylva_compile.trace_and_mask(case.model, [case.batch], num_samples=4, **OPTIONS)) == 14
+        assert case.model._compiled_call_impl is call
+
     def test_an_error_in_the_middle_leaves_it_too(self) -> None:
         model = small().train()
         model[2].weight.requires_grad_(False)

@@ -1,0 +1,188 @@
+"""A `Site`: one embedded weight, its trainable blocks, and the rule that keeps both one value.
+
+The invariant: a dense weight's blocks always equal its `<name>_blocks` parameter, rounded to the weight's dtype. The
+blocks are the masters.
+
+| what changed since the two agreed         | what happens                                                            |
+| ----------------------------------------- | ----------------------------------------------------------------------- |
+| blocks (an optimizer, an edit in place)   | written into the dense weight                                           |
+| the dense weight, in place                | blocks are read; the base is not known any more                         |
+| both                                      | blocks win: they hold more bits                                         |
+| the dense weight, by loading or assigning | blocks are read; one that differs outside of the blocks is a new base   |
+
+`sync` applies the table, before anything looks at either: forward passes, steps, moves, copies, state dicts.
+"""
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sylva_compile.kernels.blocks import BlockWriter, block_dtype, read_blocks
+
+if TYPE_CHECKING:
+    from sylva_compile.masks import BlockMask
+
+
+class Layout:
+    """Where a weight's blocks sit, as the tensors that the compiled graph takes as inputs.
+
+    They are inputs and not constants of the graph, so that layers of one shape can share a compiled graph without ever
+    sharing a mask.
+    """
+
+    def __init__(self, mask: "BlockMask", axis: int, device: torch.device) -> None:
+        """Lay out `mask` on `device`; `axis` is the weight's input axis (1 for `nn.Linear`, 0 for Conv1D)."""
+        b = mask.block_size
+        positions = torch.stack([mask.rows, mask.cols])
+        used, renumbered = positions[axis].unique(return_inverse=True)
+        lines = (used[:, None] * b + torch.arange(b)).flatten()
+        narrow = positions.clone()
+        narrow[axis] = renumbered
+        self.block_size, self.input_axis = b, axis
+        self.positions = positions.to(device)
+        self.input_lines = lines[lines < mask.shape[axis]].to(device)
+        self.narrow_positions = narrow.to(device)
+
+    def to(self, device: torch.device) -> None:
+        """Move every index tensor to `device`, in place."""
+        self.positions = self.positions.to(device)
+        self.input_lines = self.input_lines.to(device)
+        self.narrow_positions = self.narrow_positions.to(device)
+
+
+class Site:
+    """One embedded weight: the dense Parameter, its blocks, and what is needed to keep them equal and to undo them."""
+
+    def __init__(self, name: str, weight: nn.Parameter, mask: "BlockMask", axis: int) -> None:
+        """Read the blocks of `weight` at `mask`; nothing is changed yet."""
+        self.name = name
+        self.mask = mask
+        self.weight = weight
+        self.was_trainable = weight.requires_grad
+        self.layout = Layout(mask, axis, weight.device)
+        self.writer = BlockWriter(mask.shape, torch.stack([mask.rows, mask.cols]), mask.block_size).to(weight.device)
+        values = self._dense_blocks()
+        self.base = values.to("cpu", copy=True)
+        """The blocks before training, in the weight's dtype, on the host; `unload_adapter` restores them."""
+        self.base_known = True
+        self.embedded = True
+        self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
+        self._remember()
+        _alive.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled site is alive too: its blocks are followed like any other's."""
+        self.__dict__.update(state)
+        self._remember()
+        _alive.add(self)
+
+    def sync(self) -> None:
+        """Repair the invariant after an edit in place that autograd's version counters have seen."""
+        weight_version, blocks_version = self._versions
+        if self.blocks._version != blocks_version:
+            self.write()
+        elif self.weight._version != weight_version:
+            self.base_known = False
+            self.read()
+
+    def read(self) -> None:
+        """Take the blocks from the dense weight. Masters that still round to the dense value keep their low bits."""
+        with torch.no_grad():
+            dense = self._dense_blocks()
+            unchanged = self.blocks.to(dense.dtype) == dense
+            self.blocks.copy_(torch.where(unchanged, self.blocks, dense.to(self.blocks.dtype)))
+        self._remember()
+
+    def write(self) -> None:
+        """Write the blocks, rounded, into the dense weight."""
+        self.writer.write(self.weight, self.blocks)
+        self._remember()
+
+    def replaced(self, old: Tensor) -> None:
+        """Follow a dense weight that was loaded or assigned; `old [m, n]` is a copy of what was there before.
+
+        A weight that differs outside of the blocks is another base: what it holds in the blocks is what
+        `unload_adapter` restores from now on. One that is the same there is a resumed training of this base.
+        """
+        new, nothing = self.weight.detach().clone(), torch.zeros_like(self.blocks)
+        self.writer.write(new, nothing)
+        self.writer.write(old, nothing)
+        if not torch.equal(new, old):
+            self.base = self._dense_blocks().to("cpu", copy=True)
+            self.base_known = True
+        self.read()
+
+    def moved(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
+        """Follow the module's tensors to another device or dtype; `masters` are the blocks before the move."""
+        self.weight, self.blocks = weight, blocks
+        wide = block_dtype(weight.dtype)
+        if blocks.dtype != wide:
+            blocks.data = masters.to(device=blocks.device, dtype=wide)
+        if weight.device.type != "meta":
+            self.layout.to(weight.device)
+            self.writer.to(weight.device)
+            self.write()
+
+    def agrees(self) -> bool:
+        """Whether the dense weight's blocks equal the rounded blocks, bit for bit (waits for the device)."""
+        dense = self._dense_blocks()
+        return bool(torch.equal(dense, self.inside(self.blocks.detach().to(dense.dtype))))
+
+    def base_weight(self) -> Tensor:
+        """A copy of the dense weight `[m, n]` with the blocks as they were before training."""
+        dense = self.weight.detach().clone()
+        self.writer.write(dense, self.base.to(dense.device))
+        return dense
+
+    def restore_base(self) -> None:
+        """Write the blocks from before training into the dense weight."""
+        self.writer.write(self.weight, self.base.to(self.weight.device))
+
+    def release(self) -> None:
+        """Stop following: the blocks are about to go."""
+        self.embedded = False
+        _alive.discard(self)
+
+    def inside(self, blocks: Tensor) -> Tensor:
+        """`blocks [nnz, b, b]` with everything that reaches over the weight's edge set to zero."""
+        b, (m, n) = self.mask.block_size, self.mask.shape
+        if m % b == 0 and n % b == 0:
+            return blocks
+        lane = torch.arange(b, device=blocks.device)
+        rows, cols = self.layout.positions
+        row_inside = rows[:, None] * b + lane < m
+        col_inside = cols[:, None] * b + lane < n
+        return torch.where(row_inside[:, :, None] & col_inside[:, None, :], blocks, 0)
+
+    def _dense_blocks(self) -> Tensor:
+        return read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)
+
+    def _remember(self) -> None:
+        """Note that weight and blocks agree now."""
+        self._versions = (self.weight._version, self.blocks._version)
+
+
+_alive: "weakref.WeakSet[Site]" = weakref.WeakSet()
+
+
+def iter_sites() -> Iterator[Site]:
+    """Every embedded weight alive in the process."""
+    return iter(list(_alive))
+
+
+def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Repair what was edited by hand before any optimizer's step; a few integer comparisons when nothing was."""
+    for site in iter_sites():
+        site.sync()
+
+
+def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Write what an optimizer has stepped into the dense weights."""
+    # Not every optimizer moves the version counters (`p.data.add_`, raw pointers): what it holds is written regardless.
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for site in iter_sites():
+        if id(site.blocks) in stepped:
+            site.write()
