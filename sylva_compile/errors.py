@@ -31,3 +31,7 @@ class RewriteError(SylvaError, RuntimeError):
 
 class AdapterError(SylvaError, RuntimeError):
     """An adapter cannot be written, read, or applied to this model."""
+
+
+class NativeCompilerError(SylvaError, RuntimeError):
+    """C++ code cannot be compiled on this machine."""
