@@ -5,7 +5,7 @@ from sylva_compile.backend import backend
 from sylva_compile.errors import SylvaError
 from sylva_compile.masks import BlockMask, Masks
 from sylva_compile.optim import AdamW
-from sylva_compile.tracing import trace_and_mask
+from sylva_compile.tracing import estimate, trace_and_mask
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "SylvaError",
     "__version__",
     "backend",
+    "estimate",
     "load_adapter",
     "merge_adapter",
     "save_adapter",

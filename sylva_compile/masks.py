@@ -1,9 +1,11 @@
 """`BlockMask`, the chosen blocks of one weight, and `Masks`, those of a model."""
 
+import hashlib
 import json
+import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ from torch import Tensor, nn
 from sylva_compile import embedding
 from sylva_compile.errors import ArgumentError, MaskError
 from sylva_compile.files import write_file
+from sylva_compile.fingerprint import checksum
 from sylva_compile.kernels.blocks import grid_shape
 from sylva_compile.scope import check_weight, named_weights, unwrap
+
+log = logging.getLogger(__name__)
 
 _FORMAT = "sylva-masks-1"
 
@@ -193,6 +198,8 @@ class Masks(Mapping[str, BlockMask]):
         """
         model = self._require_model() if model is None else model
         bound_before = self._model
+        if self._model is None or unwrap(model) is not self._model():
+            self._compare_base(unwrap(model))
         self.bind(model)
         try:
             embedding.embed(model, self)
@@ -269,6 +276,17 @@ class Masks(Mapping[str, BlockMask]):
                 raise
             raise MaskError(f"{path} is damaged or no mask file ({error}); make the masks again.") from error
 
+    def _compare_base(self, model: nn.Module) -> None:
+        """Log a warning if these masks were traced on other weights: they fit, but were not chosen for these."""
+        parameters = named_weights(model)
+        wanted = self.config.get("base")
+        if wanted is None or embedding.sites(model) or not all(name in parameters for name in self):
+            return
+        if base_fingerprint(parameters[name] for name in self) != wanted:
+            log.warning(
+                "These masks were chosen for other weights than this model's; trace again if that is no intent."
+            )
+
     def _require_model(self) -> nn.Module:
         model = self.model
         if model is None:
@@ -283,3 +301,8 @@ def check_block_fits(block_size: int, weights: Mapping[str, Tensor]) -> None:
         raise ArgumentError(
             f"block_size={block_size} is larger than every dimension in scope (at most {largest}); use a smaller one."
         )
+
+
+def base_fingerprint(weights: Iterable[Tensor]) -> str:
+    """16 hexadecimal digits that depend on every bit of `weights`, in this order."""
+    return hashlib.sha256("".join(map(checksum, weights)).encode()).hexdigest()[:16]

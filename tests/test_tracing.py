@@ -15,7 +15,7 @@ from trace_two_ranks import model_and_data
 
 import sylva_compile
 from sylva_compile import Masks
-from sylva_compile.curvature.kfac import DenseKfac
+from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.errors import ArgumentError, EmbeddingError, ScopeError, TraceError
 
 OPTIONS: dict[str, Any] = {"block_size": 8, "sparsity": 0.7, "progress": False}
@@ -37,13 +37,13 @@ class TestWhatIsSeen:
     def test_operands_multiply_to_the_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, data = small(), batches(1)
         seen: dict[tuple[int, int], Tensor] = {}
-        update = DenseKfac.update
+        update = Kfac.update
 
-        def record(self: DenseKfac, inputs: Tensor, gradients: Tensor) -> None:
+        def record(self: Kfac, inputs: Tensor, gradients: Tensor) -> None:
             seen[tuple(self.gradient.shape)] = gradients.t() @ inputs
             update(self, inputs, gradients)
 
-        monkeypatch.setattr(DenseKfac, "update", record)
+        monkeypatch.setattr(Kfac, "update", record)
         sylva_compile.trace_and_mask(model, data, method="kfac", loss_fn=regression, **OPTIONS)
         regression(model, data[0]).backward()
         for layer in (model[0], model[2]):

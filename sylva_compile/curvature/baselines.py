@@ -10,16 +10,17 @@ from sylva_compile.kernels.blocks import block_dtype, grid_shape
 class SquaredGradient(Curvature):
     """The empirical Fisher's diagonal: squares of the batches' gradients, summed over batches and over each block."""
 
-    def __init__(self, weight: Tensor, outputs: int, inputs: int) -> None:
-        """Sums `[m, n]` on the weight's device, in float32 or wider."""
-        self.squares = torch.zeros(outputs, inputs, dtype=block_dtype(weight.dtype), device=weight.device)
+    def __init__(self, weight: Tensor, outputs: int, inputs: int, *, device: torch.device | None = None) -> None:
+        """Sums `[m, n]` on `device`, the weight's if left out, in float32 or wider."""
+        dtype = block_dtype(weight.dtype)
+        self.squares = torch.zeros(outputs, inputs, dtype=dtype, device=device or weight.device)
 
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
         """Add a batch: one gradient `[m, n]`, squared."""
         dtype = self.squares.dtype
-        self.squares += (output_gradients.to(dtype).t() @ inputs.to(dtype)).square_()
+        self.squares += (output_gradients.to(dtype).t() @ inputs.to(dtype)).square_().to(self.squares.device)
 
-    def sums(self) -> list[Tensor]:
+    def state(self) -> list[Tensor]:
         """The squares."""
         return [self.squares]
 

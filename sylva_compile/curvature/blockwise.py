@@ -1,51 +1,64 @@
-"""The diagonal blocks of the Kronecker factors: all that the block gain reads, at memory `(m + n)·b + mn` a weight."""
+"""The diagonal blocks of the factors: all that the block gain reads, `d·b` numbers a factor.
+
+The gain of a block depends on the factors through these blocks alone, so the scores equal those of exact K-FAC.
+"""
+
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sylva_compile.curvature.base import Curvature, live_tokens
-from sylva_compile.curvature.importance import GAIN_DAMPING, gain_scores
-from sylva_compile.kernels.blocks import block_dtype
+from sylva_compile.curvature.factor import Covariance, Factor
 
 
-class BlockKfac(Curvature):
-    """The b x b diagonal blocks of A and G and the mean gradient Γ of one weight `[m, n]`.
+class BlockFactor(Factor):
+    """The b x b blocks on the diagonal of `Σ z zᵀ`, `[ceil(d/b), b, b]`, zero beyond d."""
 
-    The gain of a block depends on the factors through these blocks alone, so the scores equal those of `DenseKfac`.
-    """
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, *, block_size: int) -> None:
+        """Zero, of d = `size`."""
+        self.size = size
+        self.blocks = torch.zeros(-(-size // block_size), block_size, block_size, dtype=dtype, device=device)
 
-    def __init__(self, weight: Tensor, outputs: int, inputs: int, *, block_size: int, damping: float | None) -> None:
-        """Sums on the weight's device, in float32 or wider."""
-        dtype, device = block_dtype(weight.dtype), weight.device
-        self.block_size, self.damping = block_size, damping
-        self.a = torch.zeros(-(-inputs // block_size), block_size, block_size, dtype=dtype, device=device)
-        self.g = torch.zeros(-(-outputs // block_size), block_size, block_size, dtype=dtype, device=device)
-        self.gradient = torch.zeros(outputs, inputs, dtype=dtype, device=device)
-        self.tokens = torch.zeros((), dtype=torch.float64, device=weight.device)
+    def update(self, tokens: Tensor) -> None:
+        """Add the blocks of `Zᵀ Z` for Z `[T, d]`."""
+        count, b, _ = self.blocks.shape
+        lines = F.pad(tokens.to(self.blocks.dtype), (0, count * b - self.size))
+        groups = lines.unflatten(1, (count, b)).transpose(0, 1)
+        self.blocks.baddbmm_(groups.transpose(1, 2), groups)
 
-    def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Add a batch; tokens whose output gradient is zero are left out."""
-        gy = output_gradients.to(self.g.dtype)
-        live = live_tokens(gy)
-        x = inputs.to(self.a.dtype) * live
-        self._add(self.a, x)
-        self._add(self.g, gy)
-        self.gradient.addmm_(gy.t(), x)
-        self.tokens += live.sum()
+    def state(self) -> list[Tensor]:
+        """The blocks."""
+        return [self.blocks]
 
-    def _add(self, blocks: Tensor, lines: Tensor) -> None:
-        count, b, _ = blocks.shape
-        groups = F.pad(lines, (0, count * b - lines.shape[1])).unflatten(1, (count, b)).transpose(0, 1)
-        blocks.baddbmm_(groups.transpose(1, 2), groups)
+    def copy(self) -> Self:
+        """An independent factor of the same sum."""
+        blocks = self.blocks
+        twin = type(self)(self.size, blocks.dtype, blocks.device, block_size=blocks.shape[-1])
+        twin.blocks.copy_(blocks)
+        return twin
 
-    def sums(self) -> list[Tensor]:
-        """Blocks of A, blocks of G, Γ and the number of tokens, as sums."""
-        return [self.a, self.g, self.gradient, self.tokens]
+    def mean(self, scale: Tensor) -> "BlockCovariance":
+        """`scale · Σ z zᵀ` in float64."""
+        return BlockCovariance(self.blocks.double() * scale)
 
-    def block_scores(self, block_size: int) -> Tensor:
-        """The block gain; `block_size` must be the one that the factors were gathered for."""
-        assert block_size == self.block_size
-        tokens = self.tokens.clamp(min=1)
-        a, g, gradient = (total.double() / tokens for total in (self.a, self.g, self.gradient))
-        return gain_scores(gradient, a, g, GAIN_DAMPING if self.damping is None else self.damping).cpu()
+
+class BlockCovariance(Covariance):
+    """Of B `[d, d]`, the blocks on the diagonal; there is nothing else to read."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        """Of `blocks [ceil(d/b), b, b]`."""
+        self.blocks = blocks
+
+    def matmul(self, lines: Tensor) -> Tensor:
+        """Not to be had."""
+        raise NotImplementedError("diagonal blocks alone give no products; gather whole factors for this score")
+
+    def inverse_diagonal(self, damping: float) -> Tensor:
+        """Not to be had."""
+        raise NotImplementedError("diagonal blocks alone give no inverse; gather whole factors for this score")
+
+    def diagonal_blocks(self, block_size: int) -> Tensor:
+        """The blocks; `block_size` must be the one that they were gathered for."""
+        assert block_size == self.blocks.shape[-1]
+        return self.blocks

@@ -14,13 +14,13 @@ leaves its last slot empty. Empty slots are zero in leaves and bases, hence they
 inverses and solutions are exact for the real lines, and the empty ones are dropped on the way out.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sylva_compile.curvature.factor import Covariance
 from sylva_compile.curvature.hierarchy_inverse import HierarchyInverse
 
 
@@ -70,7 +70,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Hierarchy:
+class Hierarchy(Covariance):
     """Symmetric B [*, d, d]; leading dimensions `*`, if any, are several factors of one shape.
 
     Attributes:
@@ -97,19 +97,6 @@ class Hierarchy:
             bases.append(torch.stack([u[..., :rank], vt.mT[..., :rank]], dim=-3))
             values.append(lam[..., :rank])
         return cls(layout, _diagonal_tiles(whole, layout.leaves).contiguous(), bases, values)
-
-    @staticmethod
-    def estimate_bytes(size: int, depth: int, rank: int, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of a hierarchy of one factor of `size` lines."""
-        layout = Layout(size, depth)
-        ranks = [min(rank, layout.half(level)) for level in range(depth)]
-        numbers = layout.slots * layout.leaf_size + sum(r * (layout.slots + 2**level) for level, r in enumerate(ranks))
-        return int(numbers * dtype.itemsize)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(tensor.nbytes for tensor in (self.leaves, *self.bases, *self.values))
 
     def scaled(self, factor: Tensor, dtype: torch.dtype) -> "Hierarchy":
         """`factor · B` in `dtype`; `factor` is a scalar tensor, or `[*]`."""
@@ -178,8 +165,3 @@ def _diagonal_tiles(matrix: Tensor, count: int) -> Tensor:
     tiles = matrix.unflatten(-1, (count, size)).unflatten(-3, (count, size))
     diagonal: Tensor = tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
     return diagonal
-
-
-def dense_bytes(size: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of a dense factor of `size` lines."""
-    return math.prod((size, size, dtype.itemsize))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_gather_object, get_world_size
 
-from sylva_compile.curvature.online import OnlineHierarchy
+from sylva_compile.curvature.factor import Factor, NewFactor
 from sylva_compile.errors import TraceError
 
 
@@ -45,13 +45,13 @@ class _Shown:
 
 
 class InputFactors:
-    """The input factors of many weights, called readers here, each an `OnlineHierarchy`; equal ones exist once."""
+    """The input factors of many weights, called readers here; equal ones exist once."""
 
-    def __init__(self, depth: int, rank: int) -> None:
-        """K and r of all factors."""
-        self.depth, self.rank = depth, rank
+    def __init__(self, new_factor: NewFactor) -> None:
+        """No readers yet; `new_factor` makes their factors."""
+        self._new_factor = new_factor
         self._readers: dict[str, tuple[int, torch.dtype, torch.device]] = {}
-        self._factors: dict[str, OnlineHierarchy] = {}
+        self._factors: dict[str, Factor] = {}
         self._shown: list[_Shown] = []
 
     def register(self, reader: str, size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -79,7 +79,7 @@ class InputFactors:
         for one in shown:
             self._apply(one)
 
-    def factor(self, reader: str) -> OnlineHierarchy:
+    def factor(self, reader: str) -> Factor:
         """The reader's factor, a sum over tokens; to be read, not changed."""
         self.end_batch()
         if reader not in self._factors:
@@ -92,11 +92,20 @@ class InputFactors:
         self._factors.pop(reader, None)
 
     def groups(self) -> list[list[str]]:
-        """Readers by the factor they share, in order of registration."""
+        """Readers by the factor they share, in order of registration; without those that have shown nothing yet."""
+        self.end_batch()
         found: dict[int, list[str]] = {}
         for reader in self._readers:
-            found.setdefault(id(self.factor(reader)), []).append(reader)
+            if reader in self._factors:
+                found.setdefault(id(self._factors[reader]), []).append(reader)
         return list(found.values())
+
+    def regroup(self, groups: list[list[str]]) -> None:
+        """Start again from zero, with these groups of readers sharing a factor each."""
+        self._shown.clear()
+        self._factors.clear()
+        for readers in groups:
+            self._own(readers)
 
     @property
     def nbytes(self) -> int:
@@ -108,20 +117,21 @@ class InputFactors:
         mine = {reader: readers[0] for readers in self.groups() for reader in readers}
         everyone: list[dict[str, str]] = [{} for _ in range(get_world_size(group))]
         all_gather_object(everyone, mine, group=group)
-        apart: dict[tuple[str, ...], list[str]] = {}
+        apart: dict[tuple[str | None, ...], list[str]] = {}
         for reader in self._readers:
-            apart.setdefault(tuple(firsts[reader] for firsts in everyone), []).append(reader)
+            firsts = tuple(groups.get(reader) for groups in everyone)
+            if any(firsts):
+                apart.setdefault(firsts, []).append(reader)
         for readers in apart.values():
             self._own(readers).combine(group)
 
-    def _zero(self, reader: str) -> OnlineHierarchy:
-        size, dtype, device = self._readers[reader]
-        return OnlineHierarchy(size, self.depth, self.rank, dtype=dtype, device=device)
+    def _zero(self, reader: str) -> Factor:
+        return self._new_factor(*self._readers[reader])
 
-    def _sharers(self, factor: OnlineHierarchy) -> list[str]:
+    def _sharers(self, factor: Factor) -> list[str]:
         return [reader for reader, other in self._factors.items() if other is factor]
 
-    def _own(self, readers: list[str]) -> OnlineHierarchy:
+    def _own(self, readers: list[str]) -> Factor:
         """The factor of `readers`, who share one or have none yet; a copy if others share it too."""
         factor = self._factors.get(readers[0])
         if factor is None:

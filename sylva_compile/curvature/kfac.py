@@ -1,66 +1,108 @@
-"""Exact K-FAC: dense Kronecker factors. Memory `n² + m² + mn` a weight; it stays in the house as the oracle."""
+"""K-FAC: the curvature of a weight as a Kronecker product `G ⊗ A`, and the scores of its blocks."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
 
 from sylva_compile.curvature.base import Curvature, live_tokens
-from sylva_compile.curvature.importance import (
-    GAIN_DAMPING,
-    PAPER_DAMPING,
-    damped_cholesky,
-    diagonal_blocks,
-    gain_scores,
-    importance,
-    paper_scores,
-)
+from sylva_compile.curvature.factor import NewFactor
+from sylva_compile.curvature.importance import GAIN_DAMPING, PAPER_DAMPING, gain_scores, importance, paper_scores
+from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.kernels.blocks import block_dtype
 
+Score = Literal["gain", "paper"]
 
-class DenseKfac(Curvature):
-    """Dense `A = E[x xᵀ]`, `G = E[gy gyᵀ]` and mean gradient `Γ` of one weight `[m, n]`."""
 
-    def __init__(self, weight: Tensor, outputs: int, inputs: int, *, score: str, damping: float | None) -> None:
-        """Sums on the weight's device, in float32 or wider; `score` is `"gain"` or `"paper"`."""
+class Kfac(Curvature):
+    """`A = E[x xᵀ]`, `G = E[gy gyᵀ]` and the mean gradient Γ of one weight `[m, n]`.
+
+    Memory: mn numbers for Γ, and the factors: `m² + n²` numbers if they are dense, `(m + n)·b` if they are diagonal
+    blocks, `(m + n)·(s + 2rK)` if they are hierarchies with leaves of s lines.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        outputs: int,
+        inputs: int,
+        *,
+        new_factor: NewFactor,
+        score: Score,
+        damping: float | None,
+        shared: InputFactors | None = None,
+        reader: str = "",
+        gradient_device: torch.device | None = None,
+    ) -> None:
+        """Sums on the weight's device, in float32 or wider.
+
+        Args:
+            weight: gives dtype and device.
+            outputs: m.
+            inputs: n.
+            new_factor: makes A and G.
+            score: "gain" or "paper".
+            damping: fraction of a factor's mean diagonal; None: the score's own.
+            shared: where A is kept, for weights that may share it. The caller ends its batches and combines it over
+                ranks. None: A belongs to this weight alone.
+            reader: this weight's name in `shared`.
+            gradient_device: where Γ is kept; None: beside the weight.
+        """
         dtype, device = block_dtype(weight.dtype), weight.device
-        self.score, self.damping = score, damping
-        self.a = torch.zeros(inputs, inputs, dtype=dtype, device=device)
-        self.g = torch.zeros(outputs, outputs, dtype=dtype, device=device)
-        self.gradient = torch.zeros(outputs, inputs, dtype=dtype, device=device)
-        self.tokens = torch.zeros((), dtype=torch.float64, device=weight.device)
+        self.score, self.damping, self.reader = score, damping, reader
+        self._alone = shared is None
+        self.inputs = InputFactors(new_factor) if shared is None else shared
+        self.inputs.register(reader, inputs, dtype, device)
+        self.g = new_factor(outputs, dtype, device)
+        self.gradient = torch.zeros(outputs, inputs, dtype=dtype, device=gradient_device or device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
         """Add a batch; tokens whose output gradient is zero are left out."""
-        gy = output_gradients.to(self.g.dtype)
-        live = live_tokens(gy)
-        x = inputs.to(self.a.dtype) * live
-        self.a.addmm_(x.t(), x)
-        self.g.addmm_(gy.t(), gy)
-        self.gradient.addmm_(gy.t(), x)
+        live = live_tokens(output_gradients)
+        self.inputs.show(self.reader, inputs, live)
+        if self._alone:
+            self.inputs.end_batch()
+        x, gy = inputs, output_gradients
+        if not bool(live.all()):
+            x, gy = x[live], gy[live]
+        dtype = self.gradient.dtype
+        x, gy = x.to(dtype), gy.to(dtype)
+        self.g.update(gy)
+        if self.gradient.device == gy.device:
+            self.gradient.addmm_(gy.t(), x)
+        else:
+            self.gradient += (gy.t() @ x).to(self.gradient.device)
         self.tokens += live.sum()
 
-    def sums(self) -> list[Tensor]:
-        """A, G, Γ and the number of tokens, as sums."""
-        return [self.a, self.g, self.gradient, self.tokens]
+    def state(self) -> list[Tensor]:
+        """Γ, the number of tokens and G, as sums; A is kept by `inputs`."""
+        return [self.gradient, self.tokens, *self.g.state()]
+
+    def combine(self, group: ProcessGroup) -> None:
+        """Add up the statistics of all ranks of `group`; a shared A is combined by who holds it."""
+        for total in (self.gradient, self.tokens):
+            all_reduce(total, group=group)
+        self.g.combine(group)
+        if self._alone:
+            self.inputs.combine(group)
 
     def block_scores(self, block_size: int) -> Tensor:
         """See `sylva_compile.curvature.importance`."""
-        tokens = self.tokens.clamp(min=1)
-        a, g, gradient = (total.double() / tokens for total in (self.a, self.g, self.gradient))
+        scale = self.tokens.clamp(min=1).reciprocal()
+        a, g = self.inputs.factor(self.reader).mean(scale), self.g.mean(scale)
+        gradient = self.gradient.to(scale.device).double() * scale
         if self.score == "gain":
             damping = GAIN_DAMPING if self.damping is None else self.damping
-            blocks = (diagonal_blocks(a, block_size), diagonal_blocks(g, block_size))
+            blocks = (a.diagonal_blocks(block_size), g.diagonal_blocks(block_size))
             return gain_scores(gradient, *blocks, damping).cpu()
         damping = PAPER_DAMPING if self.damping is None else self.damping
         outputs, inputs = importance(
             gradient,
-            gradient @ a,
-            g @ gradient,
-            inverse_diagonal(a, damping),
-            inverse_diagonal(g, damping),
+            a.matmul(gradient.t()).t(),
+            g.matmul(gradient),
+            a.inverse_diagonal(damping),
+            g.inverse_diagonal(damping),
         )
         return paper_scores(outputs, inputs, block_size).cpu()
-
-
-def inverse_diagonal(factor: Tensor, damping: float) -> Tensor:
-    """`diag((B + λ I)⁻¹)` of a dense factor `[d, d]`, λ = `damping` times its mean diagonal, more if B needs it."""
-    return torch.cholesky_inverse(damped_cholesky(factor[None], factor.shape[0], damping)[0]).diagonal()

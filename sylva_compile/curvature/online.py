@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_gather, all_reduce, get_world_size
 
+from sylva_compile.curvature.factor import Factor
 from sylva_compile.curvature.hierarchy import Hierarchy, Layout
 
 OVERSAMPLING = 2
@@ -37,7 +38,7 @@ WHOLE_BLOCKS = 256
 nodes of such a level together take `d·h/2` numbers, as much as the leaves of a large layer."""
 
 
-class OnlineHierarchy:
+class OnlineHierarchy(Factor):
     """`Σ z zᵀ` over tokens z [d] as a hierarchy; leading dimensions `*`, if any, are several factors of one shape.
 
     All nodes of a level, of all factors, go through one batched call. The same updates in the same order give the same
@@ -156,15 +157,9 @@ class OnlineHierarchy:
         bases = [basis[..., : self.rank] * real.view(2**level, 2, -1, 1) for level, basis in enumerate(self.bases)]
         return Hierarchy(self.layout, self.leaves.clone(), bases, [lam[..., : self.rank] for lam in self.values])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held between batches."""
-        return sum(tensor.nbytes for tensor in (self.leaves, *self.bases, *self.values))
-
-    @staticmethod
-    def estimate_bytes(size: int, depth: int, rank: int, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes held between batches for one factor of `size` lines."""
-        return Hierarchy.estimate_bytes(size, depth, OVERSAMPLING * rank, dtype)
+    def mean(self, scale: Tensor) -> Hierarchy:
+        """`scale · Σ z zᵀ`, cut to rank r, in float64."""
+        return self.hierarchy().scaled(scale, torch.float64)
 
     def _mixing(self, count: int, tokens: int) -> Tensor:
         """`[count, T]`, standard normal; drawn on the CPU so that every device mixes alike."""

@@ -1,11 +1,14 @@
+import functools
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from sylva_compile.curvature.blockwise import BlockKfac
-from sylva_compile.curvature.kfac import DenseKfac
+from sylva_compile.curvature.blockwise import BlockFactor
+from sylva_compile.curvature.dense import DenseFactor
+from sylva_compile.curvature.kfac import Kfac
 
 
 def batch(m: int, n: int, tokens: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -17,8 +20,9 @@ def batch(m: int, n: int, tokens: int, seed: int, dtype: torch.dtype = torch.flo
     return x.to(dtype), gy.to(dtype)
 
 
-def blockwise(x: Tensor, gy: Tensor, b: int, damping: float | None = None) -> BlockKfac:
-    return BlockKfac(x, gy.shape[1], x.shape[1], block_size=b, damping=damping)
+def blockwise(x: Tensor, gy: Tensor, b: int, damping: float | None = None) -> Kfac:
+    new_factor = functools.partial(BlockFactor, block_size=b)
+    return Kfac(x, gy.shape[1], x.shape[1], new_factor=new_factor, score="gain", damping=damping)
 
 
 sizes = st.integers(1, 40)
@@ -37,7 +41,7 @@ def test_scores_equal_those_of_the_dense_factors(
     m: int, n: int, tokens: int, b: int, seed: int, damping: float | None
 ) -> None:
     x, gy = batch(m, n, tokens, seed)
-    blocks, dense = blockwise(x, gy, b, damping), DenseKfac(x, m, n, score="gain", damping=damping)
+    blocks, dense = blockwise(x, gy, b, damping), Kfac(x, m, n, new_factor=DenseFactor, score="gain", damping=damping)
     blocks.update(x, gy)
     dense.update(x, gy)
     torch.testing.assert_close(blocks.block_scores(b), dense.block_scores(b), rtol=1e-8, atol=1e-12)
@@ -85,7 +89,7 @@ def test_narrow_dtypes_are_summed_in_float32(dtype: torch.dtype) -> None:
     narrow, wide = blockwise(x, gy, 4), blockwise(x.double(), gy.double(), 4)
     narrow.update(x, gy)
     wide.update(x.double(), gy.double())
-    assert {total.dtype for total in narrow.sums()[:3]} == {torch.float32}
+    assert {total.dtype for total in (narrow.gradient, *narrow.g.state())} == {torch.float32}
     torch.testing.assert_close(narrow.block_scores(4), wide.block_scores(4), rtol=1e-3, atol=1e-9)
 
 
@@ -113,9 +117,24 @@ class TestNothingToSee:
 
 
 def test_memory_is_that_of_the_diagonal_blocks() -> None:
-    weight = torch.zeros(64, 128)
-    a, g, gradient, tokens = BlockKfac(weight, 64, 128, block_size=16, damping=None).sums()
-    assert [t.shape for t in (a, g, gradient, tokens)] == [(8, 16, 16), (4, 16, 16), (64, 128), ()]
+    meta = torch.device("meta")
+    assert [t.shape for t in BlockFactor(100, torch.float32, meta, block_size=16).state()] == [(7, 16, 16)]
+
+
+def test_a_copy_is_independent() -> None:
+    factor = BlockFactor(7, torch.float64, torch.device("cpu"), block_size=4)
+    factor.update(torch.ones(3, 7))
+    twin = factor.copy()
+    twin.update(torch.ones(1, 7))
+    assert float(factor.blocks[0, 0, 0]) == 3
+    assert float(twin.blocks[0, 0, 0]) == 4
+
+
+def test_what_diagonal_blocks_do_not_say_is_refused() -> None:
+    covariance = BlockFactor(7, torch.float64, torch.device("cpu"), block_size=4).mean(torch.tensor(1.0))
+    for wrong in (lambda: covariance.matmul(torch.ones(7, 1)), lambda: covariance.inverse_diagonal(0.1)):
+        with pytest.raises(NotImplementedError, match="whole factors"):
+            wrong()
 
 
 def test_scores_of_a_weight_stored_transposed_are_the_transposed_scores() -> None:

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from sylva_compile.curvature.kfac import DenseKfac, inverse_diagonal
+from sylva_compile.curvature.dense import DenseCovariance, DenseFactor
+from sylva_compile.curvature.kfac import Kfac, Score
 
 
 @dataclass
@@ -64,8 +65,9 @@ def draw_data(m: int, n: int, tokens: int, seed: int, dtype: torch.dtype = torch
     return Data(x.to(dtype), gy.to(dtype))
 
 
-def dense(data: Data, score: str, damping: float | None = None) -> DenseKfac:
-    return DenseKfac(data.x, data.gy.shape[1], data.x.shape[1], score=score, damping=damping)
+def dense(data: Data, score: Score, damping: float | None = None) -> Kfac:
+    m, n = data.gy.shape[1], data.x.shape[1]
+    return Kfac(data.x, m, n, new_factor=DenseFactor, score=score, damping=damping)
 
 
 sizes, tokens, blocks, seeds = st.integers(1, 18), st.integers(1, 30), st.integers(1, 8), st.integers(0, 10**6)
@@ -97,7 +99,7 @@ def test_paper_scores_are_equations_19_and_20(
 
 @pytest.mark.parametrize("score", ["gain", "paper"])
 class TestUpdates:
-    def test_two_batches_equal_one(self, score: str) -> None:
+    def test_two_batches_equal_one(self, score: Score) -> None:
         data = draw_data(6, 7, 20, 0)
         once, twice = dense(data, score), dense(data, score)
         once.update(data.x, data.gy)
@@ -105,7 +107,7 @@ class TestUpdates:
         twice.update(data.x[3:], data.gy[3:])
         torch.testing.assert_close(twice.block_scores(4), once.block_scores(4))
 
-    def test_dead_tokens_change_nothing(self, score: str) -> None:
+    def test_dead_tokens_change_nothing(self, score: Score) -> None:
         # Padding: large inputs whose output gradients are zero.
         data = draw_data(6, 7, 20, 0)
         padded = Data(data.x.clone(), data.gy.clone())
@@ -117,7 +119,7 @@ class TestUpdates:
         without.update(data.x[alive], data.gy[alive])
         torch.testing.assert_close(with_padding.block_scores(4), without.block_scores(4))
 
-    def test_strided_batches(self, score: str) -> None:
+    def test_strided_batches(self, score: Score) -> None:
         data = draw_data(6, 7, 20, 0)
         plain, strided = dense(data, score), dense(data, score)
         plain.update(data.x, data.gy)
@@ -125,17 +127,18 @@ class TestUpdates:
         torch.testing.assert_close(strided.block_scores(4), plain.block_scores(4))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-    def test_narrow_dtypes_are_summed_in_float32(self, score: str, dtype: torch.dtype) -> None:
+    def test_narrow_dtypes_are_summed_in_float32(self, score: Score, dtype: torch.dtype) -> None:
         narrow = draw_data(6, 7, 400, 0, dtype)
         wide = Data(narrow.x.double(), narrow.gy.double())
         found, expected = dense(narrow, score), dense(wide, score)
         found.update(narrow.x, narrow.gy)
         expected.update(wide.x, wide.gy)
-        assert {total.dtype for total in found.sums()[:3]} == {torch.float32}
+        sums = [found.gradient, *found.g.state(), *found.inputs.factor("").state()]
+        assert {total.dtype for total in sums} == {torch.float32}
         assert found.block_scores(4).dtype == torch.float64
         torch.testing.assert_close(found.block_scores(4), expected.block_scores(4), rtol=1e-3, atol=1e-9)
 
-    def test_scores_leave_the_sums_alone(self, score: str) -> None:
+    def test_scores_leave_the_sums_alone(self, score: Score) -> None:
         data = draw_data(6, 7, 20, 0)
         estimator = dense(data, score)
         estimator.update(data.x, data.gy)
@@ -147,27 +150,27 @@ class TestUpdates:
 class TestNothingToSee:
     """No data, or data that is zero: scores are zero, not NaN and not an error."""
 
-    def check_zero(self, estimator: DenseKfac) -> None:
+    def check_zero(self, estimator: Kfac) -> None:
         scores = estimator.block_scores(4)
         assert scores.shape == (2, 2)
         assert torch.equal(scores, torch.zeros_like(scores))
 
-    def test_no_update(self, score: str) -> None:
+    def test_no_update(self, score: Score) -> None:
         self.check_zero(dense(draw_data(6, 7, 1, 0), score))
 
-    def test_every_token_dead(self, score: str) -> None:
+    def test_every_token_dead(self, score: Score) -> None:
         data = draw_data(6, 7, 5, 0)
         estimator = dense(data, score)
         estimator.update(data.x, torch.zeros_like(data.gy))
         self.check_zero(estimator)
 
-    def test_inputs_all_zero(self, score: str) -> None:
+    def test_inputs_all_zero(self, score: Score) -> None:
         data = draw_data(6, 7, 5, 0)
         estimator = dense(data, score)
         estimator.update(torch.zeros_like(data.x), data.gy)
         self.check_zero(estimator)
 
-    def test_an_input_that_never_fires_scores_nothing(self, score: str) -> None:
+    def test_an_input_that_never_fires_scores_nothing(self, score: Score) -> None:
         data = draw_data(6, 7, 50, 0)
         data.x[:, 4:] = 0.0
         estimator = dense(data, score)
@@ -181,18 +184,19 @@ def test_inverse_diagonal_is_that_of_the_dense_inverse() -> None:
     data = draw_data(5, 9, 4, 0)
     a, _, _ = data.factors()
     damped = a + 0.1 * a.diagonal().mean() * torch.eye(9, dtype=torch.float64)
-    torch.testing.assert_close(inverse_diagonal(a, 0.1), torch.linalg.inv(damped).diagonal())
+    torch.testing.assert_close(DenseCovariance(a).inverse_diagonal(0.1), torch.linalg.inv(damped).diagonal())
 
 
 @pytest.mark.parametrize("score", ["gain", "paper"])
-def test_damping_below_the_rounding_of_the_sums_is_no_error(score: str) -> None:
+def test_damping_below_the_rounding_of_the_sums_is_no_error(score: Score) -> None:
     # One direction that all inputs share dwarfs the others; float32 sums then leave A indefinite by their rounding.
     generator = torch.Generator().manual_seed(0)
-    estimator = DenseKfac(torch.zeros(8, 128), 8, 128, score=score, damping=1e-6)
+    estimator = Kfac(torch.zeros(8, 128), 8, 128, new_factor=DenseFactor, score=score, damping=1e-6)
     for _ in range(20):
         x = 30 * torch.randn(64, 1, generator=generator) + 1e-3 * torch.randn(64, 128, generator=generator)
         estimator.update(x, torch.randn(64, 8, generator=generator))
-    assert float(torch.linalg.eigvalsh(estimator.a.double()).min()) < 0
+    (a,) = estimator.inputs.factor("").state()
+    assert float(torch.linalg.eigvalsh(a.double()).min()) < 0
     scores = estimator.block_scores(32)
     assert bool(torch.isfinite(scores).all())
     assert bool((scores >= 0).all())

@@ -125,8 +125,11 @@ class TestManyFactors:
         twin.update(tokens_of(20, 33, 2))
         assert not torch.equal(tree.leaves, twin.leaves)
 
-    def test_bytes_are_as_estimated(self) -> None:
-        assert OnlineHierarchy(100, 3, 4).nbytes == OnlineHierarchy.estimate_bytes(100, 3, 4)
+    def test_bytes_are_those_of_leaves_and_of_twice_the_rank(self) -> None:
+        # 8 leaves of 13 slots; each of three levels keeps U and V of 104 / 2 slots in all, and Λ of every node.
+        numbers = 8 * 13 * 13 + 3 * 8 * 104 + 8 * (1 + 2 + 4)
+        assert OnlineHierarchy(100, 3, 4).nbytes == 4 * numbers + 8
+        assert OnlineHierarchy(100, 3, 4, device="meta").nbytes == 4 * numbers + 8
 
 
 def off_diagonal_errors(exact: Tensor, approximate: Tensor, depth: int, rank: int) -> list[float]:

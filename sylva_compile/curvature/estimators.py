@@ -1,0 +1,129 @@
+"""One estimator for every weight that is traced, and the input factors that they share."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sylva_compile.curvature.base import Curvature
+from sylva_compile.curvature.baselines import SquaredGradient
+from sylva_compile.curvature.blockwise import BlockFactor
+from sylva_compile.curvature.dense import DenseFactor
+from sylva_compile.curvature.factor import NewFactor
+from sylva_compile.curvature.input_factors import InputFactors
+from sylva_compile.curvature.kfac import Kfac, Score
+from sylva_compile.curvature.online import OnlineHierarchy
+
+
+@dataclass(frozen=True)
+class EstimatorChoice:
+    """Which estimator, as `sylva_compile.trace_and_mask` takes it.
+
+    Attributes:
+        method: "sylva", "kfac" or "fisher".
+        score: "gain" or "paper"; "fisher" has but one.
+        block_size: b.
+        depth: splits K of hierarchical factors.
+        rank: r of hierarchical factors.
+        damping: fraction of a factor's mean diagonal; None: the score's own.
+        gradient_device: where mean gradients are kept; None: beside their weights.
+    """
+
+    method: Literal["sylva", "kfac", "fisher"]
+    score: Score
+    block_size: int
+    depth: int
+    rank: int
+    damping: float | None
+    gradient_device: torch.device | None = None
+
+    def new_factor(self) -> NewFactor:
+        """What makes a Kronecker factor: "gain" reads diagonal blocks alone, so "sylva" keeps no more for it."""
+        if self.method == "kfac":
+            return DenseFactor
+        if self.score == "gain":
+            return functools.partial(BlockFactor, block_size=self.block_size)
+        return functools.partial(_online_hierarchy, self.depth, self.rank)
+
+
+class Estimators:
+    """The estimators of many weights, by name."""
+
+    def __init__(self, weights: Mapping[str, Tensor], input_axes: Mapping[str, int], choice: EstimatorChoice) -> None:
+        """Zero.
+
+        Args:
+            weights: as stored; they give shapes, dtypes and devices.
+            input_axes: of each weight, the axis of its inputs: 1 for `[m, n]`, 0 where it is stored transposed.
+            choice: which estimator.
+        """
+        self._axes, self._block_size = input_axes, choice.block_size
+        new_factor = choice.new_factor()
+        self._inputs = InputFactors(new_factor)
+        self._estimators: dict[str, Curvature] = {}
+        for name, weight in weights.items():
+            outputs, inputs = weight.shape if input_axes[name] == 1 else reversed(weight.shape)
+            self._estimators[name] = (
+                SquaredGradient(weight, outputs, inputs, device=choice.gradient_device)
+                if choice.method == "fisher"
+                else Kfac(
+                    weight,
+                    outputs,
+                    inputs,
+                    new_factor=new_factor,
+                    score=choice.score,
+                    damping=choice.damping,
+                    shared=self._inputs,
+                    reader=name,
+                    gradient_device=choice.gradient_device,
+                )
+            )
+
+    def update(self, name: str, inputs: Tensor, output_gradients: Tensor) -> None:
+        """Add a batch of one weight: `inputs [T, n]` and `output_gradients [T, m]`."""
+        self._estimators[name].update(inputs, output_gradients)
+
+    def end_batch(self) -> None:
+        """To be called after each backward pass."""
+        self._inputs.end_batch()
+
+    def combine(self, group: ProcessGroup) -> None:
+        """Add up the statistics of all ranks of `group`."""
+        self._inputs.combine(group)
+        for estimator in self._estimators.values():
+            estimator.combine(group)
+
+    def take_scores(self, name: str) -> Tensor:
+        """Scores of the weight's blocks, `[ceil/b, ceil/b]` in its stored orientation; its statistics are dropped."""
+        found = self._estimators.pop(name).block_scores(self._block_size)
+        self._inputs.forget(name)
+        return found if self._axes[name] == 1 else found.t()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything gathered, between two batches; the tensors themselves, not copies."""
+        return dict(self._named_state())
+
+    def sharers(self) -> list[list[str]]:
+        """Names of the weights that share an input factor, as `load_state` wants them."""
+        return self._inputs.groups()
+
+    def load_state(self, read: Callable[[str], Tensor], sharers: list[list[str]]) -> None:
+        """Go on from what `state` and `sharers` returned, of estimators made alike; `read` gives a tensor by name."""
+        self._inputs.regroup(sharers)
+        for name, tensor in self._named_state():
+            tensor.copy_(read(name))
+
+    def _named_state(self) -> Iterator[tuple[str, Tensor]]:
+        parts = {f"weight/{name}": estimator.state() for name, estimator in self._estimators.items()}
+        parts |= {f"inputs/{readers[0]}": self._inputs.factor(readers[0]).state() for readers in self.sharers()}
+        for name, tensors in parts.items():
+            for at, tensor in enumerate(tensors):
+                yield f"{name}/{at}", tensor
+
+
+def _online_hierarchy(depth: int, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> OnlineHierarchy:
+    return OnlineHierarchy(size, depth, rank, dtype=dtype, device=device)

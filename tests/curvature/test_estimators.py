@@ -1,0 +1,198 @@
+"""Estimators of whole models: against dense K-FAC, over ranks, and out of a state that was put away."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed import destroy_process_group, group, init_process_group
+from torch.multiprocessing import spawn
+
+import sylva_compile
+from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
+from sylva_compile.curvature.input_factors import InputFactors
+
+F64 = torch.float64
+CHOICES = [("sylva", "gain"), ("sylva", "paper"), ("kfac", "gain"), ("kfac", "paper"), ("fisher", "gain")]
+
+
+def batch_of(tokens: int, m: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, n, dtype=F64, generator=generator) + 0.5
+    gy = torch.randn(tokens, m, dtype=F64, generator=generator)
+    gy[::3] = 0
+    return x, gy
+
+
+def estimators(
+    names: str, m: int, n: int, method: Any, score: Any, *, depth: int = 2, rank: int = 64, dtype: torch.dtype = F64
+) -> Estimators:
+    weights = {name: torch.empty(m, n, dtype=dtype) for name in names}
+    choice = EstimatorChoice(method, score, 8, depth, rank, None)
+    return Estimators(weights, dict.fromkeys(names, 1), choice)
+
+
+class TestScores:
+    @given(
+        st.integers(9, 50),
+        st.integers(9, 50),
+        st.integers(0, 3),
+        st.sampled_from(["gain", "paper"]),
+        st.integers(0, 99),
+    )
+    @settings(deadline=None, max_examples=20)
+    def test_equal_dense_ones_at_full_rank(self, m: int, n: int, depth: int, score: str, seed: int) -> None:
+        scores = []
+        for method in ("sylva", "kfac"):
+            one = estimators("w", m, n, method, score, depth=depth)
+            for at, tokens in enumerate((1, 40, 25)):
+                one.update("w", *batch_of(tokens, m, n, seed + at))
+                one.end_batch()
+            scores.append(one.take_scores("w"))
+        found, expected = scores
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))
+
+    @pytest.mark.parametrize(("method", "score"), CHOICES)
+    def test_no_live_token_gives_scores_of_zero(self, method: str, score: str) -> None:
+        one = estimators("w", 20, 12, method, score)
+        one.update("w", torch.ones(4, 12, dtype=F64), torch.zeros(4, 20, dtype=F64))
+        assert not bool(one.take_scores("w").any())
+
+    def test_at_low_rank_scores_are_finite_and_agree_roughly(self) -> None:
+        scores = []
+        for method in ("sylva", "kfac"):
+            one = estimators("w", 96, 64, method, "paper", rank=4)
+            one.update("w", *batch_of(300, 96, 64, 0))
+            scores.append(one.take_scores("w").flatten())
+        assert bool(scores[0].isfinite().all())
+        assert float(torch.corrcoef(torch.stack(scores))[0, 1]) > 0.8
+
+    def test_half_precision_is_widened(self) -> None:
+        one = estimators("w", 10, 12, "sylva", "gain", dtype=torch.bfloat16)
+        x, gy = batch_of(8, 10, 12, 0)
+        one.update("w", x.bfloat16(), gy.bfloat16())
+        assert {tensor.dtype for tensor in one.state().values()} == {torch.float32, F64}
+
+    def test_a_transposed_weight_gives_transposed_scores(self) -> None:
+        weights = {"linear": torch.empty(10, 20, dtype=F64), "conv1d": torch.empty(20, 10, dtype=F64)}
+        one = Estimators(weights, {"linear": 1, "conv1d": 0}, EstimatorChoice("sylva", "gain", 8, 2, 8, None))
+        for name in weights:
+            one.update(name, *batch_of(30, 10, 20, 0))
+        assert torch.equal(one.take_scores("linear"), one.take_scores("conv1d").t())
+
+
+class TestState:
+    @pytest.mark.parametrize(("method", "score"), CHOICES)
+    def test_going_on_from_a_state_is_going_on(self, method: str, score: str) -> None:
+        whole, first, second = (estimators("qko", 20, 24, method, score, rank=3) for _ in range(3))
+
+        def show(one: Estimators, seed: int) -> None:
+            x, gy = batch_of(30, 20, 24, seed)
+            for name in "qk":
+                one.update(name, x, gy)
+            one.update("o", x.clone(), gy)
+            one.end_batch()
+
+        for seed in range(4):
+            show(whole, seed)
+        for seed in range(2):
+            show(first, seed)
+        state = {name: tensor.clone() for name, tensor in first.state().items()}
+        second.load_state(state.__getitem__, first.sharers())
+        for seed in range(2, 4):
+            show(second, seed)
+        assert second.sharers() == whole.sharers() == ([] if method == "fisher" else [["q", "k"], ["o"]])
+        for name in "qko":
+            assert torch.equal(second.take_scores(name), whole.take_scores(name))
+
+    def test_weights_not_seen_yet_may_still_share_afterwards(self) -> None:
+        first, second = (estimators("qk", 20, 24, "sylva", "gain") for _ in range(2))
+        second.load_state(first.state().__getitem__, first.sharers())
+        x, gy = batch_of(30, 20, 24, 0)
+        for name in "qk":
+            second.update(name, x, gy)
+        assert second.sharers() == [["q", "k"]]
+
+    def test_taken_scores_free_their_statistics(self) -> None:
+        one = estimators("qk", 20, 24, "sylva", "gain")
+        one.take_scores("q")
+        assert not any("/q/" in name for name in one.state())
+
+
+class Attention(nn.Module):
+    """Three weights that read x, and one that reads something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32, dtype=F64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.softmax(self.q(x) @ self.k(x).mT, -1)
+        return self.o(scores @ self.v(x)).square().mean()
+
+
+def run(model: nn.Module, batch: Tensor) -> Tensor:
+    loss = model(batch)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class TestTracing:
+    @pytest.mark.parametrize("partitions", [1, 2])
+    def test_masks_equal_those_of_dense_kfac_at_full_rank(
+        self, partitions: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.manual_seed(0)
+        model, loader = Attention(), [torch.randn(4, 5, 32, dtype=F64) for _ in range(3)]
+        groups: list[list[list[str]]] = []
+        end_batch = InputFactors.end_batch
+
+        def watch(self: InputFactors) -> None:
+            end_batch(self)
+            if len(self._factors) == 4:
+                known = {id(f): [r for r, o in self._factors.items() if o is f] for f in self._factors.values()}
+                groups.append(sorted(sorted(readers) for readers in known.values()))
+
+        monkeypatch.setattr(InputFactors, "end_batch", watch)
+        options = {"loss_fn": run, "block_size": 8, "sparsity": 0.5, "score": "paper", "progress": False}
+        exact = sylva_compile.trace_and_mask(model, loader, method="kfac", **options)
+        tree = sylva_compile.trace_and_mask(
+            model, loader, method="sylva", rank=32, num_partitions=partitions, **options
+        )
+        assert dict(tree) == dict(exact)
+        assert groups[2] == [["k.weight", "q.weight", "v.weight"], ["o.weight"]]
+
+
+def _combine(rank: int, method: str, score: str, store: str, results: str) -> None:
+    init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    one = estimators("qkei", 10, 12, method, score, depth=1, rank=12)
+    x, gy = batch_of(40, 10, 12, rank)
+    for name in "qk":
+        # Rank 1 sees different tensors, so that the ranks disagree about who shares.
+        one.update(name, x if rank == 0 else x.clone(), gy)
+    if rank == 1:
+        # An expert that no token of rank 0 went to; and nobody ever shows "i".
+        one.update("e", x, gy)
+    one.end_batch()
+    one.combine(group.WORLD)
+    torch.save({name: one.take_scores(name) for name in "qke"}, f"{results}/{rank}.pt")
+    destroy_process_group()
+
+
+@pytest.mark.parametrize(("method", "score"), [("sylva", "gain"), ("sylva", "paper"), ("kfac", "paper")])
+def test_ranks_combine_to_the_same_scores_as_one_process(method: str, score: str, tmp_path: Path) -> None:
+    spawn(_combine, (method, score, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone = estimators("qe", 10, 12, "kfac", score)
+    for rank in (0, 1):
+        alone.update("q", *batch_of(40, 10, 12, rank))
+        alone.end_batch()
+    alone.update("e", *batch_of(40, 10, 12, 1))
+    expected = {"q": alone.take_scores("q"), "e": alone.take_scores("e")}
+    for name in "qke":
+        assert torch.equal(first[name], second[name])
+        wanted = expected["e" if name == "e" else "q"]
+        torch.testing.assert_close(first[name], wanted, rtol=1e-8, atol=1e-12)

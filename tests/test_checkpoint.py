@@ -1,0 +1,185 @@
+"""An interrupted trace goes on as if nothing had happened, or says why it cannot."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sylva_compile
+from sylva_compile import Masks
+from sylva_compile.curvature.kfac import Kfac
+from sylva_compile.errors import ArgumentError, TraceError
+
+Batch = tuple[Tensor, Tensor]
+
+
+def model_of(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(40, 48), nn.GELU(), nn.Linear(48, 32))
+
+
+def batches(count: int = 8, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(4, 40, generator=generator), torch.randn(4, 32, generator=generator)) for _ in range(count)]
+
+
+def noisy_regression(model: nn.Module, batch: Batch) -> Tensor:
+    """Draws random numbers, which an interruption must not shift."""
+    return (model(batch[0]) - batch[1] + torch.randn(32)).square().mean()
+
+
+def broken_off(data: list[Batch], after: int) -> Iterator[Batch]:
+    yield from data[:after]
+    raise KeyboardInterrupt
+
+
+def trace(loader: Any, path: Path | None = None, model: nn.Module | None = None, **options: Any) -> Masks:
+    settings: dict[str, Any] = {"block_size": 8, "sparsity": 0.7, "num_samples": 32, "progress": False}
+    settings |= {"loss_fn": noisy_regression, "checkpoint": path, "checkpoint_every": 2} | options
+    torch.manual_seed(1)
+    return sylva_compile.trace_and_mask(model or model_of(), loader, **settings)
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        trace(broken_off(batches(), 5), path)
+    assert path.exists()
+    return path
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize(
+        "options",
+        [{"method": "sylva"}, {"method": "sylva", "score": "paper"}, {"method": "kfac"}, {"method": "fisher"}],
+        ids=lambda options: "-".join(options.values()),
+    )
+    def test_the_scores_are_those_of_an_uninterrupted_trace(
+        self, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scores: list[list[Tensor]] = []
+        take = sylva_compile.curvature.estimators.Estimators.take_scores
+
+        def record(self: Any, name: str) -> Tensor:
+            scores[-1].append(take(self, name))
+            return scores[-1][-1]
+
+        monkeypatch.setattr(sylva_compile.curvature.estimators.Estimators, "take_scores", record)
+        path = tmp_path / "trace.safetensors"
+        with pytest.raises(KeyboardInterrupt):
+            trace(broken_off(batches(), 5), path, **options)
+        scores.append([])
+        resumed = trace(batches(), path, **options)
+        scores.append([])
+        whole = trace(batches(), **options)
+        assert dict(resumed) == dict(whole)
+        assert all(torch.equal(*pair) for pair in zip(*scores, strict=True))
+        assert not path.exists()
+
+    def test_only_what_came_after_the_checkpoint_is_observed(
+        self, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        updates: list[int] = []
+        update = Kfac.update
+        monkeypatch.setattr(Kfac, "update", lambda self, x, gy: (updates.append(1), update(self, x, gy))[1])
+        trace(batches(), interrupted)
+        assert len(updates) == 2 * (8 - 4)
+
+    def test_a_trace_that_was_complete_ends_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "trace.safetensors"
+        monkeypatch.setattr(sylva_compile.tracing, "select_blocks", lambda *args: pytest.fail("stop here"))
+        with pytest.raises(pytest.fail.Exception):
+            trace(batches(), path)
+        monkeypatch.undo()
+        assert dict(trace(batches(), path)) == dict(trace(batches()))
+
+    def test_other_masks_can_be_made_of_what_was_gathered(self, interrupted: Path) -> None:
+        masks = trace(batches(), interrupted, sparsity=0.5, damping=0.3)
+        assert dict(masks) == dict(trace(batches(), sparsity=0.5, damping=0.3))
+
+    def test_a_killed_process(self, tmp_path: Path) -> None:
+        path = tmp_path / "trace.safetensors"
+        script = textwrap.dedent(
+            f"""
+            import os, signal
+            from test_checkpoint import batches, trace
+
+            def killed():
+                yield from batches()[:5]
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            trace(killed(), {str(path)!r})
+            """
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False, timeout=300)
+        assert done.returncode == -signal.SIGKILL
+        assert dict(trace(batches(), path)) == dict(trace(batches()))
+
+
+class TestRefusals:
+    """Each leaves the file as it was, so that the right call can still go on from it."""
+
+    def check(
+        self, path: Path, message: str, loader: Any = None, model: nn.Module | None = None, **options: Any
+    ) -> None:
+        before = path.read_bytes()
+        with pytest.raises(TraceError, match=message) as caught:
+            trace(batches() if loader is None else loader, path, model, **options)
+        assert "\n" not in str(caught.value)
+        assert path.read_bytes() == before
+
+    def test_another_model(self, interrupted: Path) -> None:
+        self.check(interrupted, "another base model", model=model_of(1))
+
+    def test_another_rank(self, interrupted: Path) -> None:
+        self.check(interrupted, "another rank", rank=4)
+
+    def test_another_score(self, interrupted: Path) -> None:
+        self.check(interrupted, "another score", score="paper")
+
+    def test_another_scope(self, interrupted: Path) -> None:
+        self.check(interrupted, "another set of weights", scope=["0"])
+
+    def test_other_batches(self, interrupted: Path) -> None:
+        self.check(interrupted, "other batches", loader=batches(seed=1))
+
+    def test_batches_in_another_order(self, interrupted: Path) -> None:
+        self.check(interrupted, "other batches", loader=batches()[::-1])
+
+    def test_too_few_batches(self, interrupted: Path) -> None:
+        self.check(interrupted, "other batches", loader=batches(3))
+
+    def test_a_damaged_file(self, interrupted: Path) -> None:
+        interrupted.write_bytes(interrupted.read_bytes()[:-100])
+        self.check(interrupted, "damaged")
+
+    def test_masks_in_its_place(self, tmp_path: Path) -> None:
+        path = tmp_path / "masks.safetensors"
+        trace(batches()).save(path)
+        self.check(path, "no checkpoint of a trace")
+
+    def test_an_interval_of_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(ArgumentError, match="checkpoint_every=0"):
+            trace(batches(), tmp_path / "trace.safetensors", checkpoint_every=0)
+
+
+def test_a_crash_while_writing_leaves_the_older_checkpoint(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = interrupted.read_bytes()
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"part")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(sylva_compile.checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        trace(batches(), interrupted)
+    assert interrupted.read_bytes() == before
+    assert list(interrupted.parent.iterdir()) == [interrupted]

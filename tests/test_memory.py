@@ -1,0 +1,99 @@
+"""What a trace says that it will hold, against what it holds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sylva_compile
+from sylva_compile import memory
+from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
+from sylva_compile.errors import ArgumentError, TraceError
+
+CPU = torch.device("cpu")
+
+
+class Attention(nn.Module):
+    def __init__(self, size: int = 48) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(size, size), nn.Linear(size, size)
+        self.down = nn.Linear(size, 2 * size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.q(x) * self.k(x)).square().mean()
+
+
+def loss(model: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    return model(batch)
+
+
+@pytest.mark.parametrize(
+    ("method", "score"), [("sylva", "gain"), ("sylva", "paper"), ("kfac", "gain"), ("fisher", "gain")]
+)
+def test_the_estimate_is_what_is_held_but_for_shared_factors(method: Any, score: Any) -> None:
+    model = Attention()
+    found = sylva_compile.estimate(model, method=method, score=score, block_size=16)
+    weights = {name: parameter for name, parameter in model.named_parameters() if name.endswith("weight")}
+    held = Estimators(weights, dict.fromkeys(weights, 1), EstimatorChoice(method, score, 16, 4, 8, None))
+    for name, weight in weights.items():
+        held.update(name, torch.randn(5, weight.shape[1]), torch.randn(5, weight.shape[0]))
+        held.end_batch()
+    # The number of tokens of each weight is not worth counting.
+    state = {name: tensor.nbytes for name, tensor in held.state().items() if tensor.dim() > 0}
+    small = sum(tensor.nbytes for tensor in held.state().values() if tensor.dim() == 0)
+    estimated = sum(found.factors.values()) + sum(found.gradients.values())
+    assert sum(state.values()) <= estimated <= sum(state.values()) + small
+    assert found.by_device == {CPU: estimated + found.scoring}
+
+
+def test_gradients_elsewhere_are_counted_there() -> None:
+    found = sylva_compile.estimate(Attention(), block_size=16, gradient_device="meta")
+    assert found.by_device[torch.device("meta")] == sum(found.gradients.values()) == 4 * 4 * 48 * 48
+    assert found.by_device[CPU] == sum(found.factors.values()) + found.scoring
+
+
+def test_it_prints_as_a_table() -> None:
+    text = str(sylva_compile.estimate(Attention(), block_size=16))
+    assert [line.split()[-1] for line in text.splitlines()[:4]] == ["weight", "q.weight", "k.weight", "down.weight"]
+    assert "At most" in text.splitlines()[-1]
+
+
+def test_a_trace_that_would_not_fit_says_so_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    loader = iter([torch.randn(4, 48)])
+    with pytest.raises(TraceError, match=r"would hold .* on cpu .* 1.0 KiB are free; use"):
+        sylva_compile.trace_and_mask(Attention(), loader, block_size=16, loss_fn=loss, progress=False)
+    assert len(list(loader)) == 1
+
+
+@pytest.mark.parametrize("score", ["gain", "paper"])
+def test_scoring_takes_no_more_than_estimated(score: Any) -> None:
+    model = nn.Sequential(nn.Linear(600, 900, bias=False))
+    weights = dict(model.named_parameters())
+    choice = EstimatorChoice("sylva", score, 32, 4, 8, None)
+    held = Estimators(weights, {"0.weight": 1}, choice)
+    held.update("0.weight", torch.randn(50, 600), torch.randn(50, 900))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        held.take_scores("0.weight")
+    level = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    estimated = memory.estimate_bytes(weights, choice).scoring
+    print(f"{score}: peak {peak / 2**20:.1f} MiB, estimated {estimated / 2**20:.1f} MiB")
+    assert 0.2 * estimated < peak <= estimated
+
+
+def test_free_bytes_are_those_of_the_machine_or_of_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = memory.free_bytes(CPU)
+    assert 0 < free < 2**50
+    monkeypatch.setattr(memory, "_container_limit", lambda: [12345])
+    assert memory.free_bytes(CPU) == 12345
+
+
+def test_methods_that_hold_nothing_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="nothing to estimate"):
+        sylva_compile.estimate(Attention(), method="random")  # type: ignore[arg-type]
