@@ -3,22 +3,24 @@
 MiniLM on SST-2 and a small GPT-2 on E2E, which is first trained for a few steps. All estimators watch the same batches
 of one run. Prints tables and writes them with machine and versions to benchmarks/results:
 
-    HF_HUB_OFFLINE=1 python benchmarks/curvature_agreement.py --data /work/shared/data
+    HF_HUB_OFFLINE=1 python benchmarks/curvature_agreement.py --data ../shared/data
 
 Agreement is Jaccard's: blocks chosen by both over blocks chosen by either, over all weights. The exact masks it is
-measured against are those of the same number of samples; the last column compares with the exact masks of all samples.
+measured against are those of the same damping and number of samples; in brackets, those of the same damping and all
+samples. For the gain `trace_and_mask` gathers diagonal blocks, which are exact; here they are read out of hierarchies.
 """
 
 import argparse
 import csv
 import datetime
+import functools
 import importlib.util
+import itertools
 import json
 import logging
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +28,59 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sylva_compile.curvature.base import Curvature
-from sylva_compile.curvature.hodlr_kfac import HierarchicalKfac
+from sylva_compile.curvature.dense import DenseFactor
+from sylva_compile.curvature.factor import NewFactor
 from sylva_compile.curvature.input_factors import InputFactors
-from sylva_compile.curvature.kfac import DenseKfac
+from sylva_compile.curvature.kfac import Kfac
+from sylva_compile.curvature.online import OnlineHierarchy
+from sylva_compile.observation import Progress, observe
 from sylva_compile.scope import input_axis, owners_of, weights_in_scope
 from sylva_compile.selection import Budget, select_blocks
-from sylva_compile.tracing import _observe
 
-Variant = tuple[int, int]
 Maps = dict[str, Tensor]
 
 
-class Panel(Curvature):
-    """An exact estimator and one for each (K, r), all shown the same tokens; keeps the time that each takes."""
+class Panel:
+    """Estimators of one weight, all shown the same tokens."""
 
-    def __init__(self, exact: DenseKfac, trees: dict[Variant, HierarchicalKfac], seconds: Counter[str]) -> None:
-        self.exact, self.trees, self.seconds = exact, trees, seconds
+    def __init__(self, weight: Tensor, outputs: int, inputs: int, name: str, shared: dict[str, InputFactors]) -> None:
+        """One for each kind of factor in `shared`."""
+        self.estimators = {
+            which: Kfac(
+                weight,
+                outputs,
+                inputs,
+                new_factor=factors.new_factor,
+                score="paper",
+                damping=None,
+                shared=factors,
+                reader=name,
+            )
+            for which, factors in shared.items()
+        }
 
-    def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Show a batch to all."""
-        for name, estimator in (("exact", self.exact), *((label(v), tree) for v, tree in self.trees.items())):
+
+class Panels:
+    """The panels of all weights, as a listener; keeps the time that each kind of factor takes."""
+
+    def __init__(self, panels: dict[str, Panel], shared: dict[str, InputFactors]) -> None:
+        """Of `panels` by weight, with input factors by kind."""
+        self.panels, self.shared = panels, shared
+        self.seconds: Counter[str] = Counter()
+
+    def update(self, name: str, inputs: Tensor, output_gradients: Tensor, /) -> None:
+        """Show a batch to all estimators of a weight."""
+        for which, estimator in self.panels[name].estimators.items():
             start = time.perf_counter()
             estimator.update(inputs, output_gradients)
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[which] += time.perf_counter() - start
 
-    def sums(self) -> list[Tensor]:
-        """None: a panel is not combined."""
-        return []
-
-    def block_scores(self, block_size: int) -> Tensor:
-        """Those of the exact estimator."""
-        return self.exact.block_scores(block_size)
-
-
-def label(variant: Variant) -> str:
-    """The name of (K, r) in tables."""
-    return "K={} r={}".format(*variant)
+    def end_batch(self) -> None:
+        """The backward pass is over."""
+        for which, factors in self.shared.items():
+            start = time.perf_counter()
+            factors.end_batch()
+            self.seconds[which] += time.perf_counter() - start
 
 
 def minilm(data: Path, samples: int, batch: int) -> tuple[nn.Module, str, list[dict[str, Tensor]]]:
@@ -115,95 +133,80 @@ def jaccard(first: Maps, second: Maps) -> float:
 
 
 def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args: argparse.Namespace) -> dict[str, Any]:
-    """Tables of one model: rows (variant, score, block size, sparsity), a column for each number of samples."""
+    """Tables of one model: rows of settings and factors, a column for each number of samples."""
     weights = weights_in_scope(model, scope)
     axes = {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
-    variants: list[Variant] = [tuple(map(int, text.split(","))) for text in args.variants]  # type: ignore[misc]
-    shared = {variant: InputFactors(*variant) for variant in variants}
-    seconds: Counter[str] = Counter()
-
-    def panel(name: str) -> Panel:
-        weight = weights[name]
+    kinds: dict[str, NewFactor] = {"exact": DenseFactor}
+    for text in args.variants:
+        depth, rank = map(int, text.split(","))
+        kinds[f"K={depth} r={rank}"] = functools.partial(online_hierarchy, depth, rank)
+    shared = {which: InputFactors(new_factor) for which, new_factor in kinds.items()}
+    panels = {}
+    for name, weight in weights.items():
         m, n = weight.shape if axes[name] == 1 else reversed(weight.shape)
-        trees = {
-            (k, r): HierarchicalKfac(
-                weight, m, n, depth=k, rank=r, score="paper", damping=None, shared=shared[k, r], reader=name
-            )
-            for k, r in variants
-        }
-        return Panel(DenseKfac(weight, m, n, score="paper", damping=None), trees, seconds)
-
-    panels = {name: panel(name) for name in weights}
-    maps: dict[tuple[str, str, int, float, int], Maps] = {}
-    stops = [count for count in args.samples if count <= sum(len(next(iter(b.values()))) for b in batches)]
+        panels[name] = Panel(weight, m, n, name, shared)
+    listener = Panels(panels, shared)
+    settings = [("paper", damping) for damping in args.dampings] + [("gain", 0.1)]
+    sizes = list(itertools.product(args.block_sizes, args.sparsities))
+    maps: dict[tuple[Any, ...], Maps] = {}
+    total = sum(len(batch["labels"]) for batch in batches)
+    stops = [count for count in args.samples if count <= total]
 
     def take(count: int) -> None:
-        for which in ("exact", *map(label, variants)):
-            for score in ("paper", "gain"):
-                for block in args.block_sizes:
-                    scores = {}
-                    for name, one in panels.items():
-                        estimators = {"exact": one.exact, **{label(v): tree for v, tree in one.trees.items()}}
-                        estimators[which].score = score
-                        found = estimators[which].block_scores(block)
-                        scores[name] = found if axes[name] == 1 else found.t()
-                    for sparsity in args.sparsities:
-                        maps[which, score, block, sparsity, count] = select_blocks(scores, Budget(sparsity), axes)
+        for which, (score, damping) in itertools.product(kinds, settings):
+            for block in args.block_sizes:
+                scores = {}
+                for name, panel in panels.items():
+                    estimator = panel.estimators[which]
+                    estimator.score, estimator.damping = score, damping
+                    found = estimator.block_scores(block)
+                    scores[name] = found if axes[name] == 1 else found.t()
+                for sparsity in args.sparsities:
+                    maps[which, score, damping, block, sparsity, count] = select_blocks(scores, Budget(sparsity), axes)
 
-    def batches_with_stops() -> Iterator[dict[str, Tensor]]:
-        seen = 0
-        for batch in batches:
-            yield batch
-            seen += len(batch["labels"])
-            if seen in stops:
-                take(seen)
+    def stop_by(progress: Progress) -> None:
+        if progress.sequences in stops:
+            take(progress.sequences)
 
-    def end_batch() -> None:
-        for variant, factors in shared.items():
-            start = time.perf_counter()
-            factors.end_batch()
-            seconds[label(variant)] += time.perf_counter() - start
-
-    total = sum(len(batch["labels"]) for batch in batches)
     start = time.perf_counter()
-    # One sample more than there is, so that the loader is asked once more after its last batch, and stops there.
-    _observe(model, weights, panels, batches_with_stops(), None, total + 1, False, after_batch=end_batch)
-    seconds["run"] = time.perf_counter() - start
+    observe(model, weights, listener, batches, num_samples=total, after_batch=stop_by)
+    listener.seconds["run"] = time.perf_counter() - start
     rows = []
-    for score in ("paper", "gain"):
-        for block in args.block_sizes:
-            for sparsity in args.sparsities:
-                for which in ("exact", *map(label, variants)):
-                    row = [
-                        jaccard(maps[which, score, block, sparsity, c], maps["exact", score, block, sparsity, c])
-                        for c in stops
-                    ]
-                    final = maps["exact", score, block, sparsity, stops[-1]]
-                    early = [jaccard(maps[which, score, block, sparsity, c], final) for c in stops]
-                    rows.append(
-                        {
-                            "score": score,
-                            "block": block,
-                            "sparsity": sparsity,
-                            "factors": which,
-                            "same": row,
-                            "all": early,
-                        }
-                    )
+    for (score, damping), (block, sparsity), which in itertools.product(settings, sizes, kinds):
+        mine = [maps[which, score, damping, block, sparsity, count] for count in stops]
+        exact = [maps["exact", score, damping, block, sparsity, count] for count in stops]
+        rows.append(
+            {
+                "score": score,
+                "damping": damping,
+                "block": block,
+                "sparsity": sparsity,
+                "factors": which,
+                "same": [jaccard(*pair) for pair in zip(mine, exact, strict=True)],
+                "all": [jaccard(one, exact[-1]) for one in mine],
+            }
+        )
     held = {
-        label(v): sum(t.g.nbytes for t in (p.trees[v] for p in panels.values())) + f.nbytes for v, f in shared.items()
+        which: factors.nbytes + sum(panel.estimators[which].g.nbytes for panel in panels.values())
+        for which, factors in shared.items()
     }
-    held["exact"] = sum(one.exact.a.nbytes + one.exact.g.nbytes for one in panels.values())
-    return {"samples": stops, "rows": rows, "factor_bytes": held, "update_seconds": dict(seconds)}
+    return {"samples": stops, "rows": rows, "factor_bytes": held, "update_seconds": dict(listener.seconds)}
+
+
+def online_hierarchy(depth: int, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> OnlineHierarchy:
+    """A factor of depth K and rank r."""
+    return OnlineHierarchy(size, depth, rank, dtype=dtype, device=device)
 
 
 def show(name: str, table: dict[str, Any]) -> None:
     """Print one model's table."""
     print(f"\n{name}: Jaccard with exact masks of as many samples (of all samples)")
-    print(f"{'score':6s} {'b':>3s} {'sparsity':>8s} {'factors':10s}" + "".join(f"{c:>14d}" for c in table["samples"]))
+    head = f"{'score':6s} {'damping':>7s} {'b':>3s} {'sparsity':>8s} {'factors':10s}"
+    print(head + "".join(f"{count:>14d}" for count in table["samples"]))
     for row in table["rows"]:
         cells = "".join(f"{same:7.3f}({late:.3f})" for same, late in zip(row["same"], row["all"], strict=True))
-        print(f"{row['score']:6s} {row['block']:3d} {row['sparsity']:8.2f} {row['factors']:10s}" + cells)
+        left = f"{row['score']:6s} {row['damping']:7g} {row['block']:3d} {row['sparsity']:8.2f} {row['factors']:10s}"
+        print(left + cells)
     for which, count in table["factor_bytes"].items():
         print(f"{which:10s} factors {count / 2**20:8.1f} MiB   updates {table['update_seconds'][which]:7.1f} s")
 
@@ -211,9 +214,12 @@ def show(name: str, table: dict[str, Any]) -> None:
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("/work/shared/data"))
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--models", nargs="+", default=["minilm", "gpt2"], choices=["minilm", "gpt2"])
     parser.add_argument("--variants", nargs="+", default=["4,8", "4,16", "4,32", "2,8", "2,32", "1,8"], help="K,r")
+    parser.add_argument(
+        "--dampings", nargs="+", type=float, default=[1e-3, 1e-2, 0.1, 1.0], help="of the paper's score"
+    )
     parser.add_argument("--samples", nargs="+", type=int, default=[64, 256, 512])
     parser.add_argument("--block-sizes", nargs="+", type=int, default=[32, 64])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.98, 0.9])

@@ -49,7 +49,7 @@ class InputFactors:
 
     def __init__(self, new_factor: NewFactor) -> None:
         """No readers yet; `new_factor` makes their factors."""
-        self._new_factor = new_factor
+        self.new_factor = new_factor
         self._readers: dict[str, tuple[int, torch.dtype, torch.device]] = {}
         self._factors: dict[str, Factor] = {}
         self._shown: list[_Shown] = []
@@ -126,7 +126,7 @@ class InputFactors:
             self._own(readers).combine(group)
 
     def _zero(self, reader: str) -> Factor:
-        return self._new_factor(*self._readers[reader])
+        return self.new_factor(*self._readers[reader])
 
     def _sharers(self, factor: Factor) -> list[str]:
         return [reader for reader, other in self._factors.items() if other is factor]

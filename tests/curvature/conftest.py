@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-SENTENCES = Path(os.environ.get("SYLVA_DATA", "/work/shared/data")) / "sst2" / "train.tsv"
+DATA = Path(__file__).parents[3] / "shared" / "data"
+SENTENCES = Path(os.environ.get("SYLVA_DATA", DATA)) / "sst2" / "train.tsv"
 WEIGHTS = ("0.attention.self.query", "2.intermediate.dense", "5.attention.output.dense")
 
 
