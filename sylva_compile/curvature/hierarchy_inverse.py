@@ -81,7 +81,8 @@ class HierarchyInverse:
         """λ as used, `[*]`."""
         changed = self.limited | (lam != wanted)
         if bool(changed.any()):
-            log.warning(
+            # The ordinary case at low rank, for each of hundreds of factors: not worth a warning.
+            log.info(
                 "%d of %d factors not positive definite: correlations limited in %d, damping raised up to %g times.",
                 int(changed.sum()),
                 changed.numel(),

@@ -121,7 +121,7 @@ def broken_by_truncation() -> Hierarchy:
 class TestIndefinite:
     def test_raises_damping_and_logs_once(self, caplog: pytest.LogCaptureFixture) -> None:
         tree = broken_by_truncation()
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             inverse = HierarchyInverse(tree, 1e-3, indefinite="raise")
         assert len(caplog.records) == 1
         raised = float(inverse.damping / tree.mean_diagonal() / 1e-3)
@@ -130,7 +130,7 @@ class TestIndefinite:
 
     def test_limits_correlations_and_logs_once(self, caplog: pytest.LogCaptureFixture) -> None:
         tree = broken_by_truncation()
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             inverse = HierarchyInverse(tree, 1e-3)
         assert len(caplog.records) == 1
         assert bool(inverse.limited)
@@ -145,6 +145,7 @@ class TestIndefinite:
         assert HierarchyInverse(tree, 1e-3).limited.tolist() == [False, True]
 
     def test_a_leaf_that_is_not_positive_definite_raises_damping(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
         matrix = torch.eye(8, dtype=torch.float64)
         matrix[0, 1] = matrix[1, 0] = 1.05
         inverse = HierarchyInverse(Hierarchy.from_dense(matrix, 2, 2), 1e-3)
@@ -152,6 +153,7 @@ class TestIndefinite:
         assert len(caplog.records) == 1
 
     def test_nothing_is_said_where_all_is_well(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
         Hierarchy.from_dense(covariance(20, 0), 2, 20).inverse_diagonal(1e-3)
         assert not caplog.records
 
