@@ -12,13 +12,10 @@ samples. For the gain `trace_and_mask` gathers diagonal blocks, which are exact;
 
 import argparse
 import csv
-import datetime
 import functools
 import importlib.util
 import itertools
-import json
 import logging
-import platform
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from report import write_results
 from torch import Tensor, nn
 
 from sylva_compile.curvature.dense import DenseFactor
@@ -225,7 +223,6 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.98, 0.9])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     logging.getLogger("sylva_compile").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
@@ -236,21 +233,8 @@ def main() -> None:
         make = {"minilm": minilm, "gpt2": gpt2}[name]
         results[name] = compare(*make(args.data, max(args.samples), args.batch), args)
         show(name, results[name])
-    record = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"processor": platform.machine(), "threads": args.threads, "system": platform.platform()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "results": results,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"curvature_agreement_{'_'.join(args.models)}_{record['date'][:10]}.json"
-    path.write_text(json.dumps(record, indent=1))
-    print(f"\nwritten to {path}")
+    settings = {key: value for key, value in vars(args).items() if key != "data"}
+    print(f"\nwritten to {write_results('curvature_agreement', settings, results)}")
 
 
 if __name__ == "__main__":
