@@ -1,6 +1,7 @@
 """What a trace will hold in memory beside the model, told before it runs."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,67 +21,102 @@ _SCORING_COPIES = 6
 
 
 @dataclass(frozen=True)
-class TraceEstimate:
-    """Bytes that a trace holds beside the model, its activations and its gradients.
+class WeightEstimate:
+    """Bytes that a trace holds for one weight.
 
     Attributes:
-        factors: of each weight, on its device. Weights that read the same inputs share a factor, which is counted for
-            each of them here: who shares is known from the first batch on, so this is an upper bound.
-        gradients: of each weight, its mean gradient, on `gradient_device`.
-        scoring: at the end, one weight at a time, the working memory of its scores.
-        device: where the weights live.
-        gradient_device: where mean gradients are kept.
+        input_factor: A, on the weight's device. Weights that read the same inputs share it, which shows in the first
+            batch; here each counts its own.
+        output_factor: G, on the weight's device.
+        gradient: the mean gradient, on `gradient_device`.
+        scoring: working memory of its scores at the end, one weight after the other, on the weight's device.
+        device: where the weight lives.
+        gradient_device: where its mean gradient is kept.
     """
 
-    factors: Mapping[str, int]
-    gradients: Mapping[str, int]
+    input_factor: int
+    output_factor: int
+    gradient: int
     scoring: int
     device: torch.device
     gradient_device: torch.device
 
-    @property
-    def by_device(self) -> dict[torch.device, int]:
-        """The most that is held at once on each device."""
-        held = {self.device: sum(self.factors.values()) + self.scoring}
-        held[self.gradient_device] = held.get(self.gradient_device, 0) + sum(self.gradients.values())
-        return held
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """Bytes that a trace holds beside the model, its activations and its gradients; prints as a table.
+
+    Attributes:
+        weights: by name.
+    """
+
+    weights: Mapping[str, WeightEstimate]
+
+    def at_most(self) -> dict[torch.device, int]:
+        """What each device holds if no two weights read the same inputs."""
+        return self._held(sharing=False)
+
+    def at_least(self) -> dict[torch.device, int]:
+        """What each device holds without any input factor."""
+        return self._held(sharing=True)
+
+    def _held(self, *, sharing: bool) -> dict[torch.device, int]:
+        held: Counter[torch.device] = Counter()
+        scoring: dict[torch.device, int] = {}
+        for weight in self.weights.values():
+            held[weight.device] += weight.output_factor + (0 if sharing else weight.input_factor)
+            held[weight.gradient_device] += weight.gradient
+            scoring[weight.device] = max(scoring.get(weight.device, 0), weight.scoring)
+        held.update(scoring)
+        return dict(held)
 
     def __str__(self) -> str:
-        lines = [f"{_size(self.factors[n]):>10} {_size(self.gradients[n]):>10}  {n}" for n in self.factors]
-        total = f"{_size(sum(self.factors.values())):>10} {_size(sum(self.gradients.values())):>10}  in all"
-        devices = ", ".join(f"{_size(count)} on {device}" for device, count in self.by_device.items())
-        head = f"{'factors':>10} {'gradient':>10}  weight"
-        return "\n".join(
-            [head, *lines, total, f"At most {devices}, of which {_size(self.scoring)} to score one weight."]
-        )
+        columns = ("input_factor", "output_factor", "gradient")
+        lines = [f"{'A':>10} {'G':>10} {'gradient':>10}  weight"]
+        for name, weight in self.weights.items():
+            lines.append(" ".join(f"{_size(getattr(weight, column)):>10}" for column in columns) + f"  {name}")
+        sums = [sum(getattr(weight, column) for weight in self.weights.values()) for column in columns]
+        lines.append(" ".join(f"{_size(count):>10}" for count in sums) + "  in all, where no two share their A")
+        for device, most in self.at_most().items():
+            lines.append(
+                f"{device}: {_size(self.at_least()[device])} to {_size(most)}, the scores' working memory included."
+            )
+        return "\n".join(lines)
 
 
-def estimate_bytes(weights: Mapping[str, nn.Parameter], choice: EstimatorChoice) -> TraceEstimate:
-    """What the estimators of `weights` will hold."""
-    factors, gradients, scoring = {}, {}, 0
+def estimate_bytes(
+    weights: Mapping[str, nn.Parameter], axes: Mapping[str, int], choice: EstimatorChoice
+) -> TraceEstimate:
+    """What the estimators of `weights` will hold; `axes` as for `Estimators`."""
+    found = {}
     new_factor = choice.new_factor()
     for name, weight in weights.items():
         dtype = block_dtype(weight.dtype)
-        gradients[name] = weight.numel() * dtype.itemsize
-        factors[name] = 0
-        if choice.method != "fisher":
-            factors[name] = sum(new_factor(size, dtype, _META).nbytes for size in weight.shape)
-        # Scores are computed in float64, from copies of the gradient and of the factors.
-        scoring = max(scoring, 8 * _SCORING_COPIES * weight.numel() + 4 * factors[name])
-    device = next(iter(weights.values())).device
-    return TraceEstimate(factors, gradients, scoring, device, choice.gradient_device or device)
+        outputs, inputs = weight.shape if axes[name] == 1 else reversed(weight.shape)
+        a, g = (0 if choice.method == "fisher" else new_factor(size, dtype, _META).nbytes for size in (inputs, outputs))
+        found[name] = WeightEstimate(
+            input_factor=a,
+            output_factor=g,
+            gradient=weight.numel() * dtype.itemsize,
+            # Scores are computed in float64, from copies of the gradient and of the factors.
+            scoring=8 * _SCORING_COPIES * weight.numel() + 4 * (a + g),
+            device=weight.device,
+            gradient_device=choice.gradient_device or weight.device,
+        )
+    return TraceEstimate(found)
 
 
 def check_fits(estimate: TraceEstimate) -> None:
-    """Raise TraceError if a device has less memory free than the trace will hold; the log says what it will hold."""
-    for device, wanted in estimate.by_device.items():
+    """Raise TraceError if a device has too little memory free for sure; warn if it may have too little."""
+    least = estimate.at_least()
+    for device, most in estimate.at_most().items():
         free = free_bytes(device)
-        log.info("Tracing holds up to %s on %s beside the model; %s are free.", _size(wanted), device, _size(free))
-        if wanted > free:
-            raise TraceError(
-                f"Tracing would hold {_size(wanted)} on {device} beside the model, and {_size(free)} are free; use "
-                "score='gain', a narrower scope, or gradient_device='cpu'."
-            )
+        text = f"{_size(least[device])} to {_size(most)} on {device} beside the model, and {_size(free)} are free"
+        remedy = "use score='gain', a narrower scope, or gradient_device='cpu'."
+        if least[device] > free:
+            raise TraceError(f"Tracing would hold {text}; {remedy}")
+        if most > free:
+            log.warning("Tracing may not fit: it will hold %s. If it fails, %s", text, remedy)
 
 
 def free_bytes(device: torch.device) -> int:

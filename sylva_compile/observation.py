@@ -77,13 +77,10 @@ def observe(
     done = start or Progress()
     missed: dict[str, str] = {}
     checks: dict[str, Tensor] = {}
-    sequences = 0
 
     def listen(weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool) -> None:
         name = names[weight.data_ptr()]
         inputs, gradients = (lhs, rhs) if activation_is_lhs else (rhs, lhs)
-        # The loss is a mean over the batch; its sum over sequences is what adds up over batches.
-        gradients = gradients * sequences
         checks[name] = gradients.sum().float()
         listener.update(name, inputs.detach(), gradients.detach())
         if name not in done.seen:
@@ -105,6 +102,9 @@ def observe(
             disable=not progress_bar,
         )
         batches = iter(loader)
+        if done.sequences >= num_samples:
+            # Nothing is left to observe, but asking makes a checkpoint compare what it skips.
+            next(batches, _END)
         with bar, torch.enable_grad():
             while done.sequences < num_samples:
                 batch = next(batches, _END)
@@ -114,7 +114,8 @@ def observe(
                 sequences = count_sequences(batch)
                 loss = loss_of(compiled, batch, loss_fn)
                 _check_loss(model, loss, batch, loss_fn, weights)
-                gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                # The loss is a mean over the batch; its sum over sequences is what adds up over batches.
+                gradients = torch.autograd.grad(loss * sequences, list(weights.values()), allow_unused=True)
                 _check_gradients(checks, weights)
                 checks.clear()
                 for name, gradient in zip(weights, gradients, strict=True):

@@ -108,7 +108,7 @@ def trace_and_mask(
                 f"method={method!r} needs a loader of batches; give one, or use 'magnitude' or 'random'."
             )
         choice = _choice(method, score, block_size, num_partitions, rank, damping, gradient_device)
-        check_fits(estimate_bytes(weights, choice))
+        check_fits(estimate_bytes(weights, axes, choice))
         estimators = Estimators(weights, axes, choice)
         ranks, at = (get_world_size(process_group), get_rank(process_group)) if process_group is not None else (1, 0)
         share = num_samples // ranks + (at < num_samples % ranks)
@@ -169,11 +169,12 @@ def estimate(
     Raises:
         ArgumentError, ScopeError: an argument, or a weight in scope, cannot be used.
     """
-    weights, _ = _weights_to_trace(unwrap(model), scope, block_size)
+    weights, axes = _weights_to_trace(unwrap(model), scope, block_size)
     if method in _WITHOUT_DATA:
         raise ArgumentError(f"method={method!r} traces nothing and holds nothing; there is nothing to estimate.")
     _check_choices(method, score)
-    return estimate_bytes(weights, _choice(method, score, block_size, num_partitions, rank, None, gradient_device))
+    choice = _choice(method, score, block_size, num_partitions, rank, None, gradient_device)
+    return estimate_bytes(weights, axes, choice)
 
 
 def _weights_to_trace(

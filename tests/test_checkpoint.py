@@ -99,6 +99,8 @@ class TestGoingOn:
         with pytest.raises(pytest.fail.Exception):
             trace(batches(), path)
         monkeypatch.undo()
+        with pytest.raises(TraceError, match="other batches"):
+            trace(batches(seed=1), path)
         assert dict(trace(batches(), path)) == dict(trace(batches()))
 
     def test_other_masks_can_be_made_of_what_was_gathered(self, interrupted: Path) -> None:

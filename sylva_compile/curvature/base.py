@@ -41,8 +41,11 @@ def live_tokens(output_gradients: Tensor) -> Tensor:
     such as that of the first query, which sees one key alone, comes out as zero or as rounding, by chance: so the
     limit is a millionth of the batch's largest.
     """
-    largest = output_gradients.abs().amax(1)
-    return largest > _NOTHING * largest.amax() if largest.numel() else largest.bool()
+    if output_gradients.shape[0] == 0:
+        return output_gradients.new_empty(0, dtype=torch.bool)
+    least, most = output_gradients.aminmax(dim=1)
+    largest = torch.maximum(most, -least)
+    return largest > _NOTHING * largest.amax()
 
 
 def sum_tiles(matrix: Tensor, block_size: int) -> Tensor:
