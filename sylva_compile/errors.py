@@ -35,3 +35,7 @@ class AdapterError(SylvaError, RuntimeError):
 
 class NativeCompilerError(SylvaError, RuntimeError):
     """C++ code cannot be compiled on this machine."""
+
+
+class GradientError(SylvaError, FloatingPointError):
+    """A gradient holds NaN or infinity and `nonfinite="raise"` was asked for."""

@@ -70,13 +70,13 @@ class Site:
         self.base_known = True
         self.embedded = True
         self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
-        self._remember()
+        self.agree()
         _alive.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled site is alive too: its blocks are followed like any other's."""
         self.__dict__.update(state)
-        self._remember()
+        self.agree()
         _alive.add(self)
 
     def sync(self) -> None:
@@ -94,12 +94,16 @@ class Site:
             dense = self._dense_blocks()
             unchanged = self.blocks.to(dense.dtype) == dense
             self.blocks.copy_(torch.where(unchanged, self.blocks, dense.to(self.blocks.dtype)))
-        self._remember()
+        self.agree()
 
     def write(self) -> None:
         """Write the blocks, rounded, into the dense weight."""
         self.writer.write(self.weight, self.blocks)
-        self._remember()
+        self.agree()
+
+    def agree(self) -> None:
+        """Note that weight and blocks agree now; a kernel that wrote both by address says so this way."""
+        self._versions = (self.weight._version, self.blocks._version)
 
     def replaced(self, old: Tensor) -> None:
         """Follow a dense weight that was loaded or assigned; `old [m, n]` is a copy of what was there before.
@@ -160,10 +164,6 @@ class Site:
     def _dense_blocks(self) -> Tensor:
         return read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)
 
-    def _remember(self) -> None:
-        """Note that weight and blocks agree now."""
-        self._versions = (self.weight._version, self.blocks._version)
-
 
 _alive: "weakref.WeakSet[Site]" = weakref.WeakSet()
 
@@ -182,7 +182,13 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Write what an optimizer has stepped into the dense weights."""
     # Not every optimizer moves the version counters (`p.data.add_`, raw pointers): what it holds is written regardless.
+    # The project's own do, and their kernel has written through already.
+    moves_versions = getattr(optimizer, "writes_through", False)
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for site in iter_sites():
-        if id(site.blocks) in stepped:
+        if id(site.blocks) not in stepped:
+            continue
+        if moves_versions:
+            site.sync()
+        else:
             site.write()

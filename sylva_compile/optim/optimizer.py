@@ -1,19 +1,263 @@
-"""The optimizer for `masks.parameters()`."""
+"""`GeneratedOptimizer`: a `torch.optim.Optimizer` whose step is one generated kernel, write-through included."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from sylva_compile.errors import ArgumentError, GradientError
+from sylva_compile.kernels.codegen import cpp_source, triton_source
+from sylva_compile.kernels.lowering import Rule
+from sylva_compile.kernels.step_table import TYPES, Launch, Slot, Target
+from sylva_compile.optim.launches import Launches, lowered
+from sylva_compile.optim.state import laid_out_as, lies_dense, settle_state
+from sylva_compile.site import Site, iter_sites
 
-class AdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov and Hutter, 2019) over float32 blocks and any other parameters.
 
-    A `torch.optim.AdamW` with this project's defaults: states and steps are torch's own, and checkpoints of either load
-    into the other. What is written through into the dense weights after a step is the same for every torch optimizer.
-    Weight decay defaults to 0: blocks are the weights themselves, and decaying them pulls a pre-trained model to zero.
+@dataclass(frozen=True)
+class StepOptions:
+    """What every generated optimizer takes beside its rule's own options.
+
+    Attributes:
+        max_grad_norm: clip the norm of all gradients together, as `clip_grad_norm_` does just before the step, but
+            inside of it: `.grad` stays as it is, and the norm is kept in `optimizer.grad_norm`.
+        nonfinite: what a step with NaN or infinity in any gradient does. "ignore" lets them through, as torch does;
+            "skip" changes nothing, step counts included; "raise" changes nothing and raises GradientError, for which a
+            GPU has to be waited for.
+        state_dtype: float32 or bfloat16 states, whatever the parameters are. bfloat16 is rounded stochastically, the
+            same way on any device and number of threads. None makes them in the parameter's dtype, as torch does.
+        seed: of the stochastic rounding, 0 to 2³² - 1.
     """
 
-    def __init__(self, params: ParamsT, lr: float = 2e-4, *, weight_decay: float = 0.0, **options: Any) -> None:
-        """`params` and `options` as for `torch.optim.AdamW`."""
-        super().__init__(params, lr=lr, weight_decay=weight_decay, **options)
+    max_grad_norm: float | None = None
+    nonfinite: Literal["ignore", "skip", "raise"] = "ignore"
+    state_dtype: torch.dtype | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ArgumentError(f"max_grad_norm={self.max_grad_norm}; give a positive number, or None not to clip.")
+        if self.nonfinite not in ("ignore", "skip", "raise"):
+            raise ArgumentError(f"nonfinite={self.nonfinite!r}; use 'ignore', 'skip' or 'raise'.")
+        if self.state_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ArgumentError(f"state_dtype={self.state_dtype}; use torch.float32, torch.bfloat16 or None.")
+        if not 0 <= self.seed < 1 << 32:
+            raise ArgumentError(f"seed={self.seed}; use an integer from 0 to 2**32 - 1.")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A parameter in a step: what the kernel gets, and whom to tell afterwards."""
+
+    parameter: nn.Parameter
+    slot: Slot
+    gradient: Tensor | None
+    site: Site | None
+
+
+class GeneratedOptimizer(torch.optim.Optimizer):
+    """An optimizer made from `rule(group)`; how to write one is in `sylva_compile.optim.rules`.
+
+    One kernel steps all parameters of a device, blocks and any others, whatever their shapes and dtypes (param groups
+    whose options make another rule, such as amsgrad, get a kernel each), and writes blocks, rounded, into their dense
+    weights. Arithmetic is in float32, or float64 for float64 parameters.
+    """
+
+    # GradScaler then sets `grad_scale` and `found_inf` and leaves unscaling and skipping to the step.
+    _step_supports_amp_scaling = True
+
+    writes_through = True
+    """Tells the hook after every optimizer's step that dense weights follow already."""
+
+    counts_steps = False
+    """Whether the count of steps belongs to the state even if no equation speaks of it."""
+
+    grad_norm: Tensor | None = None
+    """With `max_grad_norm`: the norm of all gradients in the last step, before clipping."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Any) -> None:
+        """As for `torch.optim.Optimizer`; `options` are those of `StepOptions`."""
+        rest = self._take_options(options)
+        if rest:
+            raise ArgumentError(f"{type(self).__name__} has no option {next(iter(rest))!r}; see its documentation.")
+        super().__init__(params, defaults)
+
+    def rule(self, group: Mapping[str, Any]) -> Rule:
+        """The rule that steps the parameters of `group`."""
+        raise NotImplementedError
+
+    def _take_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep the `StepOptions` among `options` and return the others."""
+        own = {field.name for field in fields(StepOptions)}
+        for name in ("foreach", "fused", "differentiable"):
+            if options.get(name):
+                raise ArgumentError(
+                    f"{name}={options[name]} asks for another implementation; there is one: leave it out."
+                )
+        self.options = StepOptions(**{name: value for name, value in options.items() if name in own})
+        self._reset()
+        return {name: value for name, value in options.items() if name not in own}
+
+    def _reset(self) -> None:
+        self._launches = Launches(stochastic=self.options.state_dtype == torch.bfloat16)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Raises ArgumentError for parameters that are not of a real floating-point dtype it knows."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dtype not in TYPES:
+                self.param_groups.pop()
+                known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
+                raise ArgumentError(f"A parameter holds {parameter.dtype} values; give those of {known} only.")
+
+    def kernel_source(self) -> str:
+        """The generated source of every kernel that steps these parameters: C++ for the CPU, Triton for a GPU."""
+        sources = {
+            (triton_source if parameter.device.type == "cuda" else cpp_source)(lowered(self.rule(group))): None
+            for group in self.param_groups
+            for parameter in group["params"]
+        }
+        return "\n".join(sources)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient.
+
+        Raises:
+            ArgumentError: a gradient is sparse; nothing is changed then.
+            GradientError: a gradient is not finite and `nonfinite="raise"`; nothing is changed then.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for site in iter_sites():
+            # The closure may have edited blocks or dense weights by hand.
+            site.sync()
+        before = set(self.state)
+        work = self._gather()
+        for (_, launch), members in work.items():
+            launch.describe([member.slot for member in members], [member.gradient for member in members])
+        if work and not self._launch(work):
+            for parameter in self.state.keys() - before:
+                del self.state[parameter]
+        return loss
+
+    def _gather(self) -> dict[tuple[Rule, Launch], list[_Member]]:
+        """Every parameter that has a gradient or a state, by the launch that steps it."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                    raise ArgumentError(
+                        f"{type(self).__name__} does not step sparse gradients; use torch.optim.SparseAdam for that "
+                        "parameter, or sparse=False in its nn.Embedding."
+                    )
+        sites = {id(site.blocks): site for site in iter_sites()}
+        work: dict[tuple[Rule, Launch], list[_Member]] = {}
+        index = 0
+        for number, group in enumerate(self.param_groups):
+            rule = self.rule(group)
+            counted = rule.counts_steps or self.counts_steps or self.options.state_dtype is not None
+            keeps_nothing = not counted and not rule.states
+            for parameter in group["params"]:
+                index += 1
+                # A parameter without a gradient stays in the table, so that one which comes and goes moves nothing.
+                if parameter.grad is None and parameter not in self.state and not keeps_nothing:
+                    continue
+                state = {} if keeps_nothing else self.state[parameter]
+                states, count = settle_state(state, parameter, rule, self.options.state_dtype, counted=counted)
+                site = sites.get(id(parameter))
+                target = None if site is None else _target(site)
+                slot = Slot(parameter, states, count, number, index - 1, target)
+                gradient = parameter.grad
+                if gradient is not None and lies_dense(parameter):
+                    gradient = laid_out_as(gradient, parameter, gradient.dtype)
+                launch = self._launches.of(rule, slot, gradient)
+                work.setdefault((rule, launch), []).append(
+                    _Member(parameter, slot, gradient, None if target is None else site)
+                )
+        return work
+
+    def _launch(self, work: dict[tuple[Rule, Launch], list[_Member]]) -> bool:
+        """Step; False if it is known here that nothing was to be done."""
+        scale, skip = self._scale_and_skip(work)
+        if skip.device.type == "cpu" and skip.item():
+            return False
+        for (rule, launch), members in work.items():
+            device = launch.device
+            hyper = self._launches.hyperparameters(rule, self.param_groups, device)
+            launch.step(hyper, scale.to(device), skip.to(device), self.options.seed)
+            _follow(launch, [member for member in members if member.gradient is not None])
+        return True
+
+    def _scale_and_skip(self, work: dict[tuple[Rule, Launch], list[_Member]]) -> tuple[Tensor, Tensor]:
+        """What gradients are multiplied by, and whether (not zero) the step is skipped; float64 `[]`."""
+        launches = [launch for _, launch in work]
+        home, limit = launches[0].device, self.options.max_grad_norm
+        scale = torch.ones((), dtype=torch.float64, device=home)
+        skip = torch.zeros((), dtype=torch.float64, device=home)
+        # GradScaler sets these two for the time of a step.
+        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
+            scale = scale / grad_scale.to(home).reshape(())
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
+            skip = skip + found_inf.to(home).reshape(())
+        if limit is None and self.options.nonfinite == "ignore":
+            return scale, skip
+        total = torch.stack([launch.squares().sum().to(home) for launch in launches]).sum()
+        if self.options.nonfinite == "raise" and not bool(skip) and not bool(torch.isfinite(total)):
+            raise GradientError(f"The gradient of {self._culprit()} holds NaN or infinity; nothing was stepped.")
+        if self.options.nonfinite == "skip":
+            skip = skip + ~torch.isfinite(total)
+        if limit is not None:
+            self.grad_norm = total.sqrt() * scale
+            scale = scale * (limit / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        return scale, skip
+
+    def _culprit(self) -> str:
+        """The name of the first parameter whose gradient is not finite, or its place."""
+        sites = {id(site.blocks): site for site in iter_sites()}
+        for number, group in enumerate(self.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                if parameter.grad is None or bool(torch.isfinite(parameter.grad).all()):
+                    continue
+                if "param_names" in group:
+                    return str(group["param_names"][place])
+                site = sites.get(id(parameter))
+                return f"parameter {place} of group {number}" if site is None else f"{site.name}_blocks"
+        return "some parameter"
+
+
+def _target(site: Site) -> Target | None:
+    """Where the kernel writes the blocks of `site`; None if that is left to the site."""
+    blocks, weight, positions = site.blocks, site.weight, site.layout.positions
+    reachable = blocks.device == weight.device == positions.device and weight.layout == torch.strided
+    wide = blocks.dtype in (torch.float32, torch.float64) and weight.dtype in TYPES
+    if reachable and wide and blocks.is_contiguous() and positions.is_contiguous():
+        return Target(weight, positions, site.mask.block_size)
+    return None
+
+
+def _follow(launch: Launch, members: list[_Member]) -> None:
+    """Let autograd and the sites know what was written by address."""
+    if not launch.writes_by_address:
+        for member in members:
+            if member.site is not None:
+                member.site.write()
+        return
+    written = [tensor for member in members for tensor in (member.parameter, *member.slot.states)]
+    written += [member.site.weight for member in members if member.site is not None]
+    torch.autograd.graph.increment_version(written)
+    for member in members:
+        if member.site is not None:
+            member.site.agree()

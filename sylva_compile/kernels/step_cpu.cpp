@@ -1,0 +1,218 @@
+// What every rule's step shares. `update`, `scalars` and the constants above are generated.
+//
+// A row of the table describes one parameter; a tile is a row and its first element. Tiles are independent of each other,
+// so the result does not depend on the number of threads.
+
+#include <algorithm>
+#include <cstring>
+
+namespace {
+
+enum Type { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, BFLOAT16_STOCHASTIC };
+constexpr int64_t CHUNK = 1024;  // Elements that are widened at a time; their buffers stay in the first-level cache.
+
+inline float from_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return value != value ? 0x7FC0 : uint16_t(nearest);
+}
+
+// Rounds up with the probability that makes the expectation exact. Infinity and NaN have no neighbours to choose from.
+inline uint16_t to_bfloat16_stochastic(float value, uint32_t random) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const bool finite = (bits & 0x7F800000) != 0x7F800000;
+  return finite ? uint16_t((bits + (random & 0xFFFF)) >> 16) : to_bfloat16(value);
+}
+
+// A 32-bit mixer with low bias: each bit of the argument changes each bit of the result half of the time.
+inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+inline uint32_t random_bits(uint32_t key, int64_t element) {
+  return mix(mix(uint32_t(element) ^ key) + uint32_t(element >> 32));
+}
+
+template <typename T>
+T* address(int64_t at) { return reinterpret_cast<T*>(at); }
+
+constexpr Type type_of(float) { return FLOAT32; }
+constexpr Type type_of(double) { return FLOAT64; }
+
+// `n` elements from `first` on as T: where they lie if they are of that type, else widened into `buffer`.
+template <typename T>
+T* load(int64_t at, int64_t type, int64_t first, int64_t n, T* buffer) {
+  if (type == type_of(T())) return address<T>(at) + first;
+  switch (type) {
+    case FLOAT32: std::copy_n(address<float>(at) + first, n, buffer); break;
+    case FLOAT64: std::copy_n(address<double>(at) + first, n, buffer); break;
+    case FLOAT16: std::copy_n(address<_Float16>(at) + first, n, buffer); break;
+    default:
+      for (int64_t i = 0; i < n; ++i) buffer[i] = from_bfloat16(address<uint16_t>(at)[first + i]);
+  }
+  return buffer;
+}
+
+// The way back; nothing is to be done for values that were changed where they lie.
+template <typename T>
+void store(int64_t at, int64_t type, int64_t first, int64_t n, const T* values, uint32_t key) {
+  if (type == type_of(T())) return;
+  switch (type) {
+    case FLOAT32: std::copy_n(values, n, address<float>(at) + first); break;
+    case FLOAT64: std::copy_n(values, n, address<double>(at) + first); break;
+    case FLOAT16:
+      for (int64_t i = 0; i < n; ++i) address<_Float16>(at)[first + i] = _Float16(float(values[i]));
+      break;
+    case BFLOAT16:
+      for (int64_t i = 0; i < n; ++i) address<uint16_t>(at)[first + i] = to_bfloat16(float(values[i]));
+      break;
+    default:
+      for (int64_t i = 0; i < n; ++i)
+        address<uint16_t>(at)[first + i] = to_bfloat16_stochastic(float(values[i]), random_bits(key, first + i));
+  }
+}
+
+double step_number(const int64_t* row) { return row[STEP] ? double(*address<float>(row[STEP])) + 1.0 : 1.0; }
+
+uint32_t state_key(const int64_t* row, uint32_t seed, int state) {
+  return mix(mix(mix(seed ^ uint32_t(step_number(row))) + uint32_t(row[INDEX])) + uint32_t(state));
+}
+
+const int64_t* state_columns(const int64_t* row, int state) { return row + WIDTH - STATE_COLUMNS * (STATES - state); }
+
+// Elements [first, first + count) of one parameter.
+template <typename T>
+void run(const int64_t* row, int64_t gradient, T scale, const T* s, uint32_t seed, int64_t first, int64_t count) {
+  alignas(64) T buffers[STATES + 2][CHUNK];
+  for (const int64_t end = first + count; first < end; first += CHUNK) {
+    const int64_t n = std::min(CHUNK, end - first);
+    T* p = load(row[PARAM], row[PARAM_TYPE], first, n, buffers[STATES]);
+    const T* g = load(gradient, row[GRAD_TYPE], first, n, buffers[STATES + 1]);
+    T* states[STATES + 1];
+    for (int k = 0; k < STATES; ++k) {
+      const int64_t* state = state_columns(row, k);
+      states[k] = load(state[0], state[1], first, n, buffers[k]);
+    }
+    update(n, scale, s, p, g, states);
+    store(row[PARAM], row[PARAM_TYPE], first, n, p, 0);
+    for (int k = 0; k < STATES; ++k) {
+      const int64_t* state = state_columns(row, k);
+      store(state[0], state[1], first, n, states[k], state_key(row, seed, k));
+    }
+  }
+}
+
+// Rounds the block whose first element is `first` into the dense weight at (top, left).
+template <typename T, typename D, typename Round>
+void write_block(const int64_t* row, int64_t first, int64_t top, int64_t left, int64_t height, int64_t width, Round round) {
+  const int64_t b = row[BLOCK], down = row[ROW_STRIDE], right = row[COL_STRIDE];
+  const T* block = address<T>(row[PARAM]) + first;
+  D* dense = address<D>(row[DENSE]) + top * down + left * right;
+  if (right == 1) {
+    for (int64_t r = 0; r < height; ++r)
+      for (int64_t c = 0; c < width; ++c) dense[r * down + c] = round(block[r * b + c]);
+  } else {
+    for (int64_t c = 0; c < width; ++c)
+      for (int64_t r = 0; r < height; ++r) dense[r * down + c * right] = round(block[r * b + c]);
+  }
+}
+
+template <typename T>
+void write_through(const int64_t* row, int64_t first, int64_t top, int64_t left, int64_t height, int64_t width) {
+  switch (row[DENSE_TYPE]) {
+    case FLOAT32: return write_block<T, float>(row, first, top, left, height, width, [](T x) { return float(x); });
+    case FLOAT64: return write_block<T, double>(row, first, top, left, height, width, [](T x) { return double(x); });
+    case FLOAT16:
+      return write_block<T, _Float16>(row, first, top, left, height, width, [](T x) { return _Float16(float(x)); });
+    default:
+      return write_block<T, uint16_t>(row, first, top, left, height, width, [](T x) { return to_bfloat16(float(x)); });
+  }
+}
+
+template <typename T>
+void step_tile(const int64_t* row, int64_t gradient, const double* hyper, double scale, uint32_t seed, int64_t first,
+               int64_t tile) {
+  double wide[SCALARS + 1];
+  T s[SCALARS + 1];
+  scalars(hyper + row[HYPER] * HYPERPARAMETERS, step_number(row), wide);
+  for (int k = 0; k < SCALARS; ++k) s[k] = T(wide[k]);
+  if (!row[DENSE]) return run<T>(row, gradient, T(scale), s, seed, first, std::min(tile, row[COUNT] - first));
+  const int64_t b = row[BLOCK], size = b * b;
+  const int64_t* positions = address<int64_t>(row[POSITIONS]);
+  for (const int64_t end = std::min(first + std::max(tile / size, int64_t(1)) * size, row[COUNT]); first < end;
+       first += size) {
+    const int64_t top = positions[first / size] * b, left = positions[row[BLOCKS] + first / size] * b;
+    const int64_t height = std::min(b, row[ROWS] - top), width = std::min(b, row[COLS] - left);
+    // What reaches over the matrix's edge is neither trained nor written.
+    if (width == b) {
+      run<T>(row, gradient, T(scale), s, seed, first, height * b);
+    } else {
+      for (int64_t r = 0; r < height; ++r) run<T>(row, gradient, T(scale), s, seed, first + r * b, width);
+    }
+    write_through<T>(row, first, top, left, height, width);
+  }
+}
+
+template <typename T>
+double sum_of_squares(const int64_t* row, int64_t gradient, int64_t first, int64_t end) {
+  alignas(64) T buffer[CHUNK];
+  double total = 0.0;
+  for (; first < end; first += CHUNK) {
+    const int64_t n = std::min(CHUNK, end - first);
+    const T* g = load(gradient, row[GRAD_TYPE], first, n, buffer);
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; ++i) total += double(g[i]) * double(g[i]);
+  }
+  return total;
+}
+
+}  // namespace
+
+// One step of every parameter whose gradient is there: `table [rows, WIDTH]`, `gradients [rows]` (0 where one is missing),
+// `hyper [groups, HYPERPARAMETERS]`, `tiles [count, 2]` (row and first element).
+extern "C" void step(const int64_t* table, const int64_t* gradients, int64_t rows, const double* hyper,
+                     const int64_t* tiles, int64_t count, int64_t tile, double scale, uint32_t seed, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t *row = table + tiles[2 * i] * WIDTH, gradient = gradients[tiles[2 * i]], first = tiles[2 * i + 1];
+    if (!gradient) continue;
+    if (row[PARAM_TYPE] == FLOAT64) {
+      step_tile<double>(row, gradient, hyper, scale, seed, first, tile);
+    } else {
+      step_tile<float>(row, gradient, hyper, scale, seed, first, tile);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t* row = table + r * WIDTH;
+    if (gradients[r] && row[STEP]) *address<float>(row[STEP]) += 1.0f;
+  }
+}
+
+// The sum of squares of each tile's gradient, `sums [count]`; not finite where an element is not.
+extern "C" void squares(const int64_t* table, const int64_t* gradients, const int64_t* tiles, int64_t count, int64_t tile,
+                        double* sums, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t *row = table + tiles[2 * i] * WIDTH, gradient = gradients[tiles[2 * i]], first = tiles[2 * i + 1];
+    const int64_t b = row[BLOCK], unit = row[DENSE] ? std::max(tile / (b * b), int64_t(1)) * b * b : tile;
+    const int64_t end = std::min(first + unit, row[COUNT]);
+    if (!gradient) {
+      sums[i] = 0.0;
+    } else if (row[GRAD_TYPE] == FLOAT64) {
+      sums[i] = sum_of_squares<double>(row, gradient, first, end);
+    } else {
+      sums[i] = sum_of_squares<float>(row, gradient, first, end);
+    }
+  }
+}

@@ -1,0 +1,188 @@
+"""The table of addresses from which one launch steps every parameter, whatever its shape, dtype and layout.
+
+A row describes one parameter: where its values, states and step count lie, of which dtype they are, and, for blocks of
+a dense weight, where that weight lies and where the blocks sit in it. A tile is a piece of one parameter that one
+thread or program steps. Addresses of gradients, which change from step to step, are apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+COLUMNS = (
+    "PARAM",
+    "PARAM_TYPE",
+    "GRAD_TYPE",
+    "COUNT",
+    "HYPER",
+    "STEP",
+    "INDEX",
+    "DENSE",
+    "DENSE_TYPE",
+    "ROW_STRIDE",
+    "COL_STRIDE",
+    "ROWS",
+    "COLS",
+    "BLOCK",
+    "POSITIONS",
+    "BLOCKS",
+)
+"""Addresses are 0 where there is nothing: `STEP` of a rule that counts none, `DENSE` of an ordinary parameter."""
+
+STATE_COLUMNS = ("STATE", "STATE_TYPE")
+"""These follow once for every state."""
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+STOCHASTIC = 4
+"""The code of a bfloat16 state that is rounded stochastically."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The dense weight that blocks are written through into.
+
+    Attributes:
+        matrix: `[m, n]`, any strides.
+        positions: `int64[2, nnz]`, contiguous, on the matrix's device.
+        block_size: b.
+    """
+
+    matrix: Tensor
+    positions: Tensor
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter and all that its step reads and writes, but the gradient.
+
+    Attributes:
+        param: any shape, its elements side by side in memory.
+        states: laid out as `param`, in the rule's order.
+        step: float32, how many steps it has had; None if nobody counts them.
+        group: index of its row of hyperparameters.
+        index: which parameter of the optimizer it is; part of the seed of stochastic rounding.
+        target: where blocks are written through; None for an ordinary parameter.
+    """
+
+    param: Tensor
+    states: tuple[Tensor, ...]
+    step: Tensor | None
+    group: int
+    index: int
+    target: Target | None
+
+
+class StepTable:
+    """The rows and tiles of one launch, on its device; sent there anew only when one of them is another."""
+
+    def __init__(self, device: torch.device, tile: int, *, whole_blocks: bool, stochastic: bool) -> None:
+        """An empty table.
+
+        Args:
+            device: of everything that the rows name.
+            tile: elements a tile.
+            whole_blocks: let the tiles of blocks end where a block does, even if more or fewer elements fit.
+            stochastic: round bfloat16 states stochastically.
+        """
+        self.device, self.tile = device, tile
+        self._whole_blocks, self._stochastic = whole_blocks, stochastic
+        self._rows: list[tuple[int, ...]] = []
+        self._addresses: list[int] = []
+        self.rebuilt = 0
+        """How often the rows were sent."""
+        self.rows = self.tiles = self.gradients = torch.empty(0, dtype=torch.int64, device=device)
+
+    def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
+        """Describe this step. A gradient `[count]` is laid out as its parameter; where it is None, nothing is done."""
+        rows = [self._row(slot, gradient) for slot, gradient in zip(slots, gradients, strict=True)]
+        if rows != self._rows:
+            self._rows = rows
+            self.rows = self._send(rows)
+            self.tiles = self._tiles(rows).to(self.device)
+            self.rebuilt += 1
+        # An empty gradient has no address, but its parameter's step counts.
+        addresses = [0 if gradient is None else gradient.data_ptr() or 1 for gradient in gradients]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self.gradients = self._send(addresses)
+
+    def _row(self, slot: Slot, gradient: Tensor | None) -> tuple[int, ...]:
+        param, target = slot.param, slot.target
+        dense: tuple[int, ...] = (0,) * 9
+        if target is not None:
+            matrix, positions = target.matrix, target.positions
+            dense = (
+                matrix.data_ptr(),
+                TYPES[matrix.dtype],
+                *matrix.stride(),
+                *matrix.shape,
+                target.block_size,
+                positions.data_ptr(),
+                positions.shape[1],
+            )
+        row = (
+            param.data_ptr(),
+            TYPES[param.dtype],
+            TYPES[param.dtype if gradient is None else gradient.dtype],
+            param.numel(),
+            slot.group,
+            0 if slot.step is None else slot.step.data_ptr(),
+            slot.index,
+            *dense,
+        )
+        for state in slot.states:
+            rounded = self._stochastic and state.dtype == torch.bfloat16
+            row += (state.data_ptr(), STOCHASTIC if rounded else TYPES[state.dtype])
+        return row
+
+    def _send(self, values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
+        return send(torch.tensor(values, dtype=torch.int64), self.device)
+
+    def _tiles(self, rows: list[tuple[int, ...]]) -> Tensor:
+        """`int64[tiles, 2]`: row and first element of each tile."""
+        table = torch.tensor(rows, dtype=torch.int64)
+        block, count = table[:, COLUMNS.index("BLOCK")], table[:, COLUMNS.index("COUNT")]
+        size = torch.full_like(count, self.tile)
+        if self._whole_blocks:
+            area = (block * block).clamp(min=1)
+            size = torch.where(block > 0, (self.tile // area).clamp(min=1) * area, size)
+        number = (count + size - 1) // size
+        row = torch.arange(len(rows)).repeat_interleave(number)
+        before = number.cumsum(0) - number
+        return torch.stack([row, (torch.arange(len(row)) - before[row]) * size[row]], dim=1)
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, without waiting for it."""
+    if device.type != "cuda":
+        return values
+    # torch keeps pinned memory until the copy out of it has run, so the next step may well make another.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+class Launch(Protocol):
+    """The step of one rule for the parameters of one device."""
+
+    device: torch.device
+    writes_by_address: bool
+    """Whether blocks are written through into their targets, and nobody has told autograd of any write."""
+
+    def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
+        """Say what the next calls are about. Gradients are laid out as their parameters, or None where missing."""
+
+    def squares(self) -> Tensor:
+        """`float64[pieces]`, sums of squares of pieces of the gradients; not finite where an element is not."""
+
+    def step(self, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
+        """Step every parameter that has a gradient, and count it.
+
+        Args:
+            hyper: `float64[groups, hyperparameters]`, on the device, as the two that follow.
+            scale: float64, what gradients are multiplied by.
+            skip: not zero if nothing is to be done.
+            seed: of stochastic rounding, 0 to 2³² - 1.
+        """

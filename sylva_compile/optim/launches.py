@@ -1,0 +1,84 @@
+"""Which kernel steps a parameter, and the launches that an optimizer keeps between steps."""
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sylva_compile.errors import NativeCompilerError
+from sylva_compile.kernels.lowering import Program, Rule, lower
+from sylva_compile.kernels.step_cpu import CpuLaunch
+from sylva_compile.kernels.step_eager import EagerLaunch
+from sylva_compile.kernels.step_table import Launch, Slot, send
+from sylva_compile.kernels.step_triton import TritonLaunch
+from sylva_compile.optim.state import lies_dense
+
+log = logging.getLogger(__name__)
+
+lowered = functools.cache(lower)
+"""`lower`, once a rule."""
+
+
+class Launches:
+    """The launches of one optimizer, made when first needed and kept, with the tables that they hold."""
+
+    def __init__(self, *, stochastic: bool) -> None:
+        """`stochastic` rounds bfloat16 states stochastically."""
+        self._stochastic = stochastic
+        self._made: dict[tuple[Rule, torch.device, type[Launch]], Launch] = {}
+        self._hyper: dict[tuple[Rule, torch.device], tuple[list[float], Tensor]] = {}
+
+    def of(self, rule: Rule, slot: Slot, gradient: Tensor | None) -> Launch:
+        """The launch that steps `slot` by `rule`."""
+        device = slot.param.device
+        key = (rule, device, _kind(slot, gradient))
+        if key not in self._made:
+            self._made[key] = _make(key[2], lowered(rule), device, stochastic=self._stochastic)
+        return self._made[key]
+
+    def hyperparameters(self, rule: Rule, groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
+        """`float64[groups, hyperparameters]` on `device`; tensors that live there are read there, without waiting."""
+        names = [name for _, name in rule.hyperparameters]
+        found = [_read(group, name) for group in groups for name in names]
+        remote = {k: value for k, value in enumerate(found) if isinstance(value, Tensor) and value.is_cuda}
+        values = [0.0 if k in remote else float(value) for k, value in enumerate(found)]
+        before, table = self._hyper.get((rule, device), ([], torch.empty(0)))
+        if values != before:
+            table = send(torch.tensor(values, dtype=torch.float64).view(len(groups), len(names)), device)
+            self._hyper[rule, device] = (values, table)
+        for k, value in remote.items():
+            table[k // len(names), k % len(names)] = value.reshape(())
+        return table
+
+
+def _read(group: Mapping[str, Any], name: str | tuple[str, int]) -> Any:
+    return group[name] if isinstance(name, str) else group[name[0]][name[1]]
+
+
+def _kind(slot: Slot, gradient: Tensor | None) -> type[Launch]:
+    tensors = [slot.param, *slot.states, *([] if gradient is None else [gradient])]
+    device = slot.param.device.type
+    if not lies_dense(slot.param):
+        return EagerLaunch
+    if device == "cpu":
+        return CpuLaunch
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return EagerLaunch if device != "cuda" or wide else TritonLaunch
+
+
+def _make(kind: type[Launch], program: Program, device: torch.device, *, stochastic: bool) -> Launch:
+    if kind is CpuLaunch:
+        try:
+            return CpuLaunch(program, device, stochastic=stochastic)
+        except NativeCompilerError as error:
+            _log_once(str(error))
+            kind = EagerLaunch
+    return kind(program, device, stochastic=stochastic)  # type: ignore[call-arg]
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    log.warning("Optimizer steps run in torch's own operations, slower but right: %s", reason)

@@ -1,0 +1,132 @@
+"""Update rules, each as the equations of its paper, from which every kernel is generated.
+
+`p` is the parameter, `g` its gradient and `t` the number of the step, from 1. Equations are read in order, like a
+program: a state on the right of an equation has the value of the last equation that assigned it. What depends on no
+element, such as Adam's bias corrections, is found and computed once a parameter and step, in float64.
+
+Where torch has an optimizer of the name, a rule is that optimizer's: states carry its names and mean the same, so that
+checkpoints fit. Options that change the equations (amsgrad, Nesterov) make another rule; those that are plain numbers
+(the learning rate) are symbols.
+
+**Adding a rule** is adding its equations. Signum (Bernstein et al., 2018, "signSGD", algorithm 2) steps by the sign of
+the momentum:
+
+>>> import sympy as sp
+>>> import torch
+>>> from sylva_compile.kernels.lowering import Rule, g, p
+>>> from sylva_compile.optim.optimizer import GeneratedOptimizer
+>>> lr, beta, m = sp.symbols("lr beta m", real=True)
+>>> signum = Rule(
+...     "Signum",
+...     equations=((m, beta * m + (1 - beta) * g), (p, p - lr * sp.sign(m))),
+...     states=((m, "momentum_buffer"),),
+...     hyperparameters=((lr, "lr"), (beta, "beta")),
+... )
+>>> class Signum(GeneratedOptimizer):
+...     def __init__(self, params, lr=1e-4, beta=0.9, **options):
+...         super().__init__(params, {"lr": lr, "beta": beta}, **options)
+...
+...     def rule(self, group):
+...         return signum
+
+That is all: param groups, schedulers, checkpoints, clipping, GradScaler and the write-through into dense weights come
+with `GeneratedOptimizer`, and so does the kernel.
+
+>>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+>>> weight.grad = torch.tensor([0.5, 0.0, -2.0])
+>>> optimizer = Signum([weight], lr=0.25)
+>>> optimizer.step()
+>>> weight.tolist()
+[0.75, 1.0, 1.25]
+>>> print(signum)
+Signum
+    m = beta*m + g*(1 - beta)
+    p = -lr*sign(m) + p
+"""
+
+import functools
+
+import sympy as sp
+
+from sylva_compile.kernels.lowering import Rule, g, p, t
+
+_lr, _eps, _decay = sp.symbols("lr eps weight_decay", real=True)
+_beta1, _beta2, _alpha, _mu, _tau = sp.symbols("beta1 beta2 alpha mu tau", real=True)
+_m, _v, _top, _c, _mean, _denominator = sp.symbols("m v v_max c g_mean denominator", real=True)
+_BETAS = ((_lr, "lr"), (_beta1, ("betas", 0)), (_beta2, ("betas", 1)), (_decay, "weight_decay"))
+
+
+def _ascent(maximize: bool) -> tuple[tuple[sp.Symbol, sp.Expr], ...]:
+    return ((g, -g),) if maximize else ()
+
+
+@functools.cache
+def adam(*, decoupled: bool, amsgrad: bool = False, maximize: bool = False) -> Rule:
+    """Adam (Kingma and Ba, 2015, algorithm 1), AdamW if `decoupled` (Loshchilov and Hutter, 2019, algorithm 2).
+
+    `amsgrad` is Reddi et al. (2018) as torch has it: the largest v so far, before its bias correction.
+    """
+    decay = (p, p * (1 - _lr * _decay)) if decoupled else (g, g + _decay * p)
+    second = _top if amsgrad else _v
+    correction1, correction2 = 1 - _beta1**t, 1 - _beta2**t
+    equations = (
+        *_ascent(maximize),
+        decay,
+        (_m, _m + (1 - _beta1) * (g - _m)),
+        (_v, _beta2 * _v + (1 - _beta2) * g**2),
+        *(((_top, sp.Max(_top, _v)),) if amsgrad else ()),
+        (p, p - _lr / correction1 * _m / (sp.sqrt(second) / sp.sqrt(correction2) + _eps)),
+    )
+    states = ((_m, "exp_avg"), (_v, "exp_avg_sq"), *(((_top, "max_exp_avg_sq"),) if amsgrad else ()))
+    return Rule("AdamW" if decoupled else "Adam", equations, states, (*_BETAS, (_eps, "eps")))
+
+
+@functools.cache
+def sgd(*, momentum: bool, dampening: bool = False, nesterov: bool = False, maximize: bool = False) -> Rule:
+    """SGD with momentum (Sutskever et al., 2013), in torch's form: the buffer is a sum of gradients, lr outside of it.
+
+    The first gradient enters the buffer whole, whatever the dampening.
+    """
+    equations = [*_ascent(maximize), (g, g + _decay * p)]
+    hyperparameters = [(_lr, "lr"), (_decay, "weight_decay")]
+    if momentum:
+        share = sp.Piecewise((1, t <= 1), (1 - _tau, True)) if dampening else sp.Integer(1)
+        equations.append((_m, _mu * _m + share * g))
+        hyperparameters.append((_mu, "momentum"))
+    if dampening:
+        hyperparameters.append((_tau, "dampening"))
+    step = g + _mu * _m if nesterov else _m if momentum else g
+    equations.append((p, p - _lr * step))
+    return Rule("SGD", tuple(equations), ((_m, "momentum_buffer"),) if momentum else (), tuple(hyperparameters))
+
+
+@functools.cache
+def lion(*, maximize: bool = False) -> Rule:
+    """Lion (Chen et al., 2023, algorithm 2), with weight decay decoupled as there."""
+    equations = (
+        *_ascent(maximize),
+        (_c, _beta1 * _m + (1 - _beta1) * g),
+        (p, p * (1 - _lr * _decay) - _lr * sp.sign(_c)),
+        (_m, _beta2 * _m + (1 - _beta2) * g),
+    )
+    return Rule("Lion", equations, ((_m, "exp_avg"),), _BETAS)
+
+
+@functools.cache
+def rmsprop(*, momentum: bool, centered: bool = False, maximize: bool = False) -> Rule:
+    """RMSprop (Hinton's lecture 6e); `centered` is Graves (2013), equations 38 to 45, in torch's form."""
+    equations = [*_ascent(maximize), (g, g + _decay * p), (_v, _alpha * _v + (1 - _alpha) * g**2)]
+    states = [(_v, "square_avg")]
+    hyperparameters = [(_lr, "lr"), (_decay, "weight_decay"), (_alpha, "alpha"), (_eps, "eps")]
+    variance = _v
+    if centered:
+        equations.append((_mean, _mean + (1 - _alpha) * (g - _mean)))
+        states.append((_mean, "grad_avg"))
+        variance = _v - _mean**2
+    equations.append((_denominator, sp.sqrt(variance) + _eps))
+    if momentum:
+        equations.append((_m, _mu * _m + g / _denominator))
+        states.append((_m, "momentum_buffer"))
+        hyperparameters.append((_mu, "momentum"))
+    equations.append((p, p - _lr * (_m if momentum else g / _denominator)))
+    return Rule("RMSprop", tuple(equations), tuple(states), tuple(hyperparameters))
