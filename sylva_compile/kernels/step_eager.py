@@ -5,6 +5,7 @@ on a GPU, a parameter whose elements do not lie side by side.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy as sp
@@ -32,7 +33,8 @@ class EagerLaunch:
     def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
         """See `Launch`."""
         pairs = zip(slots, gradients, strict=True)
-        self._pairs = [(slot, gradient) for slot, gradient in pairs if gradient is not None]
+        # A launch outlives its model, whose weights it must not keep.
+        self._pairs = [(replace(slot, target=None), gradient) for slot, gradient in pairs if gradient is not None]
 
     def squares(self) -> Tensor:
         """See `Launch`: a sum a gradient."""

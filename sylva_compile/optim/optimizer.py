@@ -184,6 +184,9 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                 if gradient is not None and lies_dense(parameter):
                     gradient = laid_out_as(gradient, parameter, gradient.dtype)
                 launch = self._launches.of(rule, slot, gradient)
+                if gradient is not None and site is not None and not launch.writes_by_address:
+                    # The kernels never touch what reaches over the edge of a dense weight.
+                    gradient = site.inside(gradient)
                 work.setdefault((rule, launch), []).append(
                     _Member(parameter, slot, gradient, None if target is None else site)
                 )
