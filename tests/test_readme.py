@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -14,7 +15,13 @@ TEXT = (ROOT / "README.md").read_text()
 def test_the_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     case = tiny("llama")
-    names = {"model": case.model, "base": copy.deepcopy(case.model), "loader": [case.batch] * 3, "batch": case.batch}
+    names = {
+        "torch": torch,
+        "model": case.model,
+        "base": copy.deepcopy(case.model),
+        "loader": [case.batch] * 3,
+        "batch": case.batch,
+    }
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len(blocks) == 4
     for block in blocks:

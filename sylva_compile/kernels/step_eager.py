@@ -5,7 +5,6 @@ on a GPU, a parameter whose elements do not lie side by side.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import sympy as sp
@@ -34,7 +33,7 @@ class EagerLaunch:
         """See `Launch`."""
         pairs = zip(slots, gradients, strict=True)
         # A launch outlives its model, whose weights it must not keep.
-        self._pairs = [(replace(slot, target=None), gradient) for slot, gradient in pairs if gradient is not None]
+        self._pairs = [(slot._replace(target=None), gradient) for slot, gradient in pairs if gradient is not None]
 
     def squares(self) -> Tensor:
         """See `Launch`: a sum a gradient."""
@@ -63,7 +62,7 @@ class EagerLaunch:
         slot.param.copy_(torch.where(skip == 0, new, slot.param))
         for number, (state, value) in enumerate(zip(slot.states, states, strict=True)):
             if self._stochastic and state.dtype == torch.bfloat16:
-                value = round_stochastically(value.float(), seed, once[t].long(), slot.index, number)
+                value = round_stochastically(value.float(), seed, once[t].long(), slot.order, number)
             state.copy_(torch.where(skip == 0, value, state))
 
 

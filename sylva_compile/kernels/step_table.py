@@ -6,8 +6,7 @@ thread or program steps. Addresses of gradients, which change from step to step,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,8 +39,7 @@ STOCHASTIC = 4
 """The code of a bfloat16 state that is rounded stochastically."""
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """The dense weight that blocks are written through into.
 
     Attributes:
@@ -55,8 +53,7 @@ class Target:
     block_size: int
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One parameter and all that its step reads and writes, but the gradient.
 
     Attributes:
@@ -64,7 +61,7 @@ class Slot:
         states: laid out as `param`, in the rule's order.
         step: float32, how many steps it has had; None if nobody counts them.
         group: index of its row of hyperparameters.
-        index: which parameter of the optimizer it is; part of the seed of stochastic rounding.
+        order: which parameter of the optimizer it is; part of the seed of stochastic rounding.
         target: where blocks are written through; None for an ordinary parameter.
     """
 
@@ -72,7 +69,7 @@ class Slot:
     states: tuple[Tensor, ...]
     step: Tensor | None
     group: int
-    index: int
+    order: int
     target: Target | None
 
 
@@ -131,7 +128,7 @@ class StepTable:
             param.numel(),
             slot.group,
             0 if slot.step is None else slot.step.data_ptr(),
-            slot.index,
+            slot.order,
             *dense,
         )
         for state in slot.states:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,16 +28,24 @@ class Launches:
     def __init__(self, *, stochastic: bool) -> None:
         """`stochastic` rounds bfloat16 states stochastically."""
         self._stochastic = stochastic
-        self._made: dict[tuple[Rule, torch.device, type[Launch]], Launch] = {}
+        self._made: dict[Rule, dict[tuple[torch.device, type[Launch]], Launch]] = {}
         self._hyper: dict[tuple[Rule, torch.device], tuple[list[float], Tensor]] = {}
 
-    def of(self, rule: Rule, slot: Slot, gradient: Tensor | None) -> Launch:
-        """The launch that steps `slot` by `rule`."""
-        device = slot.param.device
-        key = (rule, device, _kind(slot, gradient))
-        if key not in self._made:
-            self._made[key] = _make(key[2], lowered(rule), device, stochastic=self._stochastic)
-        return self._made[key]
+    def by(self, rule: Rule) -> Callable[[Slot, Tensor | None], Launch]:
+        """What gives the launch that steps a parameter by `rule`. Hashing a rule takes long: ask once a group."""
+        made = self._made.setdefault(rule, {})
+
+        def launch(slot: Slot, gradient: Tensor | None) -> Launch:
+            device = slot.param.device
+            key = (device, _kind(slot, gradient))
+            if key not in made:
+                made[key] = _make(key[1], lowered(rule), device, stochastic=self._stochastic)
+            return made[key]
+
+        return launch
+
+    def __iter__(self) -> Iterator[Launch]:
+        return (launch for made in self._made.values() for launch in made.values())
 
     def hyperparameters(self, rule: Rule, groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
         """`float64[groups, hyperparameters]` on `device`; tensors that live there are read there, without waiting."""
@@ -59,14 +67,13 @@ def _read(group: Mapping[str, Any], name: str | tuple[str, int]) -> Any:
 
 
 def _kind(slot: Slot, gradient: Tensor | None) -> type[Launch]:
-    tensors = [slot.param, *slot.states, *([] if gradient is None else [gradient])]
-    device = slot.param.device.type
     if not lies_dense(slot.param):
         return EagerLaunch
-    if device == "cpu":
+    if slot.param.is_cpu:
         return CpuLaunch
+    tensors = (slot.param, *slot.states, *(() if gradient is None else (gradient,)))
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return EagerLaunch if device != "cuda" or wide else TritonLaunch
+    return EagerLaunch if wide or not slot.param.is_cuda else TritonLaunch
 
 
 def _make(kind: type[Launch], program: Program, device: torch.device, *, stochastic: bool) -> Launch:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,17 @@ class StepOptions:
             raise ArgumentError(f"seed={self.seed}; use an integer from 0 to 2**32 - 1.")
 
 
-@dataclass(frozen=True)
-class _Member:
+class _Member(NamedTuple):
     """A parameter in a step: what the kernel gets, and whom to tell afterwards."""
 
     parameter: nn.Parameter
     slot: Slot
     gradient: Tensor | None
     site: Site | None
+
+
+_Work = dict[Launch, tuple[Rule, list[_Member]]]
+"""The parameters of a step by the launch that steps them, with its rule."""
 
 
 class GeneratedOptimizer(torch.optim.Optimizer):
@@ -147,14 +150,14 @@ class GeneratedOptimizer(torch.optim.Optimizer):
             site.sync()
         before = set(self.state)
         work = self._gather()
-        for (_, launch), members in work.items():
+        for launch, (_, members) in work.items():
             launch.describe([member.slot for member in members], [member.gradient for member in members])
         if work and not self._launch(work):
             for parameter in self.state.keys() - before:
                 del self.state[parameter]
         return loss
 
-    def _gather(self) -> dict[tuple[Rule, Launch], list[_Member]]:
+    def _gather(self) -> _Work:
         """Every parameter that has a gradient or a state, by the launch that steps it."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -164,10 +167,11 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                         "parameter, or sparse=False in its nn.Embedding."
                     )
         sites = {id(site.blocks): site for site in iter_sites()}
-        work: dict[tuple[Rule, Launch], list[_Member]] = {}
+        work: _Work = {}
         index = 0
         for number, group in enumerate(self.param_groups):
             rule = self.rule(group)
+            launch_of = self._launches.by(rule)
             counted = rule.counts_steps or self.counts_steps or self.options.state_dtype is not None
             keeps_nothing = not counted and not rule.states
             for parameter in group["params"]:
@@ -183,30 +187,28 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                 gradient = parameter.grad
                 if gradient is not None and lies_dense(parameter):
                     gradient = laid_out_as(gradient, parameter, gradient.dtype)
-                launch = self._launches.of(rule, slot, gradient)
+                launch = launch_of(slot, gradient)
                 if gradient is not None and site is not None and not launch.writes_by_address:
                     # The kernels never touch what reaches over the edge of a dense weight.
                     gradient = site.inside(gradient)
-                work.setdefault((rule, launch), []).append(
-                    _Member(parameter, slot, gradient, None if target is None else site)
-                )
+                member = _Member(parameter, slot, gradient, None if target is None else site)
+                work.setdefault(launch, (rule, []))[1].append(member)
         return work
 
-    def _launch(self, work: dict[tuple[Rule, Launch], list[_Member]]) -> bool:
+    def _launch(self, work: _Work) -> bool:
         """Step; False if it is known here that nothing was to be done."""
-        scale, skip = self._scale_and_skip(work)
+        scale, skip = self._scale_and_skip(list(work))
         if skip.device.type == "cpu" and skip.item():
             return False
-        for (rule, launch), members in work.items():
+        for launch, (rule, members) in work.items():
             device = launch.device
             hyper = self._launches.hyperparameters(rule, self.param_groups, device)
             launch.step(hyper, scale.to(device), skip.to(device), self.options.seed)
             _follow(launch, [member for member in members if member.gradient is not None])
         return True
 
-    def _scale_and_skip(self, work: dict[tuple[Rule, Launch], list[_Member]]) -> tuple[Tensor, Tensor]:
+    def _scale_and_skip(self, launches: list[Launch]) -> tuple[Tensor, Tensor]:
         """What gradients are multiplied by, and whether (not zero) the step is skipped; float64 `[]`."""
-        launches = [launch for _, launch in work]
         home, limit = launches[0].device, self.options.max_grad_norm
         scale = torch.ones((), dtype=torch.float64, device=home)
         skip = torch.zeros((), dtype=torch.float64, device=home)

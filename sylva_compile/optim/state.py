@@ -40,14 +40,14 @@ def settle_state(
     Raises:
         ArgumentError: a state has another shape than its parameter.
     """
-    started = any(state.get(name) is not None for _, name in rule.states)
     count = None
     if counted:
-        # torch's SGD counts nothing, but a buffer that is there has seen a first step.
-        found = torch.as_tensor(state.get("step", float(started)))
-        # A count of its own: the device adds to it in place.
-        count = found.to(parameter.device, torch.float32)
-        state["step"] = count
+        count = state.get("step")
+        if not isinstance(count, Tensor) or count.dtype != torch.float32 or count.device != parameter.device:
+            # torch's SGD counts nothing, but a buffer that is there has seen a first step.
+            started = any(state.get(name) is not None for _, name in rule.states)
+            count = torch.as_tensor(float(started) if count is None else count)
+            state["step"] = count = count.to(parameter.device, torch.float32)
     states = []
     for _, name in rule.states:
         value = state.get(name)
