@@ -1,8 +1,8 @@
 """The optimizer step on a GPU: one launch of a generated Triton kernel over the tiles of all parameters.
 
 Nothing in a step waits for the device, and what changes from step to step (counts, learning rates held in tensors, the
-scale, whether to skip) is read on the device, so that a step can be captured in a CUDA graph. This has run in Triton's
-interpreter only, on no GPU yet.
+scale, whether to skip) is read on the device, so that a step can be captured in a CUDA graph once a few steps have made
+the states and tables. This has run in Triton's interpreter only, on no GPU yet.
 """
 
 import importlib.util

@@ -123,6 +123,20 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                 known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
                 raise ArgumentError(f"A parameter holds {parameter.dtype} values; give those of {known} only.")
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but states keep the precision of `state_dtype`."""
+        super().load_state_dict(state_dict)
+        dtype = self.options.state_dtype
+        if dtype is None:
+            return
+        # torch has rounded the states to the parameters' dtype, which may be narrower.
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(saved, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if name != "step" and isinstance(value, Tensor):
+                    self.state[parameter][name] = value.to(parameter.device, dtype, copy=True)
+
     def kernel_source(self) -> str:
         """The generated source of every kernel that steps these parameters: C++ for the CPU, Triton for a GPU."""
         sources = {
@@ -140,7 +154,6 @@ class GeneratedOptimizer(torch.optim.Optimizer):
             ArgumentError: a gradient is sparse; nothing is changed then.
             GradientError: a gradient is not finite and `nonfinite="raise"`; nothing is changed then.
         """
-        self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():

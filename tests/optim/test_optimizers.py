@@ -428,6 +428,18 @@ class TestLowPrecisionStates:
         found = optimizer.state[parameter]["exp_avg_sq"].float().mean()
         assert float(found) == pytest.approx(1 - 0.999**300, rel=0.01)
 
+    def test_float32_states_of_bfloat16_parameters_survive_a_checkpoint(self) -> None:
+        parameter = nn.Parameter(torch.randn(30).bfloat16())
+        parameter.grad = torch.randn(30).bfloat16()
+        optimizer = AdamW([parameter], state_dtype=torch.float32)
+        optimizer.step()
+        twin = AdamW([parameter], state_dtype=torch.float32)
+        twin.load_state_dict(optimizer.state_dict())
+        wanted = optimizer.state[parameter]["exp_avg_sq"]
+        assert wanted.dtype == torch.float32
+        assert torch.equal(twin.state[parameter]["exp_avg_sq"], wanted)
+        assert twin.state[parameter]["exp_avg_sq"] is not wanted
+
     def test_a_checkpoint_of_torch_is_taken_over(self) -> None:
         parameter = nn.Parameter(torch.randn(30))
         parameter.grad = torch.randn(30)
