@@ -79,6 +79,7 @@ def variants(masks: Masks, lr: float) -> list[Variant]:
     sites = list(embedding.sites(masks.model).values())
     made = [Variant("sylva", ours, sylva_compile.AdamW(ours, lr=lr, weight_decay=0.01).step)]
     for blocks in ours:
+        nn.init.normal_(blocks, std=0.02)
         blocks.grad = torch.randn_like(blocks)
     for name in VARIANTS[1:]:
         own = [nn.Parameter(blocks.detach().clone()) for blocks in ours]

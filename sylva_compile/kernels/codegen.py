@@ -234,4 +234,5 @@ def _header(rule: Rule, comment: str) -> list[str]:
         for symbol, name in rule.hyperparameters
     ]
     states = [f"{symbol} is {name}" for symbol, name in rule.states]
-    return [f"{comment} {line}" for line in [*made, f"where {', '.join([*options, *states])}."]] + [""]
+    meanings = [f"    {meaning}" for meaning in (*options, *states)]
+    return [f"{comment} {line}" for line in [*made, *(["where", *meanings] if meanings else [])]] + [""]

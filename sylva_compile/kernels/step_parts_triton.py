@@ -1,7 +1,7 @@
 """What every rule's Triton kernel shares: finding a tile, loads and stores of any dtype, write-through, rounding.
 
 The hand-written twin of `step_cpu.cpp`. The same source runs on the CPU under `TRITON_INTERPRET=1`, which must be set
-before this module is imported. It has been run in that interpreter only, on no GPU yet.
+before this module is imported. It has been compiled for GPUs and run in that interpreter, on no GPU yet.
 """
 
 import triton
@@ -152,7 +152,8 @@ def store_state(row, NUMBER: tl.constexpr, index, inside, value, seed, t):
     at = row + STATES + STATE_WIDTH * NUMBER
     address, code = tl.load(at), tl.load(at + 1)
     if code == _STOCHASTIC:
-        key = _mix(seed.to(tl.uint32) ^ t.to(tl.uint32))
+        # A seed of 1 arrives as a constant, a large one as 64 bits.
+        key = _mix((t.to(tl.int64) ^ seed).to(tl.uint32))
         key = _mix(_mix(key + column(row, INDEX).to(tl.uint32)) + tl.full((), NUMBER, tl.uint32))
         random = _mix(_mix(index.to(tl.uint32) ^ key) + (index >> 32).to(tl.uint32))
         bits = value.to(tl.uint32, bitcast=True)

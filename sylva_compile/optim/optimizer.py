@@ -146,6 +146,8 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         }
         return "\n".join(sources)
 
+    # There is nothing to fuse across a step that is one kernel, and its addresses are none of Dynamo's business.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient.

@@ -16,11 +16,15 @@ import triton
 from oracle import assert_invariant, random_masks
 from packaging.version import Version
 from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 import sylva_compile
 from sylva_compile import Masks
-from sylva_compile.kernels.step_triton import TritonLaunch
-from sylva_compile.optim import SGD, Adam, AdamW, GeneratedOptimizer, Lion, RMSprop, launches
+from sylva_compile.kernels.codegen import triton_source
+from sylva_compile.kernels.lowering import lower
+from sylva_compile.kernels.step_triton import TILE, TritonLaunch, _import
+from sylva_compile.optim import SGD, Adam, AdamW, GeneratedOptimizer, Lion, RMSprop, launches, rules
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -122,3 +126,16 @@ def test_a_step_with_infinity_is_skipped(monkeypatch: pytest.MonkeyPatch) -> Non
             torch.testing.assert_close(after, before, rtol=0.0, atol=0.0)
         else:
             assert not torch.equal(parameter, before[0])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("seed", [1, None], ids=["constant seed", "any seed"])
+def test_compiles_for_a_gpu_that_is_not_here(seed: int | None) -> None:
+    kernel = _import(triton_source(lower(rules.lion()))).step_kernel
+    signature = dict.fromkeys(("table_", "gradients_", "tiles_"), "*i64")
+    signature |= dict.fromkeys(("hyper_", "scale_", "skip_"), "*fp64")
+    signature |= {"seed_": "i64" if seed is None else "constexpr", "TILE_": "constexpr"}
+    signature = {name: signature[name] for name in kernel.arg_names}
+    constants = {"TILE_": TILE} | ({} if seed is None else {"seed_": seed})
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert "cubin" in compiled.asm
