@@ -167,9 +167,13 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         work = self._gather()
         for launch, (_, members) in work.items():
             launch.describe([member.slot for member in members], [member.gradient for member in members])
-        if work and not self._launch(work):
-            for parameter in self.state.keys() - before:
-                del self.state[parameter]
+        stepped = False
+        try:
+            stepped = not work or self._launch(work)
+        finally:
+            if not stepped:
+                for parameter in self.state.keys() - before:
+                    del self.state[parameter]
         return loss
 
     def _gather(self) -> _Work:

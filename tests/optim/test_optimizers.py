@@ -339,6 +339,10 @@ class TestClippingAndScaling:
         optimizer = SGD([parameter], momentum=0.9, nonfinite="skip")
         optimizer.step()
         assert not optimizer.state_dict()["state"]
+        optimizer = AdamW([parameter], nonfinite="raise")
+        with pytest.raises(GradientError, match="parameter 0 of group 0"):
+            optimizer.step()
+        assert not optimizer.state_dict()["state"]
 
 
 class TestNonFinite:
