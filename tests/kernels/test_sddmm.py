@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -7,8 +8,23 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from sylva_compile.errors import NativeCompilerError
+from sylva_compile.kernels import sddmm_cpu as cpu
 from sylva_compile.kernels.blocks import block_dtype, read_blocks
 from sylva_compile.kernels.sddmm import sddmm, sddmm_reference
+from sylva_compile.kernels.sddmm_cpu import sddmm_by_products, sddmm_cpu, segments_of
+
+WAYS = (sddmm, sddmm_by_products, sddmm_reference)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _outputs_start_as_nan() -> Iterator[None]:
+    """What a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "transposed", "strided"]
@@ -54,7 +70,7 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     b = draw(st.sampled_from([8, 16, 32, 64, 128]) | st.integers(1, 128))
-    tokens = draw(st.sampled_from([0, 1]) | st.integers(2, 200))
+    tokens = draw(st.sampled_from([0, 1, 128, 129, 600]) | st.integers(2, 200))
     m, n = draw(st.integers(1, 150)), draw(st.integers(1, 150))
     dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
@@ -68,7 +84,7 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases())
 @settings(deadline=None, max_examples=150)
 def test_no_worse_than_the_dense_product_and_a_few_roundings(case: Case) -> None:
-    for compute in (sddmm, sddmm_reference):
+    for compute in WAYS:
         found = compute(case.lhs, case.rhs, case.positions, case.block_size)
         assert found.shape == (case.positions.shape[1], case.block_size, case.block_size)
         assert found.dtype == block_dtype(case.lhs.dtype)
@@ -103,7 +119,7 @@ class TestShapes:
         ],
     )
     def test_matches_the_oracle(self, case: Case) -> None:
-        for compute in (sddmm, sddmm_reference):
+        for compute in WAYS:
             found = compute(case.lhs, case.rhs, case.positions, case.block_size)
             torch.testing.assert_close(found.double(), case.oracle(), rtol=1e-5, atol=1e-5)
 
@@ -125,6 +141,59 @@ class TestShapes:
         case.lhs = torch.arange(20.0).expand(9, 20)
         found = sddmm(case.lhs, case.rhs, case.positions, 8)
         torch.testing.assert_close(found.double(), case.oracle(), rtol=1e-5, atol=1e-5)
+
+
+class TestCompiled:
+    """What is particular to the compiled kernel of the CPU."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("tokens", [127, 256, 1100])
+    def test_any_number_of_threads_gives_the_same_bits(self, dtype: torch.dtype, tokens: int) -> None:
+        case = fixed(40, 50, tokens, 16, [[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1]], dtype)
+        before, results = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                results.append(sddmm_cpu(case.lhs, case.rhs, case.positions, 16))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(result, results[0]) for result in results)
+
+    @pytest.mark.parametrize(("tokens", "nnz"), [(1, 1), (255, 1), (512, 1), (2048, 5), (10**6, 1), (10**6, 10**6)])
+    def test_segments_hold_tokens_enough_to_be_worth_it(self, tokens: int, nnz: int) -> None:
+        segments = segments_of(tokens, nnz)
+        assert segments == 1 or (tokens // segments >= 256 and segments * nnz < 64 + nnz)
+
+    @pytest.mark.parametrize("bad", [[[3], [0]], [[0], [3]], [[-1], [0]], [[0], [-1]]])
+    def test_a_position_outside_is_refused(self, bad: list[list[int]]) -> None:
+        case = fixed(20, 20, 9, 8, [[1, 1, 1], [1, 1, 1], [1, 1, 1]])
+        with pytest.raises(IndexError, match="outside"):
+            sddmm_cpu(case.lhs, case.rhs, torch.tensor(bad), 8)
+
+    def test_infinities_stay_inside_the_matrix(self) -> None:
+        case = fixed(20, 20, 9, 8, [[1, 1, 1], [1, 1, 1], [1, 1, 1]])
+        case.lhs[:, 17] = torch.inf
+        case.rhs[:, 18] = torch.inf
+        found = sddmm_cpu(case.lhs, case.rhs, case.positions, 8)
+        assert torch.isfinite(found[-1][4:]).all() and torch.isfinite(found[-1][:, 4:]).all()
+        assert not torch.isfinite(found[-1][1, 2])
+
+    def test_without_a_compiler_it_says_so_once_and_is_right(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def refuse(source: str, *, name: str) -> None:
+            raise NativeCompilerError("No C++ compiler.")
+
+        monkeypatch.setattr(cpu, "load", refuse)
+        cpu._kernel.cache_clear()
+        case = fixed(20, 20, 9, 8, [[1, 0, 1], [0, 1, 0], [1, 0, 1]])
+        try:
+            for _ in range(2):
+                found = sddmm(case.lhs, case.rhs, case.positions, 8)
+        finally:
+            cpu._kernel.cache_clear()
+        torch.testing.assert_close(found.double(), case.oracle(), rtol=1e-5, atol=1e-5)
+        assert caplog.text.count("without its compiled kernel") == 1
 
 
 class TestPrecision:

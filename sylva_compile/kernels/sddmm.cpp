@@ -1,0 +1,235 @@
+// SDDMM on the CPU: blocks of lhs^T * rhs, for lhs [T, m] and rhs [T, n] with any strides.
+//
+// The work is cut into tasks: a run of blocks in one block row, over one segment of the tokens. A task walks its
+// segment in tiles of TOKENS tokens. For each tile it packs the panels that it reads (TOKENS x b of lhs once, of rhs
+// for each block), widened to the type of the sums, and multiplies them with a kernel that keeps a tile of the result
+// in registers. Packing is what makes it fast: rows of an operand lie a power of two apart, so that a panel left in
+// its place would share a few sets of the cache.
+//
+// Segments depend on the shape alone, and their sums are added in order. So the result does not depend on the number
+// of threads, nor on which of them did what.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace {
+
+constexpr int TOKENS = 128;  // of a tile: both panels of a register tile stay in the first cache
+constexpr int RUN = 4;       // blocks of a task that share a packed panel of lhs
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, HEIGHT = 8;
+#else
+constexpr int BYTES = 32, HEIGHT = 4;
+#endif
+
+struct BFloat16 {
+    uint16_t bits;
+    operator float() const {
+        const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, sizeof value);
+        return value;
+    }
+};
+
+struct Operand {
+    const void* data;
+    int64_t width;          // number of columns
+    int64_t token_stride;   // in elements
+    int64_t column_stride;
+};
+
+template <typename W>
+struct Vector {
+    typedef W type __attribute__((vector_size(BYTES), aligned(sizeof(W)), may_alias));
+    static constexpr int lanes = BYTES / sizeof(W);
+};
+
+// Panels of GROUP columns, [panel][token][GROUP]; columns from `used` on are zero.
+template <int GROUP, typename T, typename W>
+void pack(const Operand& from, int64_t token, int tokens, int64_t column, int used, int padded, W* to) {
+    const T* base = static_cast<const T*>(from.data) + token * from.token_stride + column * from.column_stride;
+    for (int group = 0; group < padded; group += GROUP, to += static_cast<int64_t>(TOKENS) * GROUP) {
+        const int count = std::clamp(used - group, 0, GROUP);
+        const T* source = base + group * from.column_stride;
+        if (count == GROUP && from.column_stride == 1) {
+            for (int t = 0; t < tokens; ++t)
+                for (int i = 0; i < GROUP; ++i) to[t * GROUP + i] = static_cast<W>(source[t * from.token_stride + i]);
+            continue;
+        }
+        for (int t = 0; t < tokens; ++t)
+            for (int i = 0; i < GROUP; ++i)
+                to[t * GROUP + i] =
+                    i < count ? static_cast<W>(source[t * from.token_stride + i * from.column_stride]) : W(0);
+    }
+}
+
+// sums[HEIGHT][VECTORS * lanes] (+)= left^T * right over `tokens` tokens of packed panels.
+template <int VECTORS, typename W>
+void multiply(const W* left, const W* right, int tokens, W* sums, int64_t stride, bool add) {
+    using V = typename Vector<W>::type;
+    constexpr int lanes = Vector<W>::lanes, width = VECTORS * lanes;
+    V total[HEIGHT][VECTORS];
+    for (int i = 0; i < HEIGHT; ++i)
+        for (int v = 0; v < VECTORS; ++v) total[i][v] = V{};
+    for (int t = 0; t < tokens; ++t) {
+        V line[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) line[v] = *reinterpret_cast<const V*>(right + t * width + v * lanes);
+        for (int i = 0; i < HEIGHT; ++i) {
+            const W factor = left[t * HEIGHT + i];
+            for (int v = 0; v < VECTORS; ++v) total[i][v] += factor * line[v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < HEIGHT; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) {
+            V* place = reinterpret_cast<V*>(sums + i * stride + v * lanes);
+            *place = add ? *place + total[i][v] : total[i][v];
+        }
+}
+
+struct Problem {
+    Operand lhs, rhs;
+    int64_t tokens;
+    const int64_t *rows, *cols;
+    int64_t blocks;
+    int b;
+    int64_t segments;
+    int threads;
+};
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Writes `sums` [rows x stride] into the block `to` [b, b]; what lies over the edge is zero, whatever was multiplied.
+template <typename W>
+void store(const W* sums, int64_t stride, int b, int height, int width, W* to) {
+    for (int i = 0; i < b; ++i) {
+        const int kept = i < height ? width : 0;
+        std::copy(sums + i * stride, sums + i * stride + kept, to + static_cast<int64_t>(i) * b);
+        std::fill(to + static_cast<int64_t>(i) * b + kept, to + static_cast<int64_t>(i + 1) * b, W(0));
+    }
+}
+
+template <typename T, typename W, int VECTORS>
+class Task {
+  public:
+    explicit Task(int b)
+        : high_(round_up(b, HEIGHT)),
+          wide_(round_up(b, WIDTH)),
+          left_(new W[TOKENS * high_]),
+          right_(new W[TOKENS * wide_]),
+          sums_(new W[RUN * high_ * wide_]) {}
+
+    // Blocks first..last (one block row) over the tokens start..stop; `out` is that segment's [blocks, b, b].
+    void run(const Problem& p, int64_t first, int64_t last, int64_t start, int64_t stop, W* out) {
+        const int64_t row = p.rows[first] * p.b;
+        const int height = static_cast<int>(std::min<int64_t>(p.b, p.lhs.width - row));
+        for (int64_t token = start; token < stop; token += TOKENS) {
+            const int tokens = static_cast<int>(std::min<int64_t>(TOKENS, stop - token));
+            pack<HEIGHT, T, W>(p.lhs, token, tokens, row, height, high_, left_.get());
+            for (int64_t k = first; k < last; ++k) {
+                const int64_t col = p.cols[k] * p.b;
+                pack<WIDTH, T, W>(p.rhs, token, tokens, col, width_of(p, col), wide_, right_.get());
+                W* sums = sums_.get() + (k - first) * high_ * wide_;
+                for (int j = 0; j < wide_; j += WIDTH)
+                    for (int i = 0; i < high_; i += HEIGHT)
+                        multiply<VECTORS, W>(left_.get() + i * TOKENS, right_.get() + j * TOKENS, tokens,
+                                             sums + i * wide_ + j, wide_, token > start);
+            }
+        }
+        for (int64_t k = first; k < last; ++k)
+            store(sums_.get() + (k - first) * high_ * wide_, wide_, p.b, height, width_of(p, p.cols[k] * p.b),
+                  out + k * p.b * p.b);
+    }
+
+  private:
+    static constexpr int WIDTH = VECTORS * Vector<W>::lanes;
+
+    static int width_of(const Problem& p, int64_t col) {
+        return static_cast<int>(std::min<int64_t>(p.b, p.rhs.width - col));
+    }
+
+    int64_t high_, wide_;
+    std::unique_ptr<W[]> left_, right_, sums_;
+};
+
+template <typename T, typename W, int VECTORS>
+bool compute(const Problem& p, const int64_t* runs, int64_t count, W* out) {
+    const int64_t size = static_cast<int64_t>(p.b) * p.b, tiles = (p.tokens + TOKENS - 1) / TOKENS;
+    const int threads = static_cast<int>(std::min<int64_t>(p.threads, count * p.segments));
+    bool failed = false;
+#pragma omp parallel num_threads(threads)
+    {
+        std::unique_ptr<Task<T, W, VECTORS>> task;
+        try {
+            task.reset(new Task<T, W, VECTORS>(p.b));
+        } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+            failed = true;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t index = 0; index < count * p.segments; ++index) {
+            const int64_t run = index / p.segments, segment = index % p.segments;
+            const int64_t start = tiles * segment / p.segments * TOKENS;
+            const int64_t stop = std::min(tiles * (segment + 1) / p.segments * TOKENS, p.tokens);
+            if (task) task->run(p, runs[run], runs[run + 1], start, stop, out + segment * p.blocks * size);
+        }
+        // The first segment's place is the result's: the others are added to it, in their order.
+        if (p.segments > 1) {
+#pragma omp for schedule(static)
+            for (int64_t k = 0; k < p.blocks; ++k)
+                for (int64_t segment = 1; segment < p.segments; ++segment) {
+                    W* to = out + k * size;
+                    const W* from = to + segment * p.blocks * size;
+                    for (int64_t i = 0; i < size; ++i) to[i] += from[i];
+                }
+        }
+    }
+    return !failed;
+}
+
+template <typename T, typename W>
+int dispatch(const Problem& p, W* out) {
+    std::unique_ptr<int64_t[]> runs(new (std::nothrow) int64_t[p.blocks + 1]);
+    if (!runs) return 2;
+    int64_t count = 0;
+    for (int64_t k = 0; k < p.blocks; ++k)
+        if (k == 0 || p.rows[k] != p.rows[k - 1] || k - runs[count - 1] == RUN) runs[count++] = k;
+    runs[count] = p.blocks;
+    const bool narrow = p.b <= Vector<W>::lanes;
+    const bool done = narrow ? compute<T, W, 1>(p, runs.get(), count, out) : compute<T, W, 2>(p, runs.get(), count, out);
+    return done ? 0 : 2;
+}
+
+}  // namespace
+
+// dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. positions: int64[2, blocks], contiguous. tokens > 0.
+// out: [segments, blocks, b, b] in float32 (float64 for float64); the result is its first segment.
+// Returns 0; 1 if a position lies outside of the matrix; 2 if memory ran out.
+extern "C" int sylva_sddmm(int dtype, const void* lhs, int64_t m, int64_t lhs_token_stride, int64_t lhs_column_stride,
+                           const void* rhs, int64_t n, int64_t rhs_token_stride, int64_t rhs_column_stride,
+                           int64_t tokens, const int64_t* positions, int64_t blocks, int64_t b, int64_t segments,
+                           int threads, void* out) {
+    const Problem p{{lhs, m, lhs_token_stride, lhs_column_stride},
+                    {rhs, n, rhs_token_stride, rhs_column_stride},
+                    tokens,
+                    positions,
+                    positions + blocks,
+                    blocks,
+                    static_cast<int>(b),
+                    segments,
+                    threads};
+    for (int64_t k = 0; k < blocks; ++k)
+        if (p.rows[k] < 0 || p.rows[k] * b >= m || p.cols[k] < 0 || p.cols[k] * b >= n) return 1;
+    switch (dtype) {
+        case 0: return dispatch<float, float>(p, static_cast<float*>(out));
+        case 1: return dispatch<double, double>(p, static_cast<double*>(out));
+        case 2: return dispatch<BFloat16, float>(p, static_cast<float*>(out));
+        default: return dispatch<_Float16, float>(p, static_cast<float*>(out));
+    }
+}
