@@ -10,7 +10,6 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,8 @@ from sylva_compile.errors import ArgumentError, RewriteError
 from sylva_compile.masks import Masks
 from sylva_compile.passes.runner import run_passes
 from sylva_compile.passes.sample_weight_gradients import Outcome, sample_weight_gradients_pass
+from sylva_compile.report import Report, WeightReport
+from sylva_compile.retrace import learn_layouts
 from sylva_compile.site import Site, iter_sites
 
 log = logging.getLogger(__name__)
@@ -44,11 +45,16 @@ class _RewriteError(RewriteError, ShortenTraceback):
     """As a `ShortenTraceback`, Dynamo hands it to the user as it is, not wrapped and not swallowed."""
 
 
+class _ArgumentError(ArgumentError, ShortenTraceback):
+    """The same, for a wrong argument of `torch.compile`."""
+
+
 class _JointPass(CustomGraphPass):
     """Our passes over one joint graph, in the place where Inductor lets others rewrite it."""
 
-    def __init__(self, before: Any = None) -> None:
-        self.before = before
+    def __init__(self, before: Any, learn: Callable[[list[Outcome]], None]) -> None:
+        """`before` is a pass to run first, or None; `learn` may look at the outcomes before code is generated."""
+        self.before, self.learn = before, learn
         self.outcomes: list[Outcome] = []
 
     def __call__(self, graph: Graph) -> None:
@@ -56,6 +62,7 @@ class _JointPass(CustomGraphPass):
             self.before(graph)
         sample = functools.partial(sample_weight_gradients_pass, report=self.outcomes.append)
         run_passes(graph, {"sample_weight_gradients": sample})
+        self.learn(self.outcomes)
 
     def uuid(self) -> Any:
         theirs = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
@@ -68,60 +75,6 @@ class _JointPass(CustomGraphPass):
 def _own_uuid() -> bytes:
     files = sorted([*(_PACKAGE / "passes").glob("*.py"), *(_PACKAGE / "kernels").glob("*.py"), Path(__file__)])
     return get_hash_for_files(tuple(str(file) for file in files))
-
-
-@dataclass(frozen=True)
-class WeightReport:
-    """What the compiler did for one embedded weight.
-
-    Attributes:
-        uses: how many weight-gradient products the compiled graphs that ran hold for it; 0 means none ran yet.
-        reason: why some of them stayed dense, or None.
-        narrowed: whether the saved activation was cut down to the columns that the mask reads.
-    """
-
-    uses: int = 0
-    reason: str | None = None
-    narrowed: bool = False
-
-    @property
-    def rewritten(self) -> bool:
-        """True when every product was replaced by a sampled one."""
-        return self.uses > 0 and self.reason is None
-
-    def __str__(self) -> str:
-        if not self.uses:
-            return "not compiled: no compiled graph has trained it yet (not called, or outside of torch.compile)"
-        if self.reason is not None:
-            return f"dense: {self.reason}"
-        return "rewritten, narrow activation saved" if self.narrowed else "rewritten, whole activation saved"
-
-
-class Report(Mapping[str, WeightReport]):
-    """A `WeightReport` for every embedded weight, by name; printing it gives a table."""
-
-    def __init__(self, weights: Mapping[str, WeightReport]) -> None:
-        """`weights` by name, in the order of the model."""
-        self._weights = dict(weights)
-
-    def __getitem__(self, name: str) -> WeightReport:
-        return self._weights[name]
-
-    def __iter__(self) -> Any:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    @property
-    def rewritten(self) -> int:
-        """Number of weights whose gradients are all sampled."""
-        return sum(weight.rewritten for weight in self.values())
-
-    def __str__(self) -> str:
-        width = max((len(name) for name in self), default=0)
-        lines = [f"{name:<{width}}  {weight}" for name, weight in self.items()]
-        return "\n".join([*lines, f"{self.rewritten} of {len(self)} weights rewritten."])
 
 
 class Backend:
@@ -148,7 +101,10 @@ class Backend:
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Compile one Dynamo graph; `mode` and `options` are those of `torch.compile` and go to Inductor."""
-        joint = _JointPass(_configured_pass(options))
+        if self.inner == "aot_eager" and (options or mode not in (None, "default")):
+            asked = f"mode={mode!r}" if mode else f"options={options!r}"
+            raise _ArgumentError(f"{asked} says how to generate code; use inner='inductor'.", first_useful_frame=None)
+        joint = _JointPass(_configured_pass(options), functools.partial(self._learn, gm, example_inputs))
         # A graph from AOTAutograd's cache comes without its joint pass, and so without a word on what was rewritten.
         # Inductor's own cache, which saves the code generation, stays on.
         with functorch_config.patch(enable_autograd_cache=False):
@@ -165,6 +121,14 @@ class Backend:
         alive = iter_sites()
         known = embedding.sites(model) if model is not None else {site.name: site for site in alive}
         return Report({name: self._found.get(site, WeightReport()) for name, site in known.items()})
+
+    def _learn(self, gm: GraphModule, example_inputs: Sequence[Any], outcomes: list[Outcome]) -> None:
+        model = self.masks.model if self.masks is not None else None
+        if model is not None:
+            found = [(outcome, example_inputs[_input_index(outcome)]) for outcome in outcomes]
+            sites = embedding.sites(model)
+            settled = {name for name, site in sites.items() if site in self._found}
+            learn_layouts(sites, settled, found, gm, example_inputs)
 
     def _check(self, outcomes: list[Outcome], example_inputs: Sequence[Any]) -> None:
         names = {id(site.layout.positions): site.name for site in iter_sites()}
@@ -227,7 +191,8 @@ class Backend:
         self._found[site] = WeightReport(
             uses=before.uses + 1,
             reason=before.reason or outcome.reason,
-            narrowed=before.narrowed or outcome.narrowed,
+            narrowed=outcome.narrowed and (before.narrowed or not before.uses),
+            whole=before.whole or outcome.whole,
         )
 
 

@@ -61,7 +61,9 @@ def _weight_property(attribute: str) -> property:
         if not (torch.is_grad_enabled() and blocks.requires_grad):
             return weight
         at = site.layout
-        tensors = (at.positions, at.input_lines, at.narrow_positions)
+        # Uncompiled, positions are all that is read. The others may change while a step is under way, when a layer that
+        # is compiled teaches them, and a checkpointed layer that runs again must find what it found before.
+        tensors = (at.positions,) * 3 if eager else (at.positions, at.input_lines, at.narrow_positions)
         value: Tensor = Embed.apply(weight, blocks, *tensors, at.block_size, at.input_axis)
         if eager:
             # torch's own mark of a Parameter by another class: `model.get_parameter(name)` asks for one. It is good for

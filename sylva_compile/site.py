@@ -21,36 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile.kernels.blocks import BlockWriter, block_dtype, read_blocks
+from sylva_compile.layout import Layout
 
 if TYPE_CHECKING:
     from sylva_compile.masks import BlockMask
-
-
-class Layout:
-    """Where a weight's blocks sit, as the tensors that the compiled graph takes as inputs.
-
-    They are inputs and not constants of the graph, so that layers of one shape can share a compiled graph without ever
-    sharing a mask.
-    """
-
-    def __init__(self, mask: "BlockMask", axis: int, device: torch.device) -> None:
-        """Lay out `mask` on `device`; `axis` is the weight's input axis (1 for `nn.Linear`, 0 for Conv1D)."""
-        b = mask.block_size
-        positions = torch.stack([mask.rows, mask.cols])
-        used, renumbered = positions[axis].unique(return_inverse=True)
-        lines = (used[:, None] * b + torch.arange(b)).flatten()
-        narrow = positions.clone()
-        narrow[axis] = renumbered
-        self.block_size, self.input_axis = b, axis
-        self.positions = positions.to(device)
-        self.input_lines = lines[lines < mask.shape[axis]].to(device)
-        self.narrow_positions = narrow.to(device)
-
-    def to(self, device: torch.device) -> None:
-        """Move every index tensor to `device`, in place."""
-        self.positions = self.positions.to(device)
-        self.input_lines = self.input_lines.to(device)
-        self.narrow_positions = self.narrow_positions.to(device)
 
 
 class Site:

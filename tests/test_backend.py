@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from oracle import assert_invariant, block_gradients, blocks_by_loops, dense_gra
 from tiny_models import tiny
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
 
 import sylva_compile
 from sylva_compile import Masks, embedding
@@ -131,6 +133,13 @@ class TestArguments:
             sylva_compile.backend(inner="eager")  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match="'warn', 'error' or 'ignore'"):
             sylva_compile.backend(on_miss="raise")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("asked", [{"mode": "reduce-overhead"}, {"options": {"max_fusion_size": 8}}], ids=str)
+    def test_modes_without_code_generation_are_refused(self, asked: dict[str, Any]) -> None:
+        model = small()
+        backend = sylva_compile.backend(random_masks(model, NAMES, 16, 0.5), inner="aot_eager")
+        with pytest.raises(ArgumentError, match="inner='inductor'"):
+            torch.compile(model, backend=backend, **asked)(torch.randn(3, 40))
 
     def test_unbound_masks(self) -> None:
         masks = Masks(dict(random_masks(small(), NAMES, 16, 0.5)))
@@ -304,12 +313,50 @@ class TestInductor:
                 case.model.get_parameter(name), twin.get_parameter(name), rtol=tolerance, atol=tolerance
             )
 
-    def test_modes_and_options_reach_inductor(self) -> None:
+    @pytest.mark.parametrize(
+        ("asked", "found"),
+        [
+            ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
+            ({"mode": "max-autotune-no-cudagraphs"}, {"max_autotune": True}),
+            ({"options": {"max_fusion_size": 8}}, {"max_fusion_size": 8}),
+        ],
+        ids=str,
+    )
+    def test_modes_and_options_reach_inductor(
+        self, asked: dict[str, Any], found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        patches: list[dict[str, Any]] = []
+
+        def spy(gm: Any, inputs: Any, config_patches: dict[str, Any]) -> Any:
+            patches.append(config_patches)
+            return compile_fx(gm, inputs, config_patches=config_patches)
+
+        # By name, `sylva_compile.backend` is the public function.
+        monkeypatch.setattr(sys.modules["sylva_compile.backend"], "compile_fx", spy)
         model = small()
+        reference, x = copy.deepcopy(model), torch.randn(3, 40)
         masks = random_masks(model, NAMES, 16, 0.4)
-        compiled = torch.compile(model, backend=sylva_compile.backend(masks), options={"max_fusion_size": 8})
-        compiled(torch.randn(3, 40)).sum().backward()
-        assert block_gradients(model, masks)
+        torch.compile(model, backend=sylva_compile.backend(masks, on_miss="error"), **asked)(x).sum().backward()
+        assert patches
+        assert all(found.items() <= patch.items() for patch in patches)
+        dense = dense_gradients(reference, reference(x).sum(), NAMES)
+        for name, gradient in block_gradients(model, masks).items():
+            torch.testing.assert_close(gradient, blocks_by_loops(dense[name], masks[name]))
+
+    def test_dynamic_shapes_from_the_first_call(self) -> None:
+        model = small()
+        reference = copy.deepcopy(model)
+        masks = random_masks(model, NAMES, 16, 0.4)
+        compiled = torch.compile(model, backend=sylva_compile.backend(masks, on_miss="error"), dynamic=True)
+        inputs = [torch.randn(tokens, 40) for tokens in (5, 9, 300, 2)]
+        compiled(inputs[0]).square().sum().backward()
+        model.zero_grad()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for x in inputs:
+                compiled(x).square().sum().backward()
+        dense = dense_gradients(reference, sum(reference(x).square().sum() for x in inputs), NAMES)
+        for name, gradient in block_gradients(model, masks).items():
+            torch.testing.assert_close(gradient, blocks_by_loops(dense[name], masks[name]), rtol=1e-4, atol=1e-4)
 
     def test_a_second_compilation_finds_its_rewrites_too(self) -> None:
         """A graph from a cache must not lose the pass, nor its report."""

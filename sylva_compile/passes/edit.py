@@ -30,7 +30,10 @@ def call(graph: Graph, target: Any, *args: Any, like: Node | None = None) -> Nod
 def _fake_mode_of(args: Iterable[Any]) -> Any:
     for argument in args:
         if isinstance(argument, Node):
-            return argument.meta["val"].fake_mode
+            held = argument.meta["val"]
+            return (held[0] if isinstance(held, list) else held).fake_mode
+        if isinstance(argument, list) and isinstance(argument[0], Node):
+            return _fake_mode_of(argument)
     raise AssertionError("a new node needs at least one node among its arguments")
 
 

@@ -1,4 +1,4 @@
-"""Stage 2: turn `gather_blocks(dense weight gradient)` into `sddmm`, and save only the activations that it reads.
+"""Stage 2: turn `gather_blocks(dense weight gradient)` into `sddmm`, which reads only what the blocks need.
 
 Before:
 
@@ -10,8 +10,8 @@ After:
     %x_narrow = aten.index(%x, [None, %lines])                   in the forward half: this is what gets saved
     %blocks   = sylva.sddmm(%gy, %x_narrow, %narrow_positions, b)
 
-The operand that does not depend on a tangent is the activation. It is narrowed along the weight's input axis unless
-the lines cover more than `WIDE` of it. A sum of products becomes a sum of sampled products.
+A sum of products becomes a sum of sampled products. When `%x` is not cut down is the rule of `narrow_activations.py`;
+products of one activation are then computed together, see `merge_products.py`.
 
 Refuses (and says so in the outcome): a gradient with a term that the matcher leaves opaque. That term stays dense and
 is sampled by `gather_blocks`, correct and slow; the other terms are rewritten.
@@ -26,23 +26,35 @@ from torch.fx import Graph, Node
 from sylva_compile.kernels.gather_blocks import gather_blocks
 from sylva_compile.kernels.sddmm import sddmm
 from sylva_compile.passes.edit import apply_scales, call, materialize, tangent_dependents
-from sylva_compile.passes.match_weight_gradient import Operand, Term, match_weight_gradient
+from sylva_compile.passes.match_weight_gradient import Term, match_weight_gradient
+from sylva_compile.passes.merge_products import merge_products
+from sylva_compile.passes.narrow_activations import Sample, narrow_activations, unify_activations
 
 aten = torch.ops.aten
 GATHER = gather_blocks._opoverload
 SDDMM = sddmm._opoverload
 
-WIDE = 0.9
-"""Above this share of an activation, a narrow copy would be nearly the whole: keep the activation itself."""
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one `gather_blocks`: the node of its `positions`, and why it stayed dense (None: rewritten)."""
+    """What became of one `gather_blocks`.
+
+    Attributes:
+        positions: the node of its positions, which tells whose weight it is.
+        reason: why it stayed dense, in full or in part; None if it was rewritten.
+        whole: why an activation is read as a whole; None if all were narrowed.
+        activations: the activations that its products read.
+    """
 
     positions: Node
-    reason: str | None
-    narrowed: bool
+    reason: str | None = None
+    whole: str | None = None
+    activations: tuple[Node, ...] = ()
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether every activation was cut down to the lines that the blocks need."""
+        return bool(self.activations) and self.whole is None
 
 
 def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[Outcome], None] | None = None) -> int:
@@ -50,76 +62,56 @@ def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[Outcome], No
     markers = graph.find_nodes(op="call_function", target=GATHER)
     if not markers:
         return 0
-    backward = tangent_dependents(graph)
-    rewritten = 0
+    found: list[tuple[Node, str | None, int]] = []
+    samples: list[Sample] = []
     for marker in markers:
         gradient, positions = marker.args[:2]
         assert isinstance(gradient, Node) and isinstance(positions, Node)
         terms = match_weight_gradient(gradient)
         missed = [term.reason for term in terms if term.reason is not None]
-        narrowed = False
         if len(missed) < len(terms):
-            narrowed = _rewrite(graph, marker, terms, backward)
-        rewritten += len(missed) < len(terms)
-        if report is not None:
-            report(Outcome(positions, missed[0] if missed else None, narrowed))
+            samples += _rewrite(graph, marker, terms)
+        found.append((positions, missed[0] if missed else None, len(samples)))
+    # The dense products are gone from here on: what still reads an activation needs it for something else.
+    graph.eliminate_dead_code()
+    samples = unify_activations(samples)
+    whole = narrow_activations(graph, samples, tangent_dependents(graph))
+    merge_products(graph, [sample.product for sample in samples])
     graph.eliminate_dead_code()
     graph.lint()
+    rewritten = start = 0
+    for positions, missed_reason, stop in found:
+        own, start = samples[start:stop], stop
+        rewritten += bool(own)
+        if report is not None:
+            why_whole = next((whole[sample] for sample in own if sample in whole), None)
+            activations = tuple(sample.activation.node for sample in own)
+            report(Outcome(positions, missed_reason, why_whole, activations))
     return rewritten
 
 
-def _rewrite(graph: Graph, marker: Node, terms: list[Term], backward: set[Node]) -> bool:
+def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[Sample]:
+    """Replace `marker` by the sum of its sampled terms, which read their activations whole."""
+    positions, lines, narrow_positions, block_size, axis = marker.args[1:]
+    assert isinstance(lines, Node) and isinstance(narrow_positions, Node) and isinstance(axis, int)
     total: Node | None = None
-    narrowed = False
-    for term in terms:
-        if term.reason is not None:
-            with graph.inserting_before(marker):
+    samples = []
+    with graph.inserting_before(marker):
+        for term in terms:
+            if term.rhs is None:
                 blocks = call(graph, GATHER, materialize(graph, term.lhs), *marker.args[1:])
-        else:
-            blocks, narrow = _sample(graph, marker, term, backward)
-            narrowed |= narrow
-        with graph.inserting_before(marker):
+            else:
+                operands = (term.lhs, term.rhs)
+                left, right = (materialize(graph, operand) for operand in operands)
+                blocks = call(graph, SDDMM, left, right, positions, block_size)
+                samples.append(Sample(blocks, operands[axis], axis, lines, narrow_positions))
             blocks = apply_scales(graph, blocks, term.scales)
             total = blocks if total is None else call(graph, aten.add.Tensor, total, blocks)
-    assert total is not None
-    wanted = marker.meta["val"].dtype
-    if total.meta["val"].dtype != wanted:
-        # A product in float32 whose gradient was then cast to float64, or the reverse.
-        with graph.inserting_before(marker):
+        assert total is not None
+        wanted = marker.meta["val"].dtype
+        if total.meta["val"].dtype != wanted:
+            # A product in float32 whose gradient was then cast to float64, or the reverse.
             total = call(graph, torch.ops.prims.convert_element_type.default, total, wanted)
     marker.replace_all_uses_with(total)
     graph.erase_node(marker)
-    return narrowed
-
-
-def _sample(graph: Graph, marker: Node, term: Term, backward: set[Node]) -> tuple[Node, bool]:
-    positions, lines, narrow_positions, block_size, axis = marker.args[1:]
-    assert term.rhs is not None and isinstance(lines, Node)
-    operands = [term.lhs, term.rhs]
-    activation = operands[axis]  # type: ignore[index]
-    narrow = activation.node not in backward and _is_narrow(activation, lines)
-    if narrow:
-        positions = narrow_positions
-        with graph.inserting_after(_later(activation.node, lines)):
-            whole = materialize(graph, activation, like=activation.node)
-        with graph.inserting_after(_later(whole, lines)):
-            taken = call(graph, aten.index.Tensor, whole, [None, lines], like=activation.node)
-        operands[axis] = Operand(taken)  # type: ignore[index]
-    with graph.inserting_before(marker):
-        left, right = (materialize(graph, operand) for operand in operands)
-        return call(graph, SDDMM, left, right, positions, block_size), narrow
-
-
-def _is_narrow(activation: Operand, lines: Node) -> bool:
-    width = activation.node.meta["val"].shape[0 if activation.transposed else 1]
-    kept = lines.meta["val"].shape[0]
-    # The width of a layer is static; a count of lines that is not is the mark of unequal masks that share this graph.
-    return not isinstance(kept, int) or not isinstance(width, int) or kept <= WIDE * width
-
-
-def _later(first: Node, second: Node) -> Node:
-    later = second if first < second else first
-    # Inputs of the graph stay together in front.
-    while later.op == "placeholder" and later.next.op == "placeholder":
-        later = later.next
-    return later
+    return samples

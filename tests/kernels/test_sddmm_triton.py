@@ -4,9 +4,11 @@ Triton reads TRITON_INTERPRET when a kernel is defined, so the interpreter needs
 this file runs itself again with the variable set. To see its cases, run it so by hand.
 """
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,22 +16,23 @@ import torch
 import triton
 from packaging.version import Version
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 import sylva_compile
 from sylva_compile.kernels.sddmm import sddmm_reference
-from sylva_compile.kernels.sddmm_triton import sddmm_triton
+from sylva_compile.kernels.sddmm_configs import MANY, PANELS, TABLE, Config, choose_config, choose_splits, config_key
+from sylva_compile.kernels.sddmm_triton import _sddmm_kernel, sddmm_shared_triton, sddmm_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 needs_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in a process of its own")
-# Triton 3.7's interpreter holds bfloat16 as the 16-bit integers that spell it, and its dot multiplies those.
-no_bfloat16 = pytest.mark.xfail(INTERPRETED, reason="tl.dot of bfloat16 is wrong in Triton's interpreter", strict=True)
 DTYPES = [
     pytest.param(torch.float32, id="float32"),
     pytest.param(torch.float16, id="float16"),
     pytest.param(torch.float64, id="float64"),
-    pytest.param(torch.bfloat16, id="bfloat16", marks=no_bfloat16),
+    pytest.param(torch.bfloat16, id="bfloat16"),
 ]
 
 
@@ -44,6 +47,27 @@ def test_the_kernel_in_the_interpreter() -> None:
     assert " passed" in run.stdout
 
 
+class TestConfigs:
+    """The committed table: one choice for each shape, and none made while a model trains."""
+
+    def test_every_entry_is_there_and_no_other(self) -> None:
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        wanted = {config_key(dtype, panel, t) for dtype in dtypes for panel in PANELS for t in (MANY, MANY + 1)}
+        assert set(json.loads(TABLE.read_text())["configs"]) == wanted
+
+    @pytest.mark.parametrize("b", [8, 16, 24, 32, 33, 64, 96, 128, 200])
+    def test_every_block_size_has_a_choice(self, b: int) -> None:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for tokens in (0, 1, 5000):
+                config = choose_config(dtype, b, tokens)
+                assert config.tokens >= 16 and config.warps in (1, 2, 4, 8) and config.stages >= 1
+
+    def test_splits_leave_segments_worth_their_while(self) -> None:
+        for blocks, tokens in ((0, 0), (1, 1), (1, 255), (1, 10**6), (10**6, 10**6)):
+            splits = choose_splits(blocks, tokens, torch.device(DEVICE))
+            assert splits == 1 or tokens // splits >= 256
+
+
 def random(tokens: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
     """`[tokens, width]` with NaN between its elements, so that an address which is a little off shows."""
     values = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -52,8 +76,18 @@ def random(tokens: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
     return apart.to(DEVICE)[1 : tokens + 1, 1 : width + 1]
 
 
+@pytest.fixture(autouse=True)
+def _outputs_start_as_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def check(lhs: Tensor, rhs: Tensor, positions: Tensor, b: int, tolerance: float = 1e-6) -> None:
-    found = sddmm_triton(lhs, rhs, positions.to(DEVICE), b)
+    compare(sddmm_triton(lhs, rhs, positions.to(DEVICE), b), lhs, rhs, positions, b, tolerance)
+
+
+def compare(found: Tensor, lhs: Tensor, rhs: Tensor, positions: Tensor, b: int, tolerance: float = 1e-6) -> None:
     expected = sddmm_reference(lhs.double(), rhs.double(), positions.to(DEVICE), b)
     assert found.dtype == (torch.float64 if lhs.dtype == torch.float64 else torch.float32)
     assert found.is_contiguous()
@@ -62,6 +96,34 @@ def check(lhs: Tensor, rhs: Tensor, positions: Tensor, b: int, tolerance: float 
     magnitude = sddmm_reference(lhs.double().abs(), rhs.double().abs(), positions.to(DEVICE), b)
     error = (found.double() - expected).abs()
     assert bool((error <= tolerance * magnitude).all()), error.max()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles for a GPU that need not be there")
+class TestGeneratedCode:
+    """What Triton makes of the kernel for a Hopper GPU, on any machine."""
+
+    @pytest.mark.parametrize("weights", [1, 3])
+    @pytest.mark.parametrize("key", ["bfloat16/64/few", "bfloat16/128/few", "float16/16/few", "float32/32/few"])
+    def test_loads_are_wide_and_tiles_fit(self, key: str, weights: int) -> None:
+        dtype, panel, _ = key.split("/")
+        config = choose_config(getattr(torch, dtype), int(panel), 0)
+        constants: dict[str, object] = {"WEIGHTS": weights, "BLOCK": int(panel), "PANEL": int(panel), "EXACT": True}
+        constants |= {"TOKENS": config.tokens, "LONG": False, "WIDEN": False, "PRECISION": "tf32"}
+        constants |= {"lhs_column_stride": 1, "rhs_column_stride": 1}
+        element = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}[dtype]
+        types = {"lhs0": element, "lhs1": element, "lhs2": element, "rhs": element}
+        types |= {f"positions{w}": "*i64" for w in range(3)} | {f"out{w}": "*fp32" for w in range(3)}
+        names = _sddmm_kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        varied = {"tokens", "splits", "blocks0", "blocks1", "blocks2"}
+        aligned = [(index,) for index, name in enumerate(names) if name not in constants and name not in varied]
+        source = ASTSource(_sddmm_kernel, signature, constants, {at: [["tt.divisibility", 16]] for at in aligned})
+        launch = {"num_warps": config.warps, "num_stages": config.stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+        assert compiled.metadata.shared <= 227 * 1024
+        # 16 bytes a load, straight into shared memory while the tensor cores work on the tile before.
+        assert "cp.async.cg" in compiled.asm["ptx"]
+        assert "mma" in compiled.asm["ptx"]
 
 
 @needs_triton
@@ -130,3 +192,63 @@ class TestKernel:
             check(random(9, 40, torch.float32, 0), random(9, 40, torch.float32, 1), torch.tensor([[0], [1]]), 16, 1e-3)
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
+
+    @pytest.mark.parametrize("splits", [2, 3, 7])
+    @pytest.mark.parametrize("tokens", [1, 64, 130, 200])
+    def test_splits_of_the_tokens(self, splits: int, tokens: int) -> None:
+        # Some of these segments are empty: their part of the sum is zero, not whatever was in memory.
+        lhs, rhs = random(tokens, 40, torch.float32, 0), random(tokens, 40, torch.float32, 1)
+        positions = torch.tensor([[0, 1, 2], [2, 1, 0]])
+        config = Config(tokens=32, warps=4, stages=2)
+        results = [
+            sddmm_shared_triton([lhs], rhs, [positions.to(DEVICE)], 16, config=config, splits=splits)[0]
+            for _ in range(2)
+        ]
+        compare(results[0], lhs, rhs, positions, 16)
+        assert torch.equal(*results)
+
+    @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+    @pytest.mark.parametrize("splits", [1, 2])
+    def test_weights_that_share_an_activation(self, count: int, splits: int) -> None:
+        rhs = random(70, 41, torch.bfloat16, 9)
+        lhs = [random(70, 20 + 17 * w, torch.bfloat16, w) for w in range(count)]
+        positions = [torch.ones(-(-left.shape[1] // 16), 3).nonzero().t()[:, w:] for w, left in enumerate(lhs)]
+        positions[count // 2] = positions[count // 2][:, :0]
+        on_device = [at.to(DEVICE) for at in positions]
+        found = sddmm_shared_triton(lhs, rhs, on_device, 16, splits=splits)
+        assert len(found) == count
+        for result, left, at in zip(found, lhs, positions, strict=True):
+            compare(result, left, rhs, at, 16)
+
+    def test_weights_whose_gradients_lie_differently(self) -> None:
+        rhs = random(33, 41, torch.float32, 9)
+        lhs = [random(33, 20, torch.float32, 0), random(33, 36, torch.float32, 1).t().contiguous().t()]
+        positions = [torch.tensor([[0, 1], [0, 2]]), torch.tensor([[2], [1]])]
+        found = sddmm_shared_triton(lhs, rhs, [at.to(DEVICE) for at in positions], 16)
+        for result, left, at in zip(found, lhs, positions, strict=True):
+            compare(result, left, rhs, at, 16)
+
+    @pytest.mark.parametrize("b", [16, 32])
+    def test_no_remainder_at_all(self, b: int) -> None:
+        check(
+            random(64, 3 * b, torch.float32, 0), random(64, 2 * b, torch.float32, 1), torch.tensor([[0, 2], [1, 0]]), b
+        )
+
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+    def test_infinities_stay_inside_the_matrix(self) -> None:
+        lhs, rhs = random(9, 20, torch.float32, 0), random(9, 20, torch.float32, 1)
+        lhs[:, 17], rhs[:, 18] = torch.inf, torch.inf
+        found = sddmm_triton(lhs, rhs, torch.tensor([[1], [1]], device=DEVICE), 16)[0]
+        assert not found[4:].any() and not found[:, 4:].any()
+        assert not torch.isfinite(found[1, 2])
+
+    def test_strides_beyond_32_bits(self) -> None:
+        # Two tokens, 2^31 elements apart: the bytes between are never touched, so they cost no memory.
+        apart = 2**31 + 16
+        if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 3 * apart:
+            pytest.skip("needs 6 GB of the GPU")
+        torch.use_deterministic_algorithms(False)
+        buffer = torch.empty(apart + 32, dtype=torch.float16, device=DEVICE)
+        lhs = buffer.as_strided((2, 32), (apart, 1))
+        lhs.copy_(random(2, 32, torch.float16, 0))
+        check(lhs, random(2, 32, torch.float16, 1), torch.tensor([[1, 0], [0, 1]]), 16)

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from sylva_compile.kernels.blocks import read_blocks
 from sylva_compile.kernels.gather_blocks import gather_blocks
 from sylva_compile.kernels.sddmm import sddmm
+from sylva_compile.kernels.sddmm_shared import sddmm_shared
 from sylva_compile.passes.sample_weight_gradients import Outcome, sample_weight_gradients_pass
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ aten = torch.ops.aten
 cast = torch.ops.prims.convert_element_type.default
 GATHER = gather_blocks._opoverload
 SDDMM = sddmm._opoverload
+SHARED = sddmm_shared._opoverload
 INDEX = aten.index.Tensor
 
 # A weight [10, 14] in blocks of 4: no size is a multiple, and neither axis needs all of its lines.
@@ -101,7 +103,9 @@ class TestProduct:
         site = Site(joint, axis=axis)
         gradient = site.product(*site.use())
         [outcome] = check_sampled(joint, site, gradient, site.dense[0])
-        assert outcome == Outcome(site.positions, None, True)
+        activation = [term for term in joint.graph.nodes if term.name.startswith("primals_x")]
+        assert outcome == Outcome(site.positions, None, None, tuple(activation))
+        assert outcome.narrowed
 
     @pytest.mark.parametrize(
         ("target", "args"),
@@ -218,7 +222,9 @@ class TestSums:
     def test_of_a_product_with_itself(self, joint: "Joint") -> None:
         site = Site(joint)
         product = site.product(*site.use())
-        check_sampled(joint, site, joint.call(aten.add.Tensor, product, product), 2 * site.dense[0], products=2)
+        # Two sampled products of one activation, hence one launch.
+        check_sampled(joint, site, joint.call(aten.add.Tensor, product, product), 2 * site.dense[0], products=0)
+        assert joint.targets().count(SHARED) == 1
 
     def test_difference(self, joint: "Joint") -> None:
         site = Site(joint)
@@ -337,11 +343,12 @@ class TestNarrowing:
         assert not outcome.narrowed
         assert INDEX not in joint.targets()
 
-    def test_a_count_of_lines_that_is_symbolic_is_taken_as_narrow(self, joint: "Joint") -> None:
-        # Layers of one shape with unequal masks share a graph; its example may be the one that uses every line.
-        everything = torch.ones(3, 4).nonzero().t()
-        site = Site(joint, positions=everything)
-        joint.mode = FakeTensorMode(shape_env=ShapeEnv())
+    @pytest.mark.parametrize("wide", [False, True])
+    def test_a_count_of_lines_that_may_vary_is_judged_by_the_example(self, joint: "Joint", wide: bool) -> None:
+        # Layers of one shape with unequal masks share a graph: no guard may come of what is only a choice.
+        site = Site(joint, positions=torch.ones(3, 4).nonzero().t() if wide else POSITIONS)
+        environment = ShapeEnv()
+        joint.mode = FakeTensorMode(shape_env=environment)
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         for node, value in zip(joint.graph.nodes, list(joint.values), strict=True):
             symbolic = {"symbolic_context": context} if node is site.lines else {"static_shapes": True}
@@ -351,7 +358,8 @@ class TestNarrowing:
         joint.output(site.mark(site.product(gy, x)))
         [before] = joint.run()
         count, [outcome] = rewrite(joint)
-        assert (count, outcome.narrowed) == (1, True)
+        assert (count, outcome.narrowed) == (1, not wide)
+        assert not environment.guards
         assert torch.equal(joint.run()[0], before)
 
 

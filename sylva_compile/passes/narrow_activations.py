@@ -1,0 +1,178 @@
+"""Which activations a sampled product reads whole, and which it reads through a narrow copy of the columns it needs.
+
+Before:
+
+    %blocks   = sylva.sddmm(%gy, %x, %positions, b)              in the backward half: all of %x is saved for it
+
+After:
+
+    %x_narrow = aten.index(%x, [None, %lines])                   in the forward half, once for all who need these lines
+    %blocks   = sylva.sddmm(%gy, %x_narrow, %narrow_positions, b)
+
+The narrow copy is an offer to the partitioner, which then weighs what the forward saves: the copy, or something from
+which the backward makes it again for little (a norm's input, say). It is not made where it could win nothing:
+
+* the activation is of the backward half itself: nothing is saved for it;
+* the lines are more than `WIDE` of it;
+* the backward holds all of it anyway: something there reads it that is no pointwise operator (attention, another
+  product), or that is one (a ReLU's) while nothing that is held allows to make the activation again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Graph, Node
+
+from sylva_compile.passes.edit import call, materialize
+from sylva_compile.passes.match_weight_gradient import Operand
+
+aten = torch.ops.aten
+
+WIDE = 0.9
+"""Above this share of an activation, a narrow copy would be nearly the whole."""
+
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_VIEWS = _RESHAPES | {
+    aten.t.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.alias.default,
+    aten.detach.default,
+}
+_CASTS = {torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clone.default}
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A sampled product that reads its activation whole.
+
+    Attributes:
+        product: the `sddmm` node.
+        activation: its operand that is not a gradient, `[T, n]` once transposed.
+        axis: which of its operands that is.
+        lines, narrow_positions: what it needs of the activation, and its positions there.
+    """
+
+    product: Node
+    activation: Operand
+    axis: int
+    lines: Node
+    narrow_positions: Node
+
+
+def unify_activations(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples, in their order, with equal views of one tensor as one activation: each layer makes its own."""
+    first: dict[object, Node] = {}
+    for node in sorted(sample.activation.node for sample in samples):
+        first.setdefault(_value_key(node), node)
+    return [
+        replace(sample, activation=replace(sample.activation, node=first[_value_key(sample.activation.node)]))
+        for sample in samples
+    ]
+
+
+def narrow_activations(graph: Graph, samples: Sequence[Sample], backward: set[Node]) -> dict[Sample, str]:
+    """Let `samples` read narrow copies where that can win; returns the others, with the reason.
+
+    `backward` holds the nodes of the backward half.
+    """
+    ours = {sample.product for sample in samples}
+    copies: dict[tuple[Operand, Node], Node] = {}
+    whole: dict[Sample, str] = {}
+    reasons = {sample: _why_whole(sample, backward, ours) for sample in samples}
+    for sample, reason in reasons.items():
+        if reason is not None:
+            whole[sample] = reason
+            if not sample.activation.transposed:
+                sample.product.update_arg(sample.axis, sample.activation.node)
+            continue
+        key = (sample.activation, sample.lines)
+        if key not in copies:
+            copies[key] = _copy(graph, *key)
+        sample.product.update_arg(sample.axis, copies[key])
+        sample.product.update_arg(2, sample.narrow_positions)
+    return whole
+
+
+def _copy(graph: Graph, activation: Operand, lines: Node) -> Node:
+    with graph.inserting_after(_later(activation.node, lines)):
+        whole = materialize(graph, activation, like=activation.node)
+    with graph.inserting_after(_later(whole, lines)):
+        return call(graph, aten.index.Tensor, whole, [None, lines], like=activation.node)
+
+
+def _why_whole(sample: Sample, backward: set[Node], ours: set[Node]) -> str | None:
+    activation = sample.activation
+    if activation.node in backward:
+        return "it is made in the backward pass"
+    width = _size(activation.node.meta["val"].shape[0 if activation.transposed else 1])
+    kept = _size(sample.lines.meta["val"].shape[0])
+    if width is not None and kept is not None and kept > WIDE * width:
+        return "the blocks need nearly all of its columns"
+    keeper = _keeper(activation.node, backward, ours)
+    return f"{keeper.target} keeps it for the backward pass anyway" if keeper is not None else None
+
+
+def _size(size: int | torch.SymInt) -> int | None:
+    """The size, or that of the example where it may vary: the choice is one of speed alone, so nothing guards it."""
+    hint = size if isinstance(size, int) else size.node.hint
+    return None if hint is None else int(hint)
+
+
+def _keeper(activation: Node, backward: set[Node], ours: set[Node]) -> Node | None:
+    """What makes the backward half hold all of `activation`, whatever we do."""
+    root = activation
+    while root.target in _VIEWS:
+        root = root.all_input_nodes[0]
+    for reader in _readers(root, backward, ours):
+        if not _is_pointwise(reader) or not _is_remade(root, backward, ours):
+            return reader
+    return None
+
+
+def _value_key(node: Node) -> object:
+    """Equal for views that hold the same values in the same order."""
+    if node.target not in _VIEWS:
+        return node
+    source, *rest = node.args
+    assert isinstance(source, Node)
+    # The sizes of a reshape may be nodes of their own, one for each layer; their values tell.
+    how = rest if node.target not in _RESHAPES else tuple(node.meta["val"].shape)
+    return node.target, str(how), _value_key(source)
+
+
+def _readers(node: Node, backward: set[Node], ours: set[Node]) -> Iterator[Node]:
+    """Nodes of the backward half, `ours` apart, that read `node` or a view of it."""
+    for user in node.users:
+        if user.target in _VIEWS:
+            yield from _readers(user, backward, ours)
+        elif user in backward and user not in ours:
+            yield user
+
+
+def _is_remade(node: Node, backward: set[Node], ours: set[Node], depth: int = 20) -> bool:
+    """Whether the backward half can make `node` again, pointwise, from what it holds anyway."""
+    if node.op != "call_function" or depth == 0 or not (_is_pointwise(node) or node.target in _VIEWS | _CASTS):
+        return False
+    return all(
+        source.op == "placeholder"
+        or any(_readers(source, backward, ours))
+        or _is_remade(source, backward, ours, depth - 1)
+        for source in node.all_input_nodes
+    )
+
+
+def _is_pointwise(node: Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _CASTS
+
+
+def _later(first: Node, second: Node) -> Node:
+    later = second if first < second else first
+    # Inputs of the graph stay together in front.
+    while later.op == "placeholder" and later.next.op == "placeholder":
+        later = later.next
+    return later

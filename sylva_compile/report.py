@@ -1,0 +1,60 @@
+"""What the compiler did for each embedded weight."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What the compiler did for one embedded weight.
+
+    Attributes:
+        uses: how many weight-gradient products the compiled graphs that ran hold for it; 0 means none ran yet.
+        reason: why some of them stayed dense, or None.
+        narrowed: whether its products read activations that were cut down to the columns that the mask needs.
+        whole: why an activation is read whole, or None.
+    """
+
+    uses: int = 0
+    reason: str | None = None
+    narrowed: bool = False
+    whole: str | None = None
+
+    @property
+    def rewritten(self) -> bool:
+        """True when every product was replaced by a sampled one."""
+        return self.uses > 0 and self.reason is None
+
+    def __str__(self) -> str:
+        if not self.uses:
+            return "not compiled: no compiled graph has trained it yet (not called, or outside of torch.compile)"
+        if self.reason is not None:
+            return f"dense: {self.reason}"
+        return "rewritten, narrow activation" if self.narrowed else f"rewritten, whole activation: {self.whole}"
+
+
+class Report(Mapping[str, WeightReport]):
+    """A `WeightReport` for every embedded weight, by name; printing it gives a table."""
+
+    def __init__(self, weights: Mapping[str, WeightReport]) -> None:
+        """`weights` by name, in the order of the model."""
+        self._weights = dict(weights)
+
+    def __getitem__(self, name: str) -> WeightReport:
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    @property
+    def rewritten(self) -> int:
+        """Number of weights whose gradients are all sampled."""
+        return sum(weight.rewritten for weight in self.values())
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self), default=0)
+        lines = [f"{name:<{width}}  {weight}" for name, weight in self.items()]
+        return "\n".join([*lines, f"{self.rewritten} of {len(self)} weights rewritten."])
