@@ -6,19 +6,26 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+
+try:
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    Console = None
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, the first column as names, the others as figures."""
+    """Print a table, the first column as names, the others as figures; a plain one where rich is not installed."""
+    if Console is None:
+        print("\n".join([title, *("  ".join(cell.rjust(12) for cell in row) for row in [columns, *rows])]))
+        return
     table = Table(title=title)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -35,7 +42,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": device,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "triton", "transformers", "peft")},
+        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
         "commit": _commit(),
     }
 
@@ -56,6 +63,13 @@ def write_results(name: str, settings: Mapping[str, Any], results: Any) -> Path:
         json.dump(row, file, indent=2)
         file.write("\n")
     return path
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

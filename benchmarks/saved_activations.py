@@ -11,27 +11,7 @@ from typing import Any
 
 import torch
 from report import print_table, write_results
-from torch import Tensor
-from variants import Variant, assert_losses_agree, llama, variants
-
-
-def saved_bytes(variant: Variant) -> tuple[int, float]:
-    """Bytes of distinct storages that the forward pass saves for the backward, and the loss."""
-    known = {t.untyped_storage().data_ptr() for t in [*variant.model.parameters(), *variant.model.buffers()]}
-    storages: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = variant.loss()
-    total = sum(storage.nbytes() for storage in storages.values())
-    loss.backward()
-    variant.gradients()
-    return total, float(loss.detach())
+from variants import assert_losses_agree, available, llama, saved_bytes, variants
 
 
 def measure(hidden: int, layers: int, tokens: int, block_size: int, inner: str) -> dict[str, dict[str, Any]]:
@@ -40,7 +20,7 @@ def measure(hidden: int, layers: int, tokens: int, block_size: int, inner: str) 
     base = llama(hidden, hidden * 11 // 4, layers)
     ids = torch.randint(0, base.config.vocab_size, (tokens // 256, 256))
     results: dict[str, dict[str, Any]] = {}
-    names = ("frozen", "sylva", "lora", "full")
+    names = available(("frozen", "sylva", "lora", "full"))
     for variant in variants(base, ids, block_size=block_size, sparsity=0.98, inner=inner, names=names):
         saved, loss = saved_bytes(variant)
         trainable = sum(parameter.numel() for parameter in variant.trained)

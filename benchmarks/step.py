@@ -1,10 +1,14 @@
-"""Time of a training step's forward and backward pass against the frozen floor, side by side.
+"""A training step's forward and backward pass against the frozen floor, side by side.
 
     python benchmarks/step.py                              prints the table and writes benchmarks/results/*.json
 
 All variants live in one process and take turns, step by step, so that whatever else the machine does hits all of them
 alike; the ratios are of medians. Gradients are checked and losses compared before anything is timed. The optimizer's
 step is not part of the figure.
+
+Beside the time: the bytes saved for the backward, the peak of memory above what is held between steps (CUDA only), what
+the first step costs over a usual one (compiling), after how many steps that is won back against eager LoRA, and the
+share of the floor's time that SDDMM takes, by torch's profiler.
 """
 
 import argparse
@@ -15,7 +19,8 @@ from typing import Any
 
 import torch
 from report import print_table, write_results
-from variants import VARIANTS, Variant, assert_losses_agree, llama, variants
+from torch.profiler import ProfilerActivity, profile
+from variants import VARIANTS, Variant, assert_losses_agree, available, llama, saved_bytes, variants
 
 
 def one_step(variant: Variant) -> float:
@@ -34,6 +39,53 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def warm_compiler(device: str, inner: str) -> None:
+    """Let the compiler load itself: the first variant shall not pay for that."""
+    model = torch.nn.Linear(8, 8).to(device)
+    torch.compile(model.__call__, backend=inner)(torch.zeros(2, 8, device=device)).sum().backward()
+
+
+def peak_bytes(variant: Variant) -> int | None:
+    """The most that a step allocates at one time, gradients included; None on the CPU, which keeps no account."""
+    if variant.inputs.device.type != "cuda":
+        return None
+    variant.model.zero_grad(set_to_none=True)
+    variant.inputs.grad = None
+    _wait()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    one_step(variant)
+    return int(torch.cuda.max_memory_allocated() - before)
+
+
+def sddmm_ms(variant: Variant, steps: int = 5) -> float:
+    """Milliseconds a step that are spent in SDDMM."""
+    on_gpu = variant.inputs.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(steps):
+            one_step(variant)
+    events = [event for event in profiler.key_averages() if event.key.startswith("sylva::sddmm")]
+    total = sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events)
+    return float(total) / steps / 1e3
+
+
+def take_turns(ready: list[Variant], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of `repeats` steps of each variant, after two that do not count."""
+    times: dict[str, list[float]] = {variant.name: [] for variant in ready}
+    gc.disable()
+    try:
+        for turn in range(repeats + 2):
+            # Each turn begins with another variant: nobody always follows the same neighbour.
+            for variant in ready[turn % len(ready) :] + ready[: turn % len(ready)]:
+                elapsed = one_step(variant)
+                if turn >= 2:
+                    times[variant.name].append(elapsed)
+    finally:
+        gc.enable()
+    return times
+
+
 def measure(
     hidden: int,
     mlp: int,
@@ -46,38 +98,74 @@ def measure(
     dtype: str,
     repeats: int,
     inner: str,
+    names: list[str],
 ) -> dict[str, dict[str, Any]]:
-    """Quantiles of the step time of each variant, its ratio to the floor, and the seconds of its first step."""
+    """What each variant takes: quantiles of its step time, its ratio to the floor, bytes, the cost of compiling."""
+    warm_compiler(device, inner)
     torch.manual_seed(0)
     base = llama(hidden, mlp, layers).to(device=device, dtype=getattr(torch, dtype))
     ids = torch.randint(0, base.config.vocab_size, (max(1, tokens // length), length), device=device)
     ready: list[Variant] = []
     results: dict[str, dict[str, Any]] = {}
-    for variant in variants(base, ids, block_size=block_size, sparsity=sparsity, inner=inner):
+    chosen = available(tuple(name for name in VARIANTS if name in names))
+    for variant in variants(base, ids, block_size=block_size, sparsity=sparsity, inner=inner, names=chosen):
         first = one_step(variant)
         variant.gradients()
-        with torch.no_grad():
-            loss = float(variant.loss())
+        saved, loss = saved_bytes(variant)
         trainable = sum(parameter.numel() for parameter in variant.trained)
-        results[variant.name] = {"trainable": trainable, "loss": loss, "first_step_s": first / 1e3}
+        results[variant.name] = {
+            "trainable": trainable,
+            "loss": loss,
+            "first_step_s": first / 1e3,
+            "saved_bytes": saved,
+        }
+        results[variant.name]["peak_bytes"] = peak_bytes(variant)
         ready.append(variant)
-    assert_losses_agree([row["loss"] for row in results.values()])
-    times: dict[str, list[float]] = {variant.name: [] for variant in ready}
-    gc.disable()
-    try:
-        for turn in range(repeats + 2):
-            # Each turn begins with another variant: nobody always follows the same neighbour.
-            for variant in ready[turn % len(ready) :] + ready[: turn % len(ready)]:
-                elapsed = one_step(variant)
-                if turn >= 2:
-                    times[variant.name].append(elapsed)
-    finally:
-        gc.enable()
+    assert_losses_agree([row["loss"] for row in results.values()], base.dtype)
+    times = take_turns(ready, repeats)
     floor = statistics.median(times["frozen"])
     for name, row in results.items():
         low, middle, high = statistics.quantiles(times[name], n=4)
         row.update(step_ms={"q25": low, "median": middle, "q75": high}, of_floor=middle / floor)
+        row["compile_s"] = max(0.0, row["first_step_s"] - middle / 1e3)
+    for name, row in results.items():
+        row["break_even_steps"] = break_even(row, results.get("lora eager")) if name != "lora eager" else None
+    for variant in ready:
+        if variant.name == "sylva":
+            alone = sddmm_ms(variant)
+            results["sylva"].update(sddmm_ms=alone, sddmm_of_floor=alone / floor)
     return results
+
+
+def break_even(row: dict[str, Any], eager: dict[str, Any] | None) -> int | None:
+    """After how many steps compiling is won back against eager LoRA; None if never, or without it."""
+    if eager is None or row["step_ms"]["median"] >= eager["step_ms"]["median"]:
+        return None
+    won = (eager["step_ms"]["median"] - row["step_ms"]["median"]) / 1e3
+    return max(0, round((row["compile_s"] - eager["compile_s"]) / won))
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The rows that are printed."""
+    rows = []
+    for name, row in results.items():
+        peak, steps = row["peak_bytes"], row["break_even_steps"]
+        rows.append(
+            [
+                name,
+                f"{row['trainable']:,}",
+                f"{row['step_ms']['median']:.1f}",
+                f"{row['of_floor']:.3f}",
+                f"{row['saved_bytes'] / 2**20:.1f}",
+                "-" if peak is None else f"{peak / 2**20:.1f}",
+                f"{row['compile_s']:.1f}",
+                "-" if steps is None else str(steps),
+            ]
+        )
+    return rows
+
+
+COLUMNS = ["variant", "trainable", "ms", "of the floor", "saved, MiB", "peak, MiB", "compile, s", "break-even, steps"]
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -94,21 +182,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="%(default)s")
     parser.add_argument("--repeats", type=int, default=15, help="%(default)s")
     parser.add_argument("--inner", choices=["inductor", "aot_eager"], default="inductor", help="%(default)s")
+    parser.add_argument("--names", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants (all)")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args(argv)
     settings = {key: value for key, value in vars(options).items() if key != "no_write"}
     results = measure(**settings)
-    rows = [
-        [
-            name,
-            f"{results[name]['trainable']:,}",
-            f"{results[name]['step_ms']['median']:.1f}",
-            f"{results[name]['of_floor']:.3f}",
-            f"{results[name]['first_step_s']:.1f}",
-        ]
-        for name in VARIANTS
-    ]
-    print_table("Forward and backward", ["variant", "trainable", "ms", "of the frozen floor", "first step, s"], rows)
+    print_table("Forward and backward", COLUMNS, table(results))
+    ours = results.get("sylva")
+    if ours is not None:
+        print(f"SDDMM alone: {ours['sddmm_ms']:.2f} ms a step, {ours['sddmm_of_floor']:.1%} of the floor")
     if not options.no_write:
         print(f"written to {write_results('step', settings, results)}")
     return results

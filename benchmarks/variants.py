@@ -1,11 +1,11 @@
 """The same small Llama, trained in the ways that the benchmarks compare."""
 
 import copy
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,6 +13,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sylva_compile
 
 VARIANTS = ("frozen", "sylva", "lora", "lora eager", "full")
+FLOORS = ("frozen", "sylva")
+"""The pair whose ratio is the figure that matters."""
+
+
+def available(names: tuple[str, ...] = VARIANTS) -> tuple[str, ...]:
+    """`names` without LoRA where PEFT is not installed, which is said."""
+    if importlib.util.find_spec("peft") is not None:
+        return names
+    print("PEFT is not installed: no LoRA variants. Install peft to compare with it.")
+    return tuple(name for name in names if "lora" not in name)
 
 
 @dataclass
@@ -94,6 +104,8 @@ def variants(
         elif name == "sylva":
             yield ready(name, ours, sylva_compile.backend(masks, inner=inner, on_miss="error"))  # type: ignore[arg-type]
         elif name in ("lora", "lora eager"):
+            import peft  # not on every machine with a GPU
+
             config = peft.LoraConfig(r=max(1, round(budget / per_rank)), target_modules="all-linear", lora_dropout=0.0)
             model = peft.get_peft_model(copy.deepcopy(base), config)
             yield ready(name, model, plain if name == "lora" else None)
@@ -104,6 +116,26 @@ def variants(
             yield ready(name, full, plain)
 
 
-def assert_losses_agree(losses: list[float]) -> None:
+def assert_losses_agree(losses: list[float], dtype: torch.dtype = torch.float32) -> None:
     """All variants start from the same weights, so their first losses must be equal up to rounding."""
-    assert max(losses) - min(losses) < 1e-3 * abs(losses[0]), f"losses differ: {losses}"
+    allowed = max(1e-3, 4 * torch.finfo(dtype).eps) * abs(losses[0])
+    assert max(losses) - min(losses) < allowed, f"losses differ: {losses}"
+
+
+def saved_bytes(variant: Variant) -> tuple[int, float]:
+    """Bytes of distinct storages that the forward pass saves for the backward, and the loss."""
+    known = {t.untyped_storage().data_ptr() for t in [*variant.model.parameters(), *variant.model.buffers()]}
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = variant.loss()
+    total = sum(storage.nbytes() for storage in storages.values())
+    loss.backward()
+    variant.gradients()
+    return total, float(loss.detach())

@@ -45,7 +45,7 @@ class _RewriteError(RewriteError, ShortenTraceback):
     """As a `ShortenTraceback`, Dynamo hands it to the user as it is, not wrapped and not swallowed."""
 
 
-class _ArgumentError(ArgumentError, ShortenTraceback):
+class _ArgumentError(ShortenTraceback, ArgumentError):
     """The same, for a wrong argument of `torch.compile`."""
 
 

@@ -264,6 +264,22 @@ class TestRecompilation:
         assert model[0].weight.grad is not None
 
 
+class TestWhatIsNotMasked:
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+    def test_biases_norms_embeddings_and_head_get_their_gradients(self, architecture: str) -> None:
+        case = tiny(architecture)
+        reference = copy.deepcopy(case.model)
+        masks = sylva_compile.trace_and_mask(case.model, method="random", sparsity=0.7, block_size=8)
+        case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager", on_miss="error"))
+        case.model(**case.batch).loss.backward()
+        reference(**case.batch).loss.backward()
+        others = {name: p for name, p in case.model.named_parameters() if p.requires_grad and "_blocks" not in name}
+        assert any("norm" in name or "ln_" in name for name in others)
+        assert not others.keys() & masks.keys()
+        for name, parameter in others.items():
+            torch.testing.assert_close(parameter.grad, reference.get_parameter(name).grad, msg=name)
+
+
 class TestEvaluation:
     def test_the_graph_holds_nothing_of_ours(self) -> None:
         case = tiny("llama")

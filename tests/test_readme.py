@@ -29,6 +29,11 @@ def test_the_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.
         small = block.replace("block_size=64", "block_size=8").replace("num_samples=256", "num_samples=12")
         # The part on tracing starts from a model of its own.
         exec(small, names if "checkpoint=" not in block else names | {"model": tiny("llama").model})
+        if "report()" in block:
+            assert names["backend"].report().rewritten == 14
+    # Another part compiles the layers; it is they that run once the model as a whole is no longer compiled.
+    case.model._compiled_call_impl = None
+    case.model(**case.batch).loss.backward()
     assert names["backend"].report().rewritten == 14
 
 

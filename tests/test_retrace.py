@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +14,13 @@ from torch._dynamo.utils import counters
 
 import sylva_compile
 from sylva_compile import Masks, embedding
+from sylva_compile.kernels.sddmm import sddmm
+from sylva_compile.kernels.sddmm_shared import sddmm_shared
+from sylva_compile.passes import runner
+from sylva_compile.passes.edit import tangent_dependents
 from sylva_compile.retrace import _alike, _numbers, _pattern
+
+PRODUCTS = {torch.ops.aten.mm.default, sddmm._opoverload, sddmm_shared._opoverload}
 
 
 @pytest.fixture(autouse=True)
@@ -175,3 +182,31 @@ class TestLayersOneByOne:
         case.model(**case.batch).loss.backward()
         assert counters["stats"]["unique_graphs"] == 1
         check_gradients(case.model, masks, reference, reference(**case.batch).loss)
+
+
+class TestBelowTheLowestTrainedBlock:
+    def backward_products(self, layers: int, trained: int, monkeypatch: pytest.MonkeyPatch) -> int:
+        """Matrix products of the backward pass of a Llama of which one layer is trained; one launch counts as one."""
+        graphs: list[Any] = []
+        run = runner.run_passes
+
+        def keep(graph: Any, passes: Any) -> int:
+            graphs.append(graph)
+            return run(graph, passes)
+
+        monkeypatch.setattr(sys.modules["sylva_compile.backend"], "run_passes", keep)
+        case = tiny("llama", length=8, layers=layers)
+        case.model.requires_grad_(False)
+        scope = rf".*layers\.{trained}\..*"
+        masks = sylva_compile.trace_and_mask(case.model, method="random", scope=scope, sparsity=0.7, block_size=8)
+        case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager", on_miss="error"))
+        case.model(**case.batch).loss.backward()
+        monkeypatch.undo()
+        backward = tangent_dependents(graphs[-1])
+        return sum(node.target in PRODUCTS for node in backward)
+
+    def test_there_is_no_backward_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        alone = self.backward_products(1, 0, monkeypatch)
+        above_another = self.backward_products(2, 1, monkeypatch)
+        below_another = self.backward_products(2, 0, monkeypatch)
+        assert 0 < alone == above_another < below_another

@@ -33,9 +33,9 @@ class Case:
     batch: dict[str, Tensor]
 
 
-def tiny(architecture: str, *, length: int = 10) -> Case:
-    """A two-layer model of `architecture`, in training mode, and a batch of four sequences of `length` tokens."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+def tiny(architecture: str, *, length: int = 10, layers: int = 2) -> Case:
+    """A model of `architecture`, in training mode, and a batch of four sequences of `length` tokens."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": VOCABULARY}
     decoder = {**sizes, "intermediate_size": 48, "num_key_value_heads": 2, "use_cache": False}
     no_special = {"bos_token_id": None, "eos_token_id": None}
     ids = torch.randint(3, VOCABULARY, (4, length))
@@ -44,12 +44,12 @@ def tiny(architecture: str, *, length: int = 10) -> Case:
     if architecture == "llama":
         model = LlamaForCausalLM(LlamaConfig(**decoder))
     elif architecture == "gpt2":
-        config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, **no_special)
+        config = GPT2Config(n_embd=32, n_layer=layers, n_head=4, vocab_size=VOCABULARY, n_positions=64, **no_special)
         config.resid_pdrop = config.attn_pdrop = config.embd_pdrop = 0.0
         config.use_cache = False
         model = GPT2LMHeadModel(config)
     elif architecture == "t5":
-        config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCABULARY)
+        config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=layers, num_heads=4, vocab_size=VOCABULARY)
         config.decoder_start_token_id, config.dropout_rate, config.use_cache = 0, 0.0, False
         model = T5ForConditionalGeneration(config)
     elif architecture == "roberta":

@@ -1,0 +1,135 @@
+"""Everything that wants a GPU, one part a call, each within ten minutes; from a checkout, without a network.
+
+    python benchmarks/gpu.py                               all parts
+    python benchmarks/gpu.py correctness sddmm graphs      some of them
+    python benchmarks/gpu.py tune                          measures the table of launches anew; not among "all"
+
+correctness     the kernel and whole compiled steps in every dtype against float64, before anything is timed
+sddmm           the kernel against its roofline and a GEMM of as many FLOPs
+graphs          mode="reduce-overhead": gradients equal those without CUDA graphs, over several steps
+step-2048       the training step at the shapes of a LLaMA-7B layer, bfloat16, 2,048 tokens
+step-8192       the same with 8,192 tokens
+
+Needs torch, triton and transformers; PEFT for the LoRA variants, without which they are left out.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import sddmm
+import step
+import torch
+from torch import Tensor, nn
+
+import sylva_compile
+
+LAYER = ["--hidden", "4096", "--mlp", "11008", "--layers", "1", "--length", "1024", "--dtype", "bfloat16"]
+
+
+def gradients(model: nn.Module, masks: sylva_compile.Masks, x: Tensor) -> dict[str, Tensor]:
+    """The blocks' gradients after one step of `model`, which may be compiled."""
+    model.zero_grad(set_to_none=True)
+    model(x).float().square().mean().backward()
+    found = {name: parameter.grad for name, parameter in zip(masks, masks.parameters(), strict=True)}
+    return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+
+
+def small(dtype: torch.dtype) -> nn.Module:
+    """Two weights whose sizes are no multiples of anything."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 330), nn.GELU(), nn.Linear(330, 150)).to("cuda", dtype)
+    return model.requires_grad_(False)
+
+
+def masks_of(model: nn.Module, block: int) -> sylva_compile.Masks:
+    """A third of the blocks, at random."""
+    return sylva_compile.trace_and_mask(model, method="random", sparsity=0.67, block_size=block)
+
+
+def correctness() -> None:
+    """Kernel and compiled step against float64."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for block in (16, 24, 32, 64, 128):
+            for tokens, size, share in ((1, 100, 1.0), (300, 500, 0.3), (5000, 1024, 0.02)):
+                sddmm.check(*sddmm.operands(tokens, size, block, share, dtype, "cuda"), block)
+            model = small(dtype)
+            exact_model = copy.deepcopy(model).double()
+            masks = masks_of(model, block)
+            exact_masks = sylva_compile.Masks(masks, model=exact_model)
+            backend = sylva_compile.backend(masks, on_miss="error")
+            exact_masks.embed()
+            x = torch.randn(3, 70, 200, device="cuda").to(dtype)
+            found = gradients(torch.compile(model, backend=backend), masks, x)
+            exact = gradients(exact_model, exact_masks, x.double())
+            allowed = 16 * max(torch.finfo(dtype).eps, 1e-7)
+            for name, gradient in found.items():
+                error = float((gradient.double() - exact[name]).norm() / exact[name].norm())
+                assert error < allowed, f"{dtype}, b={block}, {name}: relative error {error:.1e}"
+            torch._dynamo.reset()
+        print(f"correctness: {dtype} passes")
+
+
+def graphs() -> None:
+    """CUDA graphs give the same gradients as none."""
+    model = small(torch.bfloat16)
+    masks = masks_of(model, 32)
+    backend = sylva_compile.backend(masks, on_miss="error")
+    inputs = [torch.randn(3, 70, 200, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
+    plain = torch.compile(model, backend=backend)
+    wanted = [gradients(plain, masks, x) for x in inputs]
+    torch._dynamo.reset()
+    recorded = torch.compile(model, backend=backend, mode="reduce-overhead")
+    for x, expected in zip(inputs, wanted, strict=True):
+        torch.compiler.cudagraph_mark_step_begin()
+        for name, gradient in gradients(recorded, masks, x).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+    print(f"graphs: {len(inputs)} steps under reduce-overhead equal those without")
+
+
+def kernel() -> None:
+    """The kernel at the shapes of a LLaMA-7B layer."""
+    for tokens in ("2048", "8192"):
+        options = ["--device", "cuda", "--dtypes", "bfloat16", "--tokens", tokens, "--size", "4096"]
+        sddmm.main([*options, "--blocks", "64", "128", "--shares", "0.01", "0.02", "0.05"])
+
+
+def steps(tokens: str) -> None:
+    """A training step of one layer, at 2% beside LoRA and full fine-tuning, at 1% and 5% beside the floor."""
+    for block in ("64", "128"):
+        for sparsity in ("0.98", "0.99", "0.95"):
+            names = [] if sparsity == "0.98" else ["--names", "frozen", "sylva"]
+            options = ["--device", "cuda", "--tokens", tokens, "--block-size", block, "--sparsity", sparsity]
+            step.main([*LAYER, *options, *names, "--repeats", "30"])
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+
+
+PARTS = {
+    "correctness": correctness,
+    "sddmm": kernel,
+    "graphs": graphs,
+    "step-2048": lambda: steps("2048"),
+    "step-8192": lambda: steps("8192"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the parts that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "tune", []], help="all if left out")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise SystemExit("No CUDA device here; run this on a machine with one.")
+    for name in options.parts or PARTS:
+        started = time.perf_counter()
+        sddmm.tune() if name == "tune" else PARTS[name]()
+        print(f"{name}: {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Write the tables of figures in README.md from the newest results in `benchmarks/results`.
+
+python benchmarks/readme_tables.py                     rewrites what stands between the markers
+python benchmarks/readme_tables.py --check             exits with an error if that would change anything
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+VARIANTS = {
+    "frozen": "frozen model",
+    "sylva": "sylva_compile",
+    "lora": "LoRA (PEFT), compiled",
+    "lora eager": "LoRA (PEFT), eager",
+    "full": "full fine-tuning, compiled",
+}
+
+
+def newest(benchmark: str, **settings: Any) -> dict[str, Any]:
+    """The latest result of `benchmark` that was made with these settings. Raises LookupError if there is none."""
+    rows = [json.loads(path.read_text()) for path in RESULTS.glob(f"{benchmark}-*.json")]
+    fitting = [row for row in rows if settings.items() <= row["settings"].items()]
+    if not fitting:
+        raise LookupError(f"No result of {benchmark} with {settings}; run python benchmarks/{benchmark}.py.")
+    return max(fitting, key=lambda row: str(row["date"]))
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column holds names, the others figures."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _ratio(value: int | None, floor: int | None) -> str:
+    return "–" if value is None or floor is None else f"{value / floor:.3f}"
+
+
+def step_table() -> str:
+    """Time of a step on the CPU, at the default shapes; a dash for what an older result did not measure."""
+    row = newest("step", device="cpu", hidden=1024, tokens=1024, block_size=64, sparsity=0.98)
+    floor = row["results"]["frozen"].get("saved_bytes")
+    rows = [
+        [
+            VARIANTS[name],
+            _count(found["trainable"]),
+            f"{found['step_ms']['median']:.0f}",
+            f"{found['of_floor']:.3f}",
+            _ratio(found.get("saved_bytes"), floor),
+            f"{found['compile_s']:.1f}" if "compile_s" in found else "–",
+            _count(found.get("break_even_steps")),
+        ]
+        for name, found in row["results"].items()
+    ]
+    columns = [
+        "variant",
+        "trainable",
+        "ms",
+        "of the floor",
+        "saved bytes, of the floor",
+        "compiling, s",
+        "won back after",
+    ]
+    alone = row["results"]["sylva"]
+    share = ""
+    if "sddmm_ms" in alone:
+        share = (
+            f"SDDMM alone takes {alone['sddmm_ms']:.1f} ms of the step, {alone['sddmm_of_floor']:.1%} of the floor. "
+        )
+    note = (
+        f"{share}Measured on {row['machine']['processor']}, {row['machine']['threads']} threads, torch "
+        f"{row['machine']['versions']['torch']}, {row['date'][:10]}."
+    )
+    return f"{markdown(columns, rows)}\n\n{note}"
+
+
+def saved_table() -> str:
+    """Bytes saved for the backward, at the default shapes."""
+    row = newest("saved_activations", hidden=512, layers=4, tokens=1024, block_size=64)
+    floor = row["results"]["frozen"]["saved_bytes"]
+    rows = [
+        [
+            VARIANTS[name].removesuffix(", compiled"),
+            _count(found["trainable"]),
+            f"{found['saved_bytes'] / 2**20:.1f}",
+            f"{found['saved_bytes'] / floor:.3f}",
+        ]
+        for name, found in row["results"].items()
+    ]
+    return markdown(["variant", "trainable", "MiB", "of the floor"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"step": step_table, "saved activations": saved_table}
+
+
+def rendered(text: str) -> str:
+    """`text` with each table between its markers made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise LookupError(f"README.md has no place for the table {name!r}.")
+        table = make()
+        text = pattern.sub(lambda match, table=table: match[1] + table + match[2], text)  # type: ignore[misc]
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Rewrite the README, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    options = parser.parse_args(argv)
+    before = README.read_text()
+    after = rendered(before)
+    if not options.check:
+        README.write_text(after)
+    elif after != before:
+        raise SystemExit("README.md is behind benchmarks/results; run python benchmarks/readme_tables.py.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""SDDMM alone: against one dense GEMM of as many FLOPs, and (CUDA) against the roofline of its own bytes and FLOPs.
+
+    python benchmarks/sddmm.py                             prints the table and writes benchmarks/results/*.json
+    python benchmarks/sddmm.py --device cuda --tune        measures sylva_compile/kernels/sddmm_configs.json anew
+
+The GEMM multiplies `[d, T] x [T, d]` with d² = blocks · b²: the same work where nothing is sparse. Bytes are those of
+the panels that some block reads, once each, and of the result. The roofline's two slopes are measured on the spot: a
+large GEMM in the same dtype, and a large copy.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from report import machine, print_table, write_results
+from torch import Tensor
+
+from sylva_compile.kernels.sddmm import sddmm, sddmm_reference
+from sylva_compile.kernels.sddmm_configs import MANY, PANELS, TABLE, Config, config_key
+from sylva_compile.kernels.sddmm_cpu import sddmm_by_products
+from sylva_compile.kernels.sddmm_triton import sddmm_shared_triton
+
+
+def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Median of `repeats` runs, after two that do not count; on CUDA by events, with the cache flushed in between."""
+    flush = torch.empty(2**28, dtype=torch.int8, device=device) if device == "cuda" else None
+    found = []
+    for _ in range(repeats + 2):
+        if flush is None:
+            started = time.perf_counter()
+            run()
+            found.append((time.perf_counter() - started) * 1e3)
+            continue
+        flush.zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        found.append(start.elapsed_time(stop))
+    return statistics.median(found[2:])
+
+
+def operands(tokens: int, size: int, block: int, share: float, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """`lhs [T, size]`, `rhs [T, size]`, and a random `share` of the blocks of their product, at least one."""
+    generator = torch.Generator().manual_seed(0)
+    lhs, rhs = (torch.randn(tokens, size, generator=generator).to(device, dtype) for _ in range(2))
+    grid = -(-size // block)
+    chosen = torch.randperm(grid * grid, generator=generator)[: max(1, round(share * grid * grid))].sort().values
+    return lhs, rhs, torch.stack([chosen // grid, chosen % grid]).to(device)
+
+
+def check(lhs: Tensor, rhs: Tensor, positions: Tensor, block: int) -> None:
+    """AssertionError unless the kernel's error against float64 is a few roundings of float32 (TF32 is off here)."""
+    found = sddmm(lhs, rhs, positions, block).double()
+    exact = sddmm_reference(lhs.double(), rhs.double(), positions, block)
+    magnitude = sddmm_reference(lhs.double().abs(), rhs.double().abs(), positions, block)
+    worst = float(((found - exact).abs() / magnitude.clamp(min=1e-30)).max())
+    assert worst < 1e-5, f"{lhs.dtype}, b={block}: relative error {worst:.1e}"
+
+
+def slopes(dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """FLOP/ms of a large GEMM and bytes/ms of a large copy on this device."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    big = torch.empty(2**30 if device == "cuda" else 2**27, dtype=torch.int8, device=device)
+    other = torch.empty_like(big)
+    flops = 2 * size**3 / median_ms(lambda: a @ b, device, 10)
+    return flops, 2 * big.numel() / median_ms(lambda: other.copy_(big), device, 10)
+
+
+def row(tokens: int, size: int, block: int, share: float, dtype: torch.dtype, device: str, repeats: int) -> dict:
+    """One shape: times, and what they are to be judged by."""
+    lhs, rhs, positions = operands(tokens, size, block, share, dtype, device)
+    check(lhs, rhs, positions, block)
+    blocks = positions.shape[1]
+    d = round(math.sqrt(blocks) * block)
+    a, b = (torch.randn(tokens, d, device=device).to(dtype) for _ in range(2))
+    found = {
+        "sddmm_ms": median_ms(lambda: sddmm(lhs, rhs, positions, block), device, repeats),
+        "gemm_ms": median_ms(lambda: a.t() @ b, device, repeats),
+    }
+    if device == "cpu":
+        found["loop_ms"] = median_ms(lambda: sddmm_by_products(lhs, rhs, positions, block), device, repeats)
+    else:
+        flop_rate, byte_rate = slopes(dtype, device)
+        panels = positions[0].unique().numel() + positions[1].unique().numel()
+        moved = tokens * panels * block * lhs.element_size() + blocks * block**2 * 4
+        least = max(2 * tokens * blocks * block**2 / flop_rate, moved / byte_rate)
+        found["of_roofline"] = least / found["sddmm_ms"]
+    shape = {"dtype": str(dtype), "tokens": tokens, "size": size, "block": block, "share": share, "blocks": blocks}
+    return {**shape, **found, "of_gemm": found["sddmm_ms"] / found["gemm_ms"]}
+
+
+def tune() -> None:
+    """Measure every entry of the table that `sddmm_triton` launches by, and write it."""
+    configs: dict[str, Any] = {}
+    for dtype, panel, tokens in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), PANELS, (2048, 4 * MANY)
+    ):
+        lhs, rhs, positions = operands(tokens, 4096, panel, 0.02, dtype, "cuda")
+        times = {}
+        for step, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4)):
+            config = Config(step, warps, stages)
+            try:
+                launch = functools.partial(sddmm_shared_triton, [lhs], rhs, [positions], panel, config=config)
+                times[config] = median_ms(launch, "cuda", 10)
+            except Exception as error:  # a tile that does not fit is no candidate; Triton has many ways to say so
+                print(f"{dtype}, {panel}, {config}: {type(error).__name__}")
+        best = min(times, key=times.__getitem__)
+        configs[config_key(dtype, panel, tokens)] = vars(best)
+        print(f"{config_key(dtype, panel, tokens)}: {best}, {times[best]:.4f} ms")
+    TABLE.write_text(json.dumps({"measured_on": machine()["gpu"], "configs": configs}, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print the table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="%(default)s")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="%(default)s")
+    parser.add_argument("--tokens", type=int, default=1024, help="%(default)s")
+    parser.add_argument("--size", type=int, default=1024, help="of both sides of the weight (%(default)s)")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[16, 32, 64, 128], help="block sizes (%(default)s)")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.02, 0.1, 1.0], help="of all blocks (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="%(default)s")
+    parser.add_argument("--tune", action="store_true", help="write the table of launches instead")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args(argv)
+    if options.tune:
+        tune()
+        return []
+    fixed = (options.device, options.repeats)
+    results = [
+        row(options.tokens, options.size, block, share, getattr(torch, dtype), *fixed)
+        for dtype, block, share in itertools.product(options.dtypes, options.blocks, options.shares)
+    ]
+    other = "loop_ms" if options.device == "cpu" else "of_roofline"
+    columns = ["dtype", "block", "share", "blocks", "sddmm_ms", "gemm_ms", "of_gemm", other]
+    shown = [[f"{r[c]:.3f}" if isinstance(r[c], float) else str(r[c]) for c in columns] for r in results]
+    print_table(f"SDDMM, {options.tokens} tokens, weight {options.size} x {options.size}", columns, shown)
+    if not options.no_write:
+        settings = {key: value for key, value in vars(options).items() if key not in ("no_write", "tune")}
+        print(f"written to {write_results('sddmm', settings, results)}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
