@@ -252,7 +252,7 @@ class Masks(Mapping[str, BlockMask]):
         for name, mask in self.items():
             tensors[name] = torch.stack([mask.rows, mask.cols]).to(torch.int32)
             shapes[name] = [*mask.shape, mask.block_size]
-        metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "config": json.dumps(self.config)}
+        metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "config": json.dumps(self.config, default=float)}
         write_file(Path(path), serialize(tensors, metadata))
 
     @classmethod
@@ -271,6 +271,8 @@ class Masks(Mapping[str, BlockMask]):
                 return cls(blocks, config=json.loads(metadata["config"]))
         except FileNotFoundError:
             raise MaskError(f"{path} does not exist; give a file written by Masks.save.") from None
+        except OSError as error:
+            raise MaskError(f"{path} cannot be read ({error}); give a file written by Masks.save.") from error
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             if isinstance(error, MaskError):
                 raise

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracle import random_masks
@@ -140,3 +141,13 @@ class TestFiles:
     def test_a_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(SylvaError, match="does not exist"):
             Masks.load(tmp_path / "nothing")
+
+    def test_a_directory(self, tmp_path: Path) -> None:
+        with pytest.raises(MaskError, match="cannot be read") as caught:
+            Masks.load(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    def test_numbers_of_numpy_in_the_configuration(self, tmp_path: Path) -> None:
+        masks = Masks({}, config={"sparsity": np.float32(0.5)})
+        masks.save(tmp_path / "masks")
+        assert Masks.load(tmp_path / "masks").config == {"sparsity": 0.5}
