@@ -19,8 +19,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple) and type(batch) in (list, tuple):
-        return type(batch)(to_device(value, device) for value in batch)
+    # A named tuple wants its values one by one.
+    make = getattr(type(batch), "_make", type(batch) if type(batch) in (list, tuple) else None)
+    if make is not None:
+        return make(to_device(value, device) for value in batch)
     return move(device) if move is not None else batch
 
 

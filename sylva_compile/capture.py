@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.eval_frame import remove_from_cache
 from torch._functorch import config as functorch_config
@@ -29,12 +29,18 @@ def capture_backend(missed: Missed) -> Callable[..., Any]:
     """A backend for `torch.compile` that sends weight gradients' operands to `kernels.observe`'s listeners."""
 
     def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-        def note(placeholder: Node, reason: str) -> None:
+        def given(placeholder: Node) -> Any:
             desc = placeholder.meta.get("desc")
-            if isinstance(desc, PlainAOTInput):
-                missed(example_inputs[desc.idx], reason)
+            return example_inputs[desc.idx] if isinstance(desc, PlainAOTInput) else None
 
-        observe = partial(observe_weight_gradients_pass, missed=note)
+        def is_weight(placeholder: Node) -> bool:
+            # After a graph break activations are inputs too, and the layers before need their gradients.
+            return isinstance(given(placeholder), nn.Parameter)
+
+        def note(placeholder: Node, reason: str) -> None:
+            missed(given(placeholder), reason)
+
+        observe = partial(observe_weight_gradients_pass, is_weight=is_weight, missed=note)
         # A graph from AOTAutograd's cache would come without the pass that makes it observable.
         with functorch_config.patch(enable_autograd_cache=False):
             return compile_eagerly(

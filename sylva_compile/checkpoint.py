@@ -1,28 +1,30 @@
 """The state of an interrupted trace on disk, from which it goes on as if nothing had happened."""
 
 import hashlib
+import itertools
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sylva_compile.batches import tensors_of
 from sylva_compile.curvature.estimators import Estimators
-from sylva_compile.errors import TraceError
+from sylva_compile.errors import ArgumentError, TraceError
 from sylva_compile.files import replacing
 from sylva_compile.fingerprint import checksum
 from sylva_compile.observation import Progress
 
 log = logging.getLogger(__name__)
 
-_FORMAT = "sylva-trace-1"
+_FORMAT = "sylva-trace-2"
 
 
 class TraceCheckpoint:
@@ -53,8 +55,10 @@ class TraceCheckpoint:
         """Load the file into the estimators, if there is one, and return how far it goes.
 
         Raises:
-            TraceError: the file is damaged, or belongs to another trace. The estimators are as before then.
+            ArgumentError: nothing can be written there.
+            TraceError: the file is damaged, or belongs to another trace.
         """
+        self._check_place()
         if not self.path.exists():
             return Progress()
         try:
@@ -119,6 +123,19 @@ class TraceCheckpoint:
         """The trace is done; its result has taken the file's place."""
         self.path.unlink(missing_ok=True)
 
+    def _check_place(self) -> None:
+        """Now and not after the first batches."""
+        try:
+            if self.path.is_dir():
+                raise IsADirectoryError("it is a directory")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            raise ArgumentError(
+                f"checkpoint={str(self.path)!r} cannot be written ({error}); name a file in a directory of yours."
+            ) from error
+
     def _check_identity(self, found: Mapping[str, Any]) -> None:
         for key, wanted in self._identity.items():
             if found.get(key) != wanted:
@@ -145,8 +162,25 @@ def _random_state() -> dict[str, Tensor]:
 
 def _extend(digest: str, batch: Any) -> str:
     """The digest of all batches so far, from that of all but the last."""
-    parts = [digest, *(f"{tuple(tensor.shape)}{checksum(tensor)}" for tensor in tensors_of(batch))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\n".join([digest, *_described(batch)]).encode()).hexdigest()
+
+
+def _described(batch: Any) -> Iterator[str]:
+    """Everything in `batch` that can be told from other content: tensors, arrays, texts, numbers and their keys."""
+    if isinstance(batch, Tensor):
+        yield f"{tuple(batch.shape)}{checksum(batch)}"
+    elif isinstance(batch, np.ndarray):
+        yield f"{batch.shape}{batch.dtype}{hashlib.sha256(batch.tobytes()).hexdigest()}"
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield repr(key)
+            yield from _described(value)
+    elif isinstance(batch, list | tuple):
+        yield str(len(batch))
+        yield from itertools.chain.from_iterable(map(_described, batch))
+    else:
+        # What prints as its address is another in every process.
+        yield repr(batch) if isinstance(batch, str | bytes | int | float | None) else type(batch).__name__
 
 
 def _short(value: Any) -> str:

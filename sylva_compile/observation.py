@@ -37,12 +37,17 @@ class Progress:
     Attributes:
         batches: observed.
         sequences: in them.
+        latest: sequences in the last of them.
         seen: names of the weights that were shown, in the order they came first.
+        missed: weights with a gradient that was not shown, or not all of it, and why. They get no mask: the curvature
+            of some uses of a weight alone would be worse than none.
     """
 
     batches: int = 0
     sequences: int = 0
+    latest: int = 0
     seen: list[str] = field(default_factory=list)
+    missed: dict[str, str] = field(default_factory=dict)
 
 
 def observe(
@@ -71,17 +76,29 @@ def observe(
         after_batch: called between batches.
 
     Raises:
-        TraceError: no batches, no loss, a loss or gradient that is not finite, or that reaches no weight.
+        TraceError: no batches, no loss, a loss or gradient that is not finite, or more observed before than wanted.
     """
-    names = {weight.data_ptr(): name for name, weight in weights.items()}
+    names: dict[int, str] = {}
+    for name, weight in weights.items():
+        if (twin := names.setdefault(weight.data_ptr(), name)) != name:
+            raise TraceError(f"{twin} and {name} are two Parameters in the same memory; assign one to both modules.")
     done = start or Progress()
-    missed: dict[str, str] = {}
+    if done.sequences - done.latest >= num_samples:
+        raise TraceError(
+            f"The checkpoint holds {done.sequences} sequences already, and {num_samples} are wanted; ask for as many, "
+            "or delete it to trace from the start."
+        )
+    reasons: dict[str, str] = {}
     checks: dict[str, Tensor] = {}
 
     def listen(weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool) -> None:
-        name = names[weight.data_ptr()]
+        name = names.get(weight.data_ptr())
+        if name is None:
+            # A parameter that the model uses but does not list; nobody asks for its gradient.
+            return
         inputs, gradients = (lhs, rhs) if activation_is_lhs else (rhs, lhs)
-        checks[name] = gradients.sum().float()
+        # Sums in float16 could overflow where no element does.
+        checks[name] = gradients.sum(dtype=torch.float64)
         listener.update(name, inputs.detach(), gradients.detach())
         if name not in done.seen:
             done.seen.append(name)
@@ -89,7 +106,7 @@ def observe(
     def miss(weight: Tensor, reason: str) -> None:
         name = names.get(weight.data_ptr())
         if name is not None:
-            missed[name] = reason
+            reasons[name] = reason
 
     device = next(iter(weights.values())).device
     with _untouched(model, weights.values()), compilations_forgotten(), observing(listen):
@@ -119,11 +136,14 @@ def observe(
                 _check_gradients(checks, weights)
                 checks.clear()
                 for name, gradient in zip(weights, gradients, strict=True):
-                    if gradient is not None and name not in done.seen:
-                        missed.setdefault(name, "it runs outside of the graphs that torch.compile makes")
+                    # A gradient that was shown is a zero without memory here.
+                    if gradient is not None and any(gradient.stride()) and bool(gradient.any()):
+                        why = "it is used outside of the graphs that torch.compile makes"
+                        done.missed.setdefault(name, reasons.get(name, why))
                 listener.end_batch()
                 done.batches += 1
                 done.sequences += sequences
+                done.latest = sequences
                 bar.update(min(sequences, num_samples - bar.n))
                 if after_batch is not None:
                     after_batch(done)
@@ -135,17 +155,29 @@ def observe(
             done.sequences,
             num_samples,
         )
-    unseen = [name for name in weights if name not in done.seen]
-    if len(unseen) == len(weights):
-        name = unseen[0]
-        why = missed.get(name, "no gradient reaches it")
+    return done
+
+
+def observed(weights: Iterable[str], progress: Progress) -> list[str]:
+    """Those of `weights` whose whole gradient was shown; the log names the others.
+
+    Raises:
+        TraceError: there are none.
+    """
+    missed = {
+        name: progress.missed.get(name, "the loss does not depend on it")
+        for name in weights
+        if name in progress.missed or name not in progress.seen
+    }
+    found = [name for name in weights if name not in missed]
+    if not found:
+        name, why = next(iter(missed.items()))
         raise TraceError(
             f"No weight in scope could be observed; the first, {name}: {why}. Check the loss and the scope."
         )
-    for name in unseen:
-        why = missed.get(name, "the loss does not depend on it")
+    for name, why in missed.items():
         log.warning("%s gets no mask: %s.", name, why)
-    return done
+    return found
 
 
 @contextmanager

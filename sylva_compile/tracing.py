@@ -1,14 +1,16 @@
 """`trace_and_mask`: run a model over some batches, estimate the curvature of every weight, choose its blocks."""
 
 import functools
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, all_gather_object, broadcast, get_rank, get_world_size
+from torch.distributed import ProcessGroup, all_gather_object, broadcast_object_list, get_rank, get_world_size
 from torch.distributed import get_global_rank as global_rank
 
 from sylva_compile import embedding
@@ -17,14 +19,16 @@ from sylva_compile.checkpoint import TraceCheckpoint
 from sylva_compile.curvature.baselines import magnitude_scores, random_scores
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.curvature.kfac import Score
-from sylva_compile.errors import ArgumentError, EmbeddingError
+from sylva_compile.errors import ArgumentError, EmbeddingError, TraceError
 from sylva_compile.masks import BlockMask, Masks, base_fingerprint, check_block_fits, check_block_size
 from sylva_compile.memory import TraceEstimate, check_fits, estimate_bytes
-from sylva_compile.observation import observe
+from sylva_compile.observation import Progress, observe, observed
 from sylva_compile.scope import Scope, input_axis, owners_of, unwrap, weights_in_scope
 from sylva_compile.selection import Allocation, Budget, select_blocks
 
 Method = Literal["sylva", "kfac", "fisher", "magnitude", "random"]
+
+_Result = TypeVar("_Result")
 
 _METHODS = ("sylva", "kfac", "fisher", "magnitude", "random")
 _WITHOUT_DATA = ("magnitude", "random")
@@ -95,7 +99,7 @@ def trace_and_mask(
     model = unwrap(model)
     saved: TraceCheckpoint | None = None
     budget = Budget(sparsity, allocation, column_budget)
-    _check_choices(method, score, num_samples, damping, checkpoint_every)
+    _check_choices(method, score, num_partitions, rank, num_samples, damping, checkpoint_every)
     weights, axes = _weights_to_trace(model, scope, block_size)
     scores: dict[str, Tensor] = {}
     if method in _WITHOUT_DATA:
@@ -108,29 +112,36 @@ def trace_and_mask(
                 f"method={method!r} needs a loader of batches; give one, or use 'magnitude' or 'random'."
             )
         choice = _choice(method, score, block_size, num_partitions, rank, damping, gradient_device)
-        check_fits(estimate_bytes(weights, axes, choice))
-        estimators = Estimators(weights, axes, choice)
         ranks, at = (get_world_size(process_group), get_rank(process_group)) if process_group is not None else (1, 0)
+        if num_samples < ranks:
+            raise ArgumentError(
+                f"num_samples={num_samples} is less than the {ranks} processes; give each one at least."
+            )
         share = num_samples // ranks + (at < num_samples % ranks)
-        run = functools.partial(
-            observe, model, weights, estimators, num_samples=share, loss_fn=loss_fn, progress_bar=progress
-        )
-        if checkpoint is None:
-            done = run(loader)
-        else:
-            path = checkpoint if process_group is None else f"{os.fspath(checkpoint)}.rank{at}"
-            identity = _identity(weights, choice, ranks, at)
-            saved = TraceCheckpoint(path, estimators, identity, every=checkpoint_every)
+        path = checkpoint if checkpoint is None or process_group is None else f"{os.fspath(checkpoint)}.rank{at}"
+
+        def gather() -> tuple[Estimators, TraceCheckpoint | None, Progress]:
+            check_fits(estimate_bytes(weights, axes, choice))
+            estimators = Estimators(weights, axes, choice)
+            run = functools.partial(
+                observe, model, weights, estimators, num_samples=share, loss_fn=loss_fn, progress_bar=progress
+            )
+            if path is None:
+                return estimators, None, run(loader)
+            saved = TraceCheckpoint(
+                path, estimators, _identity(model, weights, choice, ranks, at), every=checkpoint_every
+            )
             start = saved.resume()
-            done = run(saved.rest_of(loader), start=start, after_batch=saved.after_batch)
-        seen = set(done.seen)
+            return estimators, saved, run(saved.rest_of(loader), start=start, after_batch=saved.after_batch)
+
+        estimators, saved, done = gather() if process_group is None else _on_every_rank(gather, process_group)
         if process_group is not None:
             estimators.combine(process_group)
-            seen = _union(seen, process_group)
-        scores = {name: estimators.take_scores(name) for name in weights if name in seen}
+            done = _of_all_ranks(done, process_group)
+        scores = {name: estimators.take_scores(name) for name in observed(weights, done)}
     maps = select_blocks(scores, budget, axes)
     if process_group is not None:
-        _agree(maps, process_group)
+        maps = _agree(maps, process_group)
     blocks = {name: BlockMask.from_block_map(chosen, weights[name].shape, block_size) for name, chosen in maps.items()}
     config = {
         "method": method,
@@ -172,7 +183,7 @@ def estimate(
     weights, axes = _weights_to_trace(unwrap(model), scope, block_size)
     if method in _WITHOUT_DATA:
         raise ArgumentError(f"method={method!r} traces nothing and holds nothing; there is nothing to estimate.")
-    _check_choices(method, score)
+    _check_choices(method, score, num_partitions, rank)
     choice = _choice(method, score, block_size, num_partitions, rank, None, gradient_device)
     return estimate_bytes(weights, axes, choice)
 
@@ -200,30 +211,52 @@ def _choice(
     damping: float | None,
     gradient_device: torch.device | str | None,
 ) -> EstimatorChoice:
-    device = None if gradient_device is None else torch.device(gradient_device)
+    device = None
+    if gradient_device is not None:
+        try:
+            device = torch.empty(0, device=gradient_device).device
+        except (RuntimeError, AssertionError, TypeError):
+            device = torch.device("meta")
+        if device.type == "meta":
+            raise ArgumentError(f"gradient_device={gradient_device!r} cannot be used here; use None or 'cpu'.")
     return EstimatorChoice(method, score, block_size, depth, rank, damping, device)
 
 
 def _check_choices(
-    method: str, score: str, num_samples: int = 1, damping: float | None = None, checkpoint_every: int = 1
+    method: str,
+    score: str,
+    num_partitions: int,
+    rank: int,
+    num_samples: int = 1,
+    damping: float | None = None,
+    checkpoint_every: int = 1,
 ) -> None:
     if method not in _METHODS:
         raise ArgumentError(f"method={method!r}; use one of {', '.join(_METHODS)}.")
     if score not in ("gain", "paper"):
         raise ArgumentError(f"score={score!r}; use 'gain' or 'paper'.")
-    if num_samples < 1:
-        raise ArgumentError(f"num_samples={num_samples!r}; use a number of sequences of 1 or more.")
-    if damping is not None and not damping > 0:
+    _check_count("num_samples", num_samples, 1)
+    _check_count("checkpoint_every", checkpoint_every, 1)
+    _check_count("num_partitions", num_partitions, 0)
+    _check_count("rank", rank, 0)
+    if damping is not None and not (isinstance(damping, Real) and 0 < damping < math.inf):
         raise ArgumentError(f"damping={damping!r}; use None or a fraction above 0.")
-    if checkpoint_every < 1:
-        raise ArgumentError(f"checkpoint_every={checkpoint_every!r}; use a number of batches of 1 or more.")
 
 
-def _identity(weights: Mapping[str, Tensor], choice: EstimatorChoice, ranks: int, rank: int) -> dict[str, Any]:
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"{name}={value!r}; use an integer of {least} or more.")
+
+
+def _identity(
+    model: nn.Module, weights: Mapping[str, Tensor], choice: EstimatorChoice, ranks: int, rank: int
+) -> dict[str, Any]:
     """What a checkpoint's statistics depend on: not the damping, the sparsity or the number of samples."""
+    # All of the model and not only what is in scope: another head, drawn anew, changes every gradient.
+    values = (value for value in model.state_dict().values() if isinstance(value, Tensor))
     return {
         "set of weights": sorted(weights),
-        "base model": base_fingerprint(weights.values()),
+        "base model": base_fingerprint(value for value in values if value.device.type != "meta"),
         "method": choice.method,
         "score": choice.score,
         "block_size": choice.block_size,
@@ -234,16 +267,43 @@ def _identity(weights: Mapping[str, Tensor], choice: EstimatorChoice, ranks: int
     }
 
 
-def _union(mine: set[str], group: ProcessGroup) -> set[str]:
-    """What any rank of `group` has seen."""
-    everyone: list[set[str]] = [set() for _ in range(get_world_size(group))]
+def _on_every_rank(work: Callable[[], _Result], group: ProcessGroup) -> _Result:
+    """What `work` returns. If it fails on any rank of `group`, all raise: none waits for one that is gone."""
+    failure: Exception | None = None
+    result: list[_Result] = []
+    try:
+        result.append(work())
+    except Exception as error:
+        failure = error
+    reasons: list[str | None] = [None] * get_world_size(group)
+    all_gather_object(reasons, None if failure is None else _first_line(failure), group=group)
+    if failure is not None:
+        raise failure
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise TraceError(f"Process {rank} of {len(reasons)} could not trace: {reason}")
+    return result[0]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _of_all_ranks(mine: Progress, group: ProcessGroup) -> Progress:
+    """What the ranks of `group` have observed together."""
+    everyone = [mine] * get_world_size(group)
     all_gather_object(everyone, mine, group=group)
-    return set().union(*everyone)
+    return Progress(
+        batches=sum(one.batches for one in everyone),
+        sequences=sum(one.sequences for one in everyone),
+        seen=list(dict.fromkeys(name for one in everyone for name in one.seen)),
+        missed={name: why for one in everyone for name, why in one.missed.items()},
+    )
 
 
-def _agree(maps: dict[str, Tensor], group: ProcessGroup) -> None:
-    """Give every rank of `group` the block maps of its first rank."""
-    for chosen in maps.values():
-        shared = chosen.to(torch.uint8).contiguous()
-        broadcast(shared, src=global_rank(group, 0), group=group)
-        chosen.copy_(shared.bool())
+def _agree(maps: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
+    """The block maps of the first rank of `group`, on every rank."""
+    # As an object: maps are on the host, where not every backend can broadcast a tensor.
+    shared = [maps]
+    broadcast_object_list(shared, src=global_rank(group, 0), group=group)
+    return shared[0]

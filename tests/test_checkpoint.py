@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,14 @@ class TestRefusals:
     def test_another_model(self, interrupted: Path) -> None:
         self.check(interrupted, "another base model", model=model_of(1))
 
+    def test_another_weight_out_of_scope(self, tmp_path: Path) -> None:
+        """A head that is drawn anew changes every gradient, though nobody traces it."""
+        path, model = tmp_path / "trace.safetensors", model_of()
+        with pytest.raises(KeyboardInterrupt):
+            trace(broken_off(batches(), 5), path, model, scope=["0"])
+        torch.nn.init.normal_(model[2].weight)
+        self.check(path, "another base model", model=model, scope=["0"])
+
     def test_another_rank(self, interrupted: Path) -> None:
         self.check(interrupted, "another rank", rank=4)
 
@@ -156,6 +165,30 @@ class TestRefusals:
     def test_batches_in_another_order(self, interrupted: Path) -> None:
         self.check(interrupted, "other batches", loader=batches()[::-1])
 
+    @pytest.mark.parametrize("other", ["texts", "numbers", "arrays", "names"])
+    def test_other_batches_without_tensors(self, other: str, tmp_path: Path) -> None:
+        def batch(at: int, seed: int) -> dict[str, Any]:
+            word = f"{seed}-{at}"
+            return {
+                "texts": {"text": [word]},
+                "numbers": {"at": at + 100 * seed},
+                "arrays": {"array": np.full(3, at + 100 * seed)},
+                "names": {word: None},
+            }[other]
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            return model(torch.ones(4, 40)).square().mean()
+
+        path = tmp_path / "trace.safetensors"
+        first, second = ([batch(at, seed) for at in range(8)] for seed in (0, 1))
+        with pytest.raises(KeyboardInterrupt):
+            trace(broken_off(first, 5), path, loss_fn=loss)
+        self.check(path, "other batches", loader=second, loss_fn=loss)
+        assert dict(trace(first, path, loss_fn=loss)) == dict(trace(first, loss_fn=loss))
+
+    def test_fewer_sequences_than_it_holds(self, interrupted: Path) -> None:
+        self.check(interrupted, "holds 16 sequences already, and 12 are wanted", num_samples=12)
+
     def test_too_few_batches(self, interrupted: Path) -> None:
         self.check(interrupted, "other batches", loader=batches(3))
 
@@ -167,6 +200,14 @@ class TestRefusals:
         path = tmp_path / "masks.safetensors"
         trace(batches()).save(path)
         self.check(path, "no checkpoint of a trace")
+
+    @pytest.mark.parametrize("name", [".", "file/trace.safetensors"])
+    def test_a_place_where_nothing_can_be_written(self, name: str, tmp_path: Path) -> None:
+        """Said at once, not after the first batches."""
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(ArgumentError, match="cannot be written") as caught:
+            trace(iter(lambda: pytest.fail("no batch is wanted"), None), tmp_path / name)
+        assert "\n" not in str(caught.value)
 
     def test_an_interval_of_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(ArgumentError, match="checkpoint_every=0"):

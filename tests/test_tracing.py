@@ -138,6 +138,57 @@ class TestWhatIsSeen:
         assert list(masks) == ["used.weight"]
         assert "spare.weight gets no mask" in caplog.text
 
+    def test_layers_after_a_graph_break_do_not_hide_those_before(self) -> None:
+        """An activation that enters a graph as a matrix looks like a weight, and its gradient like a weight's."""
+        torch.manual_seed(0)
+        layers, data = small(), batches()
+        whole = sylva_compile.trace_and_mask(layers, data, loss_fn=regression, **OPTIONS)
+
+        class Broken(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                x = self[1](self[0](x))
+                torch._dynamo.graph_break()
+                return self[2](x)
+
+        masks = sylva_compile.trace_and_mask(Broken(*layers), data, loss_fn=regression, **OPTIONS)
+        assert dict(masks) == dict(whole)
+
+    def test_a_parameter_that_the_model_does_not_list(self) -> None:
+        class Hidden(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.listed, self.rest = nn.Linear(40, 40), [nn.Linear(40, 30)]
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.rest[0](self.listed(x))
+
+        masks = sylva_compile.trace_and_mask(Hidden(), batches(), loss_fn=regression, **OPTIONS)
+        assert list(masks) == ["listed.weight"]
+
+    def test_a_weight_that_is_seen_in_part_gets_no_mask(self, caplog: pytest.LogCaptureFixture) -> None:
+        class Partly(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.twice, self.once = nn.Linear(40, 40), nn.Linear(40, 30)
+
+            @torch.compiler.disable
+            def uncompiled(self, x: Tensor) -> Tensor:
+                return self.twice(x)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.once(self.uncompiled(self.twice(x).tanh()))
+
+        masks = sylva_compile.trace_and_mask(Partly(), batches(), loss_fn=regression, **OPTIONS)
+        assert list(masks) == ["once.weight"]
+        assert "twice.weight gets no mask: it is used outside" in caplog.text
+
+    def test_half_precision_gradients_whose_sum_would_overflow(self) -> None:
+        data = [(x.half(), y.half()) for x, y in batches(1, 64)]
+        masks = sylva_compile.trace_and_mask(
+            small().half(), data, loss_fn=lambda m, b: (m(b[0]).float() - b[1]).mean() * 2e4, **OPTIONS
+        )
+        assert len(masks) == 2
+
     def test_changing_lengths(self) -> None:
         case = tiny("llama")
         data = [{key: value[:, :length] for key, value in case.batch.items()} for length in (10, 7, 5, 9)]
@@ -268,7 +319,15 @@ class TestArguments:
             ({"allocation": "equal"}, "'layer' or 'global'"),
             ({"column_budget": 0.0}, "column_budget"),
             ({"num_samples": 0}, "num_samples"),
+            ({"num_samples": "8"}, "num_samples"),
+            ({"num_samples": 2.5}, "num_samples"),
             ({"damping": -1.0}, "damping"),
+            ({"damping": float("inf")}, "damping"),
+            ({"rank": -1}, "rank=-1"),
+            ({"rank": 2.5}, "rank=2.5"),
+            ({"num_partitions": -1}, "num_partitions=-1"),
+            ({"gradient_device": "nowhere"}, "gradient_device"),
+            ({"gradient_device": "meta"}, "gradient_device"),
         ],
     )
     def test_out_of_range(self, options: dict[str, Any], match: str) -> None:
@@ -350,10 +409,30 @@ class TestBadData:
         self.trace(small(), batches(), lambda m, b: other * 2)
         assert "0.weight" in self.message
 
+    def test_two_parameters_in_one_memory(self) -> None:
+        model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 30))
+        model[1].weight.data = model[0].weight.data
+        self.trace(model, batches())
+        assert "0.weight and 1.weight" in self.message
+
     def test_a_loader_that_ends_early_is_said_so(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.WARNING):
             sylva_compile.trace_and_mask(small(), batches(2), loss_fn=regression, **OPTIONS)
         assert "ended after 16 of num_samples=1024" in caplog.text
+
+
+def test_a_failure_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
+    """Nobody waits for a process that is gone."""
+    script = Path(__file__).parent / "support" / "trace_two_ranks.py"
+    ranks = [
+        subprocess.Popen([sys.executable, script, str(rank), tmp_path, "failing"], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    first, second = (rank.communicate(timeout=120)[0].splitlines() for rank in ranks)
+    assert second[0].startswith("TraceError: The loader gave no batches")
+    assert first[0].startswith("TraceError: Process 1 of 2 could not trace: The loader gave no batches")
+    assert first[1] == second[1]
+    assert first[1].startswith("ArgumentError: num_samples=1 is less than the 2 processes")
 
 
 def test_two_ranks_end_with_the_masks_of_all_their_data(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ After:
 The weight goes along at run time, because one compiled graph may serve several layers.
 
 Refuses: an opaque term (then the weight keeps its dense gradient and is reported as not observed), and a parameter
-that is no matrix.
+that is no matrix. An activation that comes from another graph is left alone: its gradient is a product too.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,17 @@ aten = torch.ops.aten
 OBSERVE = observe._opoverload
 
 
-def observe_weight_gradients_pass(graph: Graph, *, missed: Callable[[Node, str], None] | None = None) -> int:
+def observe_weight_gradients_pass(
+    graph: Graph,
+    *,
+    is_weight: Callable[[Node], bool] | None = None,
+    missed: Callable[[Node, str], None] | None = None,
+) -> int:
     """Rewrite a joint `graph` in place; returns how many weights are observed.
 
     Args:
         graph: joint graph whose placeholders and output carry AOTAutograd's `desc`.
+        is_weight: tells weights from other placeholders with gradients, such as activations; None: all are weights.
         missed: called with the placeholder of a weight that cannot be observed, and the reason.
     """
     output = graph.output_node()
@@ -49,7 +55,7 @@ def observe_weight_gradients_pass(graph: Graph, *, missed: Callable[[Node, str],
         if not isinstance(desc, GradAOTOutput) or not isinstance(gradient, Node):
             continue
         weight = inputs.get(desc.grad_of)
-        if weight is None or weight.meta["val"].dim() != 2:
+        if weight is None or weight.meta["val"].dim() != 2 or (is_weight is not None and not is_weight(weight)):
             continue
         terms = match_weight_gradient(gradient)
         reason = next((term.reason for term in terms if term.reason is not None), None)

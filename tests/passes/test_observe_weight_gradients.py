@@ -276,6 +276,14 @@ class TestRefuses:
         assert model.rewrite() == 0
         assert not model.missed
 
+    def test_an_activation_from_another_graph_untouched(self, model: Model, joint: "Joint") -> None:
+        activation = model.weight(M, N)
+        model.returns(activation, model.product(*model.use()))
+        joint.output(*model.results, descs=model.descs)
+        code = str(joint.graph)
+        assert observe_weight_gradients_pass(joint.graph, is_weight=lambda node: node is not activation) == 0
+        assert str(joint.graph) == code
+
     def test_one_weight_missed_does_not_spoil_the_other(self, model: Model, joint: "Joint") -> None:
         good, bad = model.weight(M, N), model.weight(M, N)
         model.returns(bad, joint.call(aten.relu.default, model.product(*model.use())))

@@ -1,4 +1,4 @@
-"""One of two processes that trace a model together: `python trace_two_ranks.py RANK DIRECTORY`."""
+"""One of two processes that trace a model together: `python trace_two_ranks.py RANK DIRECTORY [failing]`."""
 
 import sys
 
@@ -41,5 +41,25 @@ def main(rank: int, directory: str) -> None:
     dist.destroy_process_group()
 
 
+def failing(rank: int, directory: str) -> None:
+    """Print what is raised where the second rank has no data, and where there are fewer samples than ranks."""
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    model, data = model_and_data()
+    for loader, num_samples in ((data if rank == 0 else [], 32), (data, 1)):
+        try:
+            sylva_compile.trace_and_mask(
+                model,
+                loader,
+                loss_fn=regression,
+                process_group=dist.group.WORLD,
+                num_samples=num_samples,
+                block_size=8,
+                progress=False,
+            )
+        except sylva_compile.SylvaError as error:
+            print(f"{type(error).__name__}: {error}")
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    (failing if sys.argv[3:] else main)(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,32 @@
+"""Batches of any make: tensors are moved wherever they are, and everything else stays."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from sylva_compile.batches import count_sequences, tensors_of, to_device
+
+
+class Pair(NamedTuple):
+    inputs: Tensor
+    targets: Tensor
+
+
+class TestToDevice:
+    @pytest.mark.parametrize("make", [list, tuple, Pair._make, lambda pair: {"a": pair[0], "b": [pair[1]]}])
+    def test_every_tensor_is_moved_and_the_kind_stays(self, make: Any) -> None:
+        batch = make((torch.zeros(3, 2), torch.zeros(3)))
+        moved = to_device(batch, torch.device("meta"))
+        assert type(moved) is type(batch)
+        assert [tensor.device.type for tensor in tensors_of(moved)] == ["meta", "meta"]
+
+    def test_other_values_stay(self) -> None:
+        batch = {"text": ["a", "b"], "number": 3, "nothing": None}
+        assert to_device(batch, torch.device("meta")) == batch
+
+
+def test_sequences_are_counted_by_the_first_tensor_with_dimensions() -> None:
+    assert count_sequences({"text": "a", "scale": torch.zeros(()), "ids": torch.zeros(5, 2)}) == 5
+    assert count_sequences("a") == 1
