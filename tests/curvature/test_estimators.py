@@ -1,14 +1,13 @@
 """Estimators of whole models: against dense K-FAC, over ranks, and out of a state that was put away."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from combine_two_ranks import batch_of, combine, estimators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed import destroy_process_group, group, init_process_group
 from torch.multiprocessing import spawn
 
 import sylva_compile
@@ -17,22 +16,6 @@ from sylva_compile.curvature.input_factors import InputFactors
 
 F64 = torch.float64
 CHOICES = [("sylva", "gain"), ("sylva", "paper"), ("kfac", "gain"), ("kfac", "paper"), ("fisher", "gain")]
-
-
-def batch_of(tokens: int, m: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, n, dtype=F64, generator=generator) + 0.5
-    gy = torch.randn(tokens, m, dtype=F64, generator=generator)
-    gy[::3] = 0
-    return x, gy
-
-
-def estimators(
-    names: str, m: int, n: int, method: Any, score: Any, *, depth: int = 2, rank: int = 64, dtype: torch.dtype = F64
-) -> Estimators:
-    weights = {name: torch.empty(m, n, dtype=dtype) for name in names}
-    choice = EstimatorChoice(method, score, 8, depth, rank, None)
-    return Estimators(weights, dict.fromkeys(names, 1), choice)
 
 
 class TestScores:
@@ -166,25 +149,9 @@ class TestTracing:
         assert groups[2] == [["k.weight", "q.weight", "v.weight"], ["o.weight"]]
 
 
-def _combine(rank: int, method: str, score: str, store: str, results: str) -> None:
-    init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    one = estimators("qkei", 10, 12, method, score, depth=1, rank=12)
-    x, gy = batch_of(40, 10, 12, rank)
-    for name in "qk":
-        # Rank 1 sees different tensors, so that the ranks disagree about who shares.
-        one.update(name, x if rank == 0 else x.clone(), gy)
-    if rank == 1:
-        # An expert that no token of rank 0 went to; and nobody ever shows "i".
-        one.update("e", x, gy)
-    one.end_batch()
-    one.combine(group.WORLD)
-    torch.save({name: one.take_scores(name) for name in "qke"}, f"{results}/{rank}.pt")
-    destroy_process_group()
-
-
 @pytest.mark.parametrize(("method", "score"), [("sylva", "gain"), ("sylva", "paper"), ("kfac", "paper")])
 def test_ranks_combine_to_the_same_scores_as_one_process(method: str, score: str, tmp_path: Path) -> None:
-    spawn(_combine, (method, score, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    spawn(combine, (method, score, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = estimators("qe", 10, 12, "kfac", score)
     for rank in (0, 1):

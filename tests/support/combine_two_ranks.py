@@ -1,0 +1,44 @@
+"""What each of two processes does in the test of combined estimators: here, where a spawned process can import it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import destroy_process_group, group, init_process_group
+
+from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
+
+F64 = torch.float64
+
+
+def batch_of(tokens: int, m: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, n, dtype=F64, generator=generator) + 0.5
+    gy = torch.randn(tokens, m, dtype=F64, generator=generator)
+    gy[::3] = 0
+    return x, gy
+
+
+def estimators(
+    names: str, m: int, n: int, method: Any, score: Any, *, depth: int = 2, rank: int = 64, dtype: torch.dtype = F64
+) -> Estimators:
+    weights = {name: torch.empty(m, n, dtype=dtype) for name in names}
+    choice = EstimatorChoice(method, score, 8, depth, rank, None)
+    return Estimators(weights, dict.fromkeys(names, 1), choice)
+
+
+def combine(rank: int, method: str, score: str, store: str, results: str) -> None:
+    """Gather on this rank, combine with the other, and save the scores."""
+    init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    one = estimators("qkei", 10, 12, method, score, depth=1, rank=12)
+    x, gy = batch_of(40, 10, 12, rank)
+    for name in "qk":
+        # Rank 1 sees different tensors, so that the ranks disagree about who shares.
+        one.update(name, x if rank == 0 else x.clone(), gy)
+    if rank == 1:
+        # An expert that no token of rank 0 went to; and nobody ever shows "i".
+        one.update("e", x, gy)
+    one.end_batch()
+    one.combine(group.WORLD)
+    torch.save({name: one.take_scores(name) for name in "qke"}, f"{results}/{rank}.pt")
+    destroy_process_group()
