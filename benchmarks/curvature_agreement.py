@@ -15,7 +15,6 @@ import csv
 import functools
 import importlib.util
 import itertools
-import logging
 import time
 from collections import Counter
 from pathlib import Path
@@ -224,7 +223,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    logging.getLogger("sylva_compile").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     results: dict[str, Any] = {}
