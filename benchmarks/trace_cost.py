@@ -54,7 +54,7 @@ class Stamped:
     """Batches that note when each is asked for."""
 
     def __init__(self, batches: list[Batch]) -> None:
-        """Of `batches`, three or more."""
+        """Of `batches`, four or more."""
         self.batches, self.stamps = batches, [time.perf_counter()]
 
     def __len__(self) -> int:
@@ -165,7 +165,7 @@ def measure_time(options: argparse.Namespace, hidden: int) -> dict[str, dict[str
     return {
         name: {
             "seconds_a_batch": statistics.median(found),
-            "quartiles": statistics.quantiles(found, n=4),
+            "quartiles": statistics.quantiles(found, n=4, method="inclusive"),
             "of_floor": statistics.median(found) / floor,
             "until_second_batch": statistics.median(before[name]),
             "after_last_batch": statistics.median(after[name]),
