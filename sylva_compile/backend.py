@@ -176,7 +176,10 @@ class Backend:
                 key = tuple(id(args[index]) for index in where)
                 followed = [ref() for ref in known.get(key, ())]
                 # A site that is gone was unloaded, or its model died and another one's weight has taken its address.
-                if key not in known or not all(site is not None and site.embedded for site in followed):
+                # One that is there may have been given another weight since, and its old one may be another site's.
+                if key not in known or not all(
+                    site is not None and site.embedded and id(site.weight) in key for site in followed
+                ):
                     found = look(args)
                     known[key], followed = [weakref.ref(site) for site in found], list(found)
                 for site in followed:

@@ -253,6 +253,23 @@ class TestRecompilation:
             sylva_compile.merge_adapter(model)
             torch.testing.assert_close(out, (x @ model.lin.weight.t() + model.lin.bias).relu())
 
+    def test_layers_that_exchange_their_weights_are_followed(self) -> None:
+        model = nn.ModuleList([Wrapped(), Wrapped()])
+        block_map = torch.eye(4, dtype=torch.bool)
+        masks = Masks.from_block_maps(model, {"0.lin.weight": block_map, "1.lin.weight": block_map.flip(0)}, 8)
+        backend = sylva_compile.backend(masks, inner="aot_eager")
+        x = torch.randn(5, 30)
+        for layer in model:
+            layer.compile(backend=backend)
+            layer(x).sum().backward()
+        first, second = (site.weight for site in embedding.sites(model).values())
+        model[0].lin.weight, model[1].lin.weight = second, first
+        for layer, blocks in zip(model, masks.parameters(), strict=True):
+            with torch.no_grad():
+                blocks.add_(1.0)
+            found = layer(x)
+            torch.testing.assert_close(found, (x @ layer.lin.weight.t() + layer.lin.bias).relu())
+
     def test_a_fallen_back_model_is_right_after_unload(self) -> None:
         model = small()
         masks = random_masks(model, NAMES, 16, 0.4)
