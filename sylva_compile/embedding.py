@@ -175,6 +175,8 @@ def _embedded_class(base: type, attributes: tuple[str, ...]) -> type:
 def _rebuild(base: type, attributes: tuple[str, ...]) -> nn.Module:
     cls: Any = _embedded_class(base, attributes)
     module: nn.Module = cls.__new__(cls)
+    # The process that unpickles it (a worker of `mp.spawn`, say) may never have embedded anything itself.
+    _follow_optimizers()
     return module
 
 

@@ -33,6 +33,15 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, width: int = 40) ->
     optimizer.step()
 
 
+class Raw(torch.optim.Optimizer):
+    """Writes past autograd, which cannot see that anything has changed."""
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(1.0)
+
+
 class TestEmbed:
     def test_freezes_the_weight_and_nothing_else(self) -> None:
         model, masks = small()
@@ -149,12 +158,6 @@ class TestOneValue:
         torch.testing.assert_close(blocks.detach(), start - 1e-4, rtol=0, atol=2e-6)
 
     def test_an_optimizer_that_writes_past_autograd(self) -> None:
-        class Raw(torch.optim.Optimizer):
-            def step(self, closure: None = None) -> None:
-                for group in self.param_groups:
-                    for parameter in group["params"]:
-                        parameter.data.add_(1.0)
-
         model, masks = small()
         masks.embed()
         before = model[0].weight.detach().clone()
@@ -235,6 +238,17 @@ class TestOneValue:
             bound = Masks(masks, model=twin)
             step(twin, torch.optim.SGD(bound.parameters(), lr=1.0))
             assert_invariant(twin, masks)
+
+    def test_optimizers_are_followed_where_a_model_was_only_unpickled(self) -> None:
+        model, masks = small()
+        masks.embed()
+        pickled = pickle.dumps(model)
+        # As in a worker of torch.multiprocessing.spawn, where nothing was ever embedded.
+        while embedding._hooks:
+            embedding._hooks.pop().remove()
+        twin = pickle.loads(pickled)
+        Raw(Masks(masks, model=twin).parameters(), {}).step()
+        assert_invariant(twin, masks)
 
     def test_parametrizations_elsewhere_are_not_disturbed(self) -> None:
         model, masks = small()
