@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sylva_compile.errors import ArgumentError, GradientError
 from sylva_compile.kernels.codegen import cpp_source, triton_source
@@ -115,9 +116,19 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         self._reset()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. Raises ArgumentError for parameters that are not of a real floating-point dtype it knows."""
+        """As torch's.
+
+        Raises:
+            ArgumentError: a parameter is not of a real floating-point dtype that is known, or a tensor made of others.
+        """
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
+            if is_traceable_wrapper_subclass(parameter):
+                self.param_groups.pop()
+                raise ArgumentError(
+                    f"A parameter is a {type(parameter).__name__}, whose values lie elsewhere (fully_shard "
+                    "makes them); use torch's optimizer, or DistributedDataParallel."
+                )
             if parameter.dtype not in TYPES:
                 self.param_groups.pop()
                 known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sylva_compile import native
 from sylva_compile.errors import ArgumentError, GradientError
@@ -471,6 +472,11 @@ class TestRefusals:
     def test_dtypes(self, dtype: torch.dtype) -> None:
         with pytest.raises(ArgumentError, match=str(dtype)):
             AdamW([nn.Parameter(torch.zeros(3).to(dtype), requires_grad=dtype.is_complex)])
+
+    def test_parameters_without_memory_of_their_own(self) -> None:
+        # As DTensors of fully_shard: the address of one is null, and the kernel would write there.
+        with pytest.raises(ArgumentError, match="TwoTensor"):
+            AdamW([nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3)))])
 
     @pytest.mark.parametrize(
         "options",
