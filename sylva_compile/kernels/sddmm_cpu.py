@@ -30,7 +30,14 @@ def sddmm_cpu(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> T
 
     Raises:
         IndexError: a position lies outside of the matrix.
+        ValueError: the operands differ in dtype or in tokens, or positions are not int64.
     """
+    if lhs.dtype != rhs.dtype or lhs.shape[0] != rhs.shape[0] or positions.dtype != torch.int64:
+        # The kernel reads by address, and would read past the end of one of them.
+        raise ValueError(
+            f"lhs {tuple(lhs.shape)} of {lhs.dtype}, rhs {tuple(rhs.shape)} of {rhs.dtype}, positions of "
+            f"{positions.dtype}; give operands of one dtype with equally many rows, and positions of int64."
+        )
     kernel = _kernel()
     if kernel is None:
         return sddmm_by_products(lhs, rhs, positions, block_size)

@@ -170,6 +170,17 @@ class TestCompiled:
         with pytest.raises(IndexError, match="outside"):
             sddmm_cpu(case.lhs, case.rhs, torch.tensor(bad), 8)
 
+    def test_operands_that_do_not_fit_each_other_are_refused(self) -> None:
+        # The kernel reads by address: it would go on past the end of the smaller one.
+        case = fixed(20, 20, 9, 8, [[1, 1, 1], [1, 1, 1], [1, 1, 1]])
+        at = torch.tensor([[0], [0]])
+        with pytest.raises(ValueError, match="float64"):
+            sddmm_cpu(case.lhs.double(), case.rhs.float(), at, 8)
+        with pytest.raises(ValueError, match="equally many rows"):
+            sddmm_cpu(case.lhs, case.rhs[:-1], at, 8)
+        with pytest.raises(ValueError, match="int32"):
+            sddmm_cpu(case.lhs, case.rhs, at.int(), 8)
+
     def test_infinities_stay_inside_the_matrix(self) -> None:
         case = fixed(20, 20, 9, 8, [[1, 1, 1], [1, 1, 1], [1, 1, 1]])
         case.lhs[:, 17] = torch.inf
