@@ -52,9 +52,13 @@ def test_the_estimate_is_what_is_held_but_for_shared_factors(method: Any, score:
 
 
 def test_gradients_elsewhere_are_counted_there() -> None:
-    found = sylva_compile.estimate(Attention(), block_size=16, gradient_device="meta")
-    assert found.at_most()[torch.device("meta")] == 4 * 4 * 48 * 48
-    assert found.at_most()[CPU] == sylva_compile.estimate(Attention(), block_size=16).at_most()[CPU] - 4 * 4 * 48 * 48
+    weights = {"q.weight": nn.Parameter(torch.empty(48, 48))}
+    beside, elsewhere = (
+        memory.estimate_bytes(weights, {"q.weight": 1}, EstimatorChoice("sylva", "gain", 16, 4, 8, None, device))
+        for device in (None, torch.device("meta"))
+    )
+    assert elsewhere.at_most()[torch.device("meta")] == 4 * 48 * 48
+    assert elsewhere.at_most()[CPU] == beside.at_most()[CPU] - 4 * 48 * 48
 
 
 def test_it_prints_as_a_table() -> None:
