@@ -1,0 +1,260 @@
+"""The ways to fine-tune that are compared. Each makes a model ready, and says what it trains."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from tasks import HEAD, head_of
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from traces import PATTERNS, Scores, budget_elements, choose
+
+import sylva_compile
+from sylva_compile.scope import weights_in_scope
+from sylva_compile.selection import Budget
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass
+class Ready:
+    """A model that can be trained.
+
+    Attributes:
+        model: what the batches go through.
+        trained: parameters that learn at the run's learning rate; the head comes besides.
+        checkpoint: bytes that keeping the result takes, to be asked after training.
+        optimizer: made from parameter groups.
+        trace_seconds: spent on choosing what to train.
+        masks: the trained blocks, for methods that have some.
+    """
+
+    model: nn.Module
+    trained: list[nn.Parameter]
+    checkpoint: Callable[[], int]
+    optimizer: Callable[[Groups], torch.optim.Optimizer] = field(
+        default=lambda groups: torch.optim.AdamW(groups, weight_decay=0.0)
+    )
+    trace_seconds: float = 0.0
+    masks: sylva_compile.Masks | None = None
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """What a method may change: the weights in `scope`, as many elements as `sparsity` of their blocks leave."""
+
+    scope: str
+    sparsity: float
+    block_size: int
+
+    def elements(self, model: nn.Module) -> int:
+        """Of the budget."""
+        return budget_elements(weights_in_scope(model, self.scope), self.sparsity, self.block_size)
+
+
+Traced = Callable[[Mapping[str, Any]], Scores]
+"""Takes the options of a method and returns its block scores."""
+Prepare = Callable[[nn.Module, Mapping[str, Any], Budgeted, Traced, int], Ready]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A kind of fine-tune.
+
+    Attributes:
+        prepare: takes the model, the method's options, the budget, block scores on demand, and the seed.
+        has_budget: whether it trains about `Budgeted.elements` besides the head.
+        options: names that the grid may set besides `kind`.
+    """
+
+    prepare: Prepare
+    has_budget: bool = True
+    options: frozenset[str] = frozenset()
+
+    def is_traced(self, options: Mapping[str, Any]) -> bool:
+        """Whether the method looks at data before it trains."""
+        return options.get("trace") in ("sylva", "kfac", "fisher")
+
+
+def prepare_full(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
+    """Every parameter."""
+    return Ready(model.requires_grad_(True), _besides_head(model), lambda: _state_bytes(model))
+
+
+def prepare_sharded(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
+    """Every parameter, with the optimizer's state spread over the ranks; alone where there is no process group yet."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.FileStore(str(Path(tempfile.mkdtemp()) / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    ready = prepare_full(model, options, budget, traced, seed)
+
+    def optimizer(groups: Groups) -> torch.optim.Optimizer:
+        made = ZeroRedundancyOptimizer(groups[0]["params"], torch.optim.AdamW, lr=groups[0]["lr"], weight_decay=0.0)
+        for group in groups[1:]:
+            made.add_param_group(group)
+        return made
+
+    ready.optimizer = optimizer
+    return ready
+
+
+def prepare_head(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
+    """The head alone, at the run's learning rate."""
+    _head_alone(model)
+    return Ready(model, head_of(model), lambda: _bytes(head_of(model)))
+
+
+def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
+    """LoRA, DoRA or SHiRA of PEFT on every weight in scope, at the rank that comes nearest to the budget."""
+    kind = options["kind"]
+    weights = weights_in_scope(model, budget.scope)
+    # LoRA: r(m + n) elements a weight. SHiRA: as many of the weight itself. DoRA: m magnitudes more than LoRA.
+    magnitudes = sum(weight.shape[0] for weight in weights.values()) if kind == "dora" else 0
+    per_rank = sum(sum(weight.shape) for weight in weights.values())
+    rank = max(1, round((budget.elements(model) - magnitudes) / per_rank))
+    targets = [name.removesuffix(".weight") for name in weights]
+    # PEFT wraps in place, and the head's names stay the same underneath its own.
+    config = (
+        peft.ShiraConfig(r=rank, target_modules=targets, random_seed=seed)
+        if kind == "shira"
+        else peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets, use_dora=kind == "dora")
+    )
+    wrapped = peft.get_peft_model(model, config)
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    head = head_of(model)
+    for parameter in head:
+        parameter.requires_grad_(True)
+    return Ready(wrapped, trained, lambda: _bytes([*trained, *head]))
+
+
+class Adapter(nn.Module):
+    """A layer followed by a bottleneck with a shortcut around it (Houlsby et al. 2019), which starts as no change."""
+
+    def __init__(self, layer: nn.Linear, width: int) -> None:
+        super().__init__()
+        size = layer.out_features
+        self.layer, self.down, self.up = layer, nn.Linear(size, width), nn.Linear(width, size)
+        nn.init.normal_(self.down.weight, std=1e-2)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`[..., n]` to `[..., m]`."""
+        value = self.layer(inputs)
+        change: Tensor = self.up(nn.functional.gelu(self.down(value)))
+        return value + change
+
+    def added(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+def prepare_adapter(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
+    """Serial adapters after the output projections of attention and of the MLP, of the width nearest to the budget.
+
+    The libraries that offer them ask for other versions of transformers.
+    """
+    wanted = budget.elements(model)
+    _head_alone(model)
+    layers = {
+        name: m for name, m in model.named_modules() if name.endswith("output.dense") and isinstance(m, nn.Linear)
+    }
+    if not layers:
+        raise ValueError("no module named '...output.dense' to put an adapter after; this kind is for BERT-like models")
+    sizes = [layer.out_features for layer in layers.values()]
+    width = max(1, round((wanted - sum(sizes)) / sum(2 * size + 1 for size in sizes)))
+    added: list[nn.Parameter] = []
+    for name, layer in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        adapter = Adapter(layer, width)
+        setattr(model.get_submodule(parent), attribute, adapter)
+        added += adapter.added()
+    return Ready(model, added, lambda: _bytes([*added, *head_of(model)]))
+
+
+def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
+    """Trainable blocks inside frozen weights. With `prune`, the rest of those weights is zeroed."""
+    scores = traced(options)
+    rules = Budget(budget.sparsity, options.get("allocation", "layer"), options.get("column_budget"))
+    maps = choose(scores, rules, options.get("pattern", "blocks"))
+    masks = sylva_compile.Masks.from_block_maps(model, maps, budget.block_size)
+    if options.get("prune", False):
+        with torch.no_grad():
+            for name, mask in masks.items():
+                model.get_parameter(name).mul_(mask.dense())
+    _head_alone(model)
+    masks.embed(model)
+    return Ready(
+        model,
+        masks.parameters(),
+        lambda: _adapter_bytes(model),
+        sylva_compile.AdamW,
+        trace_seconds=scores.seconds,
+        masks=masks,
+    )
+
+
+_BLOCKS = frozenset({"trace", "score", "damping", "pattern", "allocation", "column_budget", "prune"})
+
+METHODS = {
+    "full": Method(prepare_full, has_budget=False),
+    "sharded": Method(prepare_sharded, has_budget=False),
+    "head": Method(prepare_head, has_budget=False),
+    "lora": Method(prepare_peft),
+    "dora": Method(prepare_peft),
+    "shira": Method(prepare_peft),
+    "adapter": Method(prepare_adapter),
+    "blocks": Method(prepare_blocks, options=_BLOCKS),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> str | None:
+    """What is wrong with a method's table in a grid file, or None."""
+    kind = options.get("kind")
+    if kind not in METHODS:
+        return f"kind={kind!r}; use one of {sorted(METHODS)}"
+    strange = set(options) - {"kind"} - METHODS[kind].options
+    if strange:
+        return f"unknown options {sorted(strange)}; kind={kind!r} takes {sorted(METHODS[kind].options)}"
+    if kind == "blocks":
+        allowed = {
+            "trace": ("sylva", "kfac", "fisher", "magnitude", "random"),
+            "score": ("gain", "paper"),
+            "pattern": PATTERNS,
+            "allocation": ("layer", "global"),
+        }
+        if "trace" not in options:
+            return f"no trace; use one of {allowed['trace']}"
+        for name, values in allowed.items():
+            if name in options and options[name] not in values:
+                return f"{name}={options[name]!r}; use one of {values}"
+    return None
+
+
+def _head_alone(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    for parameter in head_of(model):
+        parameter.requires_grad_(True)
+
+
+def _besides_head(model: nn.Module) -> list[nn.Parameter]:
+    head = {id(parameter) for parameter in head_of(model)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in head]
+
+
+def _bytes(tensors: list[nn.Parameter]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _state_bytes(model: nn.Module) -> int:
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def _adapter_bytes(model: nn.Module) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        sylva_compile.save_adapter(model, folder, modules_to_save=HEAD)
+        return sum(path.stat().st_size for path in Path(folder).iterdir())

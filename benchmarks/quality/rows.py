@@ -1,0 +1,44 @@
+"""Results on disk: JSON lines, one a run, appended and never changed."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Rows:
+    """The rows of a grid. Several processes may append to one file."""
+
+    def __init__(self, path: Path) -> None:
+        """At `path`, which need not exist yet."""
+        self.path = path
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Rows by key. A last line that was cut off (power failure) is not a row; the next row starts a new line."""
+        if not self.path.exists():
+            return {}
+        found: dict[str, dict[str, Any]] = {}
+        for line in self.path.read_text().split("\n"):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            # Of two processes that did the same run, the first one's row stands.
+            found.setdefault(json.dumps(row["run"], sort_keys=True), row)
+        return found
+
+    def append(self, run: Mapping[str, Any], **rest: Any) -> None:
+        """Add the row of `run` and wait until it is on disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"run": dict(run), **rest}, sort_keys=True) + "\n"
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(file).st_size
+            if size and os.pread(file, 1, size - 1) != b"\n":
+                line = "\n" + line
+            # One write, so that lines of several processes do not mix.
+            os.write(file, line.encode())
+            os.fsync(file)
+        finally:
+            os.close(file)

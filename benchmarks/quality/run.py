@@ -1,0 +1,222 @@
+"""Train the same model on the same data by every method of a grid, and keep a row of every run.
+
+    python benchmarks/quality/run.py --grid benchmarks/quality/grids/small.toml
+
+Rows go to benchmarks/results/quality/<grid>.jsonl. A run whose row is there is skipped, so a grid that was interrupted
+goes on where it stopped. Each method's learning rate is the one, of the grid's, with the best validation metric at the
+first seed; the rows of the other seeds are made at that one. `tables.py` prints the tables.
+"""
+
+import argparse
+import copy
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from grid import Grid, Run, best_learning_rate
+from methods import METHODS, Budgeted
+from rows import Rows
+from tasks import TASKS, Data, head_of, load_data, load_model, load_tokenizer
+from torch import nn
+from traces import Scores, block_scores
+from training import evaluate, floor_ms, train
+from transformers.utils import logging as transformers_logging
+
+import sylva_compile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import RESULTS, machine
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+FOLDER = RESULTS / "quality"
+
+
+class Runner:
+    """Does runs, and keeps between them what they share: data, models before training, block scores."""
+
+    def __init__(self, data: Path, until: float = float("inf")) -> None:
+        """`data` is the folder of the data sets; no run begins after `until` on the monotonic clock."""
+        self.folder, self.until = data, until
+        self._data: dict[tuple[Any, ...], Data] = {}
+        self._models: dict[tuple[Any, ...], nn.Module] = {}
+        self._scores: dict[tuple[Any, ...], Scores] = {}
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Train, and return what came of it."""
+        started = time.perf_counter()
+        settings = run.settings
+        data = self.data(run)
+        model = self.model(run)
+        batches = [
+            batch
+            for epoch in range(settings.epochs)
+            for batch in data.train.batches(settings.batch, seed=1000 * run.seed + epoch)
+        ]
+        floor = floor_ms(model, batches[:8])
+        budget = Budgeted(settings.scope, settings.sparsity, settings.block_size)
+        torch.manual_seed(run.seed)
+        ready = METHODS[run.options["kind"]].prepare(
+            model, run.options, budget, lambda options: self.scores(run, options), run.seed
+        )
+        if settings.compile != "none":
+            backend: Any = (
+                sylva_compile.backend(ready.masks, inner=settings.compile)  # type: ignore[arg-type]
+                if ready.masks is not None
+                else settings.compile
+            )
+            ready.model.compile(backend=backend)
+        trainable = sum(parameter.numel() for parameter in ready.model.parameters() if parameter.requires_grad)
+        trained = train(ready, batches, run.learning_rate, settings.head_learning_rate)
+        task = TASKS[run.task]
+        return {
+            "validation": evaluate(ready.model, data.validation.batches(4 * settings.batch), task),
+            "test": evaluate(ready.model, data.test.batches(4 * settings.batch), task),
+            "trainable": trainable,
+            "head": sum(parameter.numel() for parameter in head_of(ready.model)),
+            "steps": len(batches),
+            **asdict(trained),
+            "floor_ms": floor,
+            "checkpoint_bytes": ready.checkpoint(),
+            "trace_seconds": ready.trace_seconds,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def data(self, run: Run) -> Data:
+        """The sentences of a run's task."""
+        s = run.settings
+        key = (run.task, s.model, s.train, s.validation, s.extra_test, s.length)
+        if key not in self._data:
+            tokenizer = load_tokenizer(s.model)
+            self._data[key] = load_data(run.task, self.folder, tokenizer, s.train, s.validation, s.extra_test, s.length)
+        return self._data[key]
+
+    def model(self, run: Run) -> nn.Module:
+        """A fresh copy of the model as all methods find it: pre-trained, its head new or trained by itself."""
+        s = run.settings
+        head = (run.task, s.train, s.batch, s.length, s.head_steps, s.head_learning_rate) if s.head_steps else ()
+        key = (s.model, run.seed, *head)
+        if key not in self._models:
+            # One is enough: runs come sorted by seed.
+            self._models.clear()
+            model = load_model(s.model, run.seed)
+            if s.head_steps:
+                ready = METHODS["head"].prepare(model, {}, Budgeted(s.scope, s.sparsity, s.block_size), _untraced, 0)
+                epochs = -(-s.head_steps * s.batch // s.train)
+                batches = [
+                    batch
+                    for epoch in range(epochs)
+                    for batch in self.data(run).train.batches(s.batch, seed=1000 * run.seed + 500 + epoch)
+                ]
+                train(ready, batches[: s.head_steps], s.head_learning_rate, s.head_learning_rate)
+                model.requires_grad_(True)
+            self._models[key] = model
+        return copy.deepcopy(self._models[key])
+
+    def scores(self, run: Run, options: Mapping[str, Any]) -> Scores:
+        """Block scores for a run that trains blocks; runs that differ in sparsity or learning rate share them."""
+        s = run.settings
+        how = {
+            "method": options["trace"],
+            "score": options.get("score", "gain"),
+            "damping": options.get("damping"),
+            "num_partitions": s.partitions,
+            "rank": s.rank,
+        }
+        ours = (run.task, s.model, s.scope, s.train, s.batch, s.length, s.block_size, s.samples, s.head_steps)
+        key = (*ours, s.head_learning_rate, run.seed, *how.values())
+        if key not in self._scores:
+            self._scores[key] = block_scores(
+                self.model(run),
+                self.data(run).train.batches(s.batch, seed=1000 * run.seed + 999),
+                scope=s.scope,
+                block_size=s.block_size,
+                samples=s.samples,
+                seed=run.seed,
+                **how,
+            )
+        return self._scores[key]
+
+
+def _untraced(options: Mapping[str, Any]) -> Scores:
+    raise AssertionError("this method looks at no block scores")
+
+
+class TimeIsUpError(Exception):
+    """The grid was to stop by now; its rows are kept."""
+
+
+def run_grid(grid: Grid, rows: Rows, data: Path, only: Sequence[str] = (), seconds: float = float("inf")) -> None:
+    """Do every run of `grid` that has no row yet.
+
+    Args:
+        grid: of runs.
+        rows: those that exist, and where new ones go.
+        data: the folder of the data sets.
+        only: tasks to leave it at; none for all.
+        seconds: after which no run is begun.
+
+    Raises:
+        TimeIsUpError: runs are left over.
+    """
+    runner = Runner(data, time.monotonic() + seconds)
+    lines = [group for group in grid.groups() if not only or group.task in only]
+    for group in lines:
+        _do(runner, grid.tuning(group), rows)
+    known = rows.read()
+    chosen = {line.group(): best_learning_rate([known[run.key()] for run in grid.tuning(line)]) for line in lines}
+    # Seed by seed, so that every line has as many seeds as the next if there is no time for all.
+    for at in range(len(grid.seeds)):
+        for line in lines:
+            _do(runner, [grid.reported(line, chosen[line.group()])[at]], rows)
+
+
+def _do(runner: Runner, runs: Sequence[Run], rows: Rows) -> None:
+    for run in runs:
+        if run.key() in rows.read():
+            continue
+        if time.monotonic() > runner.until:
+            raise TimeIsUpError
+        started = datetime.now(UTC)
+        result = runner.do(run)
+        rows.append(run.parts(), result=result, machine=machine(), date=started.isoformat(timespec="seconds"))
+        test = result["test"]
+        print(
+            f"{run.task}, {run.method}, learning rate {run.learning_rate:g}, seed {run.seed}: "
+            f"{test['metric']:.4f}, loss {test['loss']:.4f}, {result['trainable']:,} trainable, "
+            f"{result['seconds']:.0f} s",
+            flush=True,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run a grid; return the file of its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=Path, required=True, help="a TOML file, such as those in grids/")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets (%(default)s)")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
+    parser.add_argument("--task", action="append", default=[], help="only this task; may be given several times")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
+    parser.add_argument("--threads", type=int, help="threads that torch uses")
+    options = parser.parse_args(argv)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("sylva_compile").setLevel(logging.ERROR)
+    grid = Grid.read(options.grid)
+    rows = Rows(options.results / f"{grid.name}.jsonl")
+    try:
+        run_grid(grid, rows, options.data, options.task, 60 * options.minutes)
+    except TimeIsUpError:
+        print(f"{options.minutes:g} minutes are over; the same command goes on from here.")
+    return rows.path
+
+
+if __name__ == "__main__":
+    main()

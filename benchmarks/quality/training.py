@@ -1,0 +1,127 @@
+"""Training and testing, the same for every method."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from methods import Ready
+from tasks import Batch, Task, head_of
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training was like.
+
+    Attributes:
+        loss: mean over the last tenth of the steps.
+        step_ms: median of forward pass, backward pass and optimizer step.
+        state_bytes: of the optimizer.
+        saved_bytes: that the first batch's forward pass saved for the backward.
+    """
+
+    loss: float
+    step_ms: float
+    state_bytes: int
+    saved_bytes: int
+
+
+def train(ready: Ready, batches: Sequence[Batch], learning_rate: float, head_learning_rate: float) -> Trained:
+    """Take a step a batch, with a linear warm-up over a tenth of them and a linear decay to zero.
+
+    Raises:
+        ArithmeticError: the loss is not finite.
+        AssertionError: something that should learn gets no gradient.
+    """
+    head = [parameter for parameter in head_of(ready.model) if parameter.requires_grad]
+    ids = {id(parameter) for parameter in ready.trained}
+    groups = [{"params": ready.trained, "lr": learning_rate}]
+    rest = [parameter for parameter in head if id(parameter) not in ids]
+    if rest:
+        groups.append({"params": rest, "lr": head_learning_rate})
+    optimizer = ready.optimizer(groups)
+    schedule = get_linear_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
+    ready.model.train()
+    losses: list[float] = []
+    seconds: list[float] = []
+    saved = 0
+    for at, batch in enumerate(batches):
+        started = time.perf_counter()
+        if at == 0:
+            loss, saved = _counting_saved(ready.model, batch)
+        else:
+            loss = ready.model(**batch).loss
+        loss.backward()
+        if at == 0:
+            _check_gradients([*ready.trained, *rest])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+        if not torch.isfinite(loss):
+            raise ArithmeticError(f"the loss is {losses[-1]} at step {at + 1}; use a lower learning rate")
+    last = losses[-max(1, len(losses) // 10) :]
+    inner: Any = getattr(optimizer, "optim", optimizer)
+    held = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return Trained(
+        loss=statistics.mean(last),
+        step_ms=statistics.median(seconds) * 1e3,
+        state_bytes=sum(value.numel() * value.element_size() for value in held),
+        saved_bytes=saved,
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Sequence[Batch], task: Task) -> dict[str, float]:
+    """The task's metric, and the mean loss over sentences."""
+    model.eval()
+    loss, labels, predictions = 0.0, [], []
+    for batch in batches:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss += nn.functional.cross_entropy(logits, batch["labels"], reduction="sum").item()
+        labels += batch["labels"].tolist()
+        predictions += logits.argmax(dim=1).tolist()
+    return {"metric": float(task.score(labels, predictions)), "loss": loss / len(labels)}
+
+
+def floor_ms(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Median time of a forward and backward pass of the frozen model, the backward going down to the embeddings."""
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    model.requires_grad_(False)
+    seconds = []
+    for batch in batches:
+        inputs = model.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
+        started = time.perf_counter()
+        model(inputs_embeds=inputs, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+        seconds.append(time.perf_counter() - started)
+    for parameter, flag in zip(model.parameters(), wanted, strict=True):
+        parameter.requires_grad_(flag)
+    return statistics.median(seconds) * 1e3
+
+
+def _counting_saved(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """The loss, and the bytes of distinct storages saved for the backward; parameters, buffers, batch left out."""
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch.values()]}
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # SHiRA's weights are sparse tensors, which have two storages.
+        parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
+        for storage in (part.untyped_storage() for part in parts):
+            if storage.data_ptr() not in known:
+                storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss: Tensor = model(**batch).loss
+    return loss, sum(storage.nbytes() for storage in storages.values())
+
+
+def _check_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    # Embeddings of words that a batch lacks have none, and a fresh LoRA's first matrix has a gradient of zero.
+    assert any(p.grad is not None and bool(p.grad.any()) for p in parameters), "nothing that is trained has a gradient"
