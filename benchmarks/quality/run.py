@@ -58,7 +58,7 @@ class Runner:
             for epoch in range(settings.epochs)
             for batch in data.train.batches(settings.batch, seed=1000 * run.seed + epoch)
         ]
-        floor = floor_ms(model, batches[:8])
+        floor = floor_ms(model, batches[:3])
         budget = Budgeted(settings.scope, settings.sparsity, settings.block_size)
         torch.manual_seed(run.seed)
         ready = METHODS[run.options["kind"]].prepare(

@@ -1,0 +1,195 @@
+"""Tables and plots of a grid's rows.
+
+    python benchmarks/quality/tables.py --grid benchmarks/quality/grids/small.toml
+
+prints the tables and writes them to benchmarks/results/quality/<grid>.md, and a plot for each varied setting beside it.
+With --readme it also puts them into README.md, between the comments that name the grid.
+"""
+
+import argparse
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from grid import Grid, Run, Settings, best_learning_rate
+from matplotlib.figure import Figure
+from rows import Rows
+from run import FOLDER
+from tasks import TASKS
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: a method under some settings, and its rows at the learning rate that it chose."""
+
+    run: Run
+    learning_rate: float
+    rows: list[dict[str, Any]]
+
+    def values(self, *path: str) -> list[float]:
+        """A result of every seed, such as `values("test", "metric")`."""
+        found: list[Any] = [row["result"] for row in self.rows]
+        for name in path:
+            found = [each[name] for each in found]
+        return found
+
+    def middle(self, name: str) -> float:
+        """Median over seeds."""
+        return statistics.median(self.values(name))
+
+
+def lines_of(grid: Grid, rows: Rows) -> list[Line]:
+    """The lines whose learning rate is chosen, with the seeds that are done."""
+    known = rows.read()
+    lines = []
+    for group in grid.groups():
+        tuning = [known.get(run.key()) for run in grid.tuning(group)]
+        done = [row for row in tuning if row is not None]
+        if len(done) < len(tuning):
+            continue
+        rate = best_learning_rate(done)
+        reported = [known[run.key()] for run in grid.reported(group, rate) if run.key() in known]
+        lines.append(Line(group, rate, reported))
+    return lines
+
+
+def markdown(grid: Grid, lines: Sequence[Line]) -> str:
+    """Two tables for every task and every variation: quality, and cost."""
+    parts = []
+    for task in grid.tasks:
+        for settings in grid.variations(task):
+            # Methods that a varied setting does not touch have one run for all its values.
+            shown = [line for line in lines if line.run.task == task and _belongs(line, settings)]
+            if shown:
+                parts += [_title(grid, task, settings), _quality(shown), _cost(shown)]
+    return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def _belongs(line: Line, settings: Settings) -> bool:
+    parts = line.run.parts()["settings"]
+    wanted = asdict(settings)
+    return all(wanted[name] == value for name, value in parts.items())
+
+
+def _title(grid: Grid, task: str, settings: Settings) -> str:
+    usual = asdict(settings)
+    base = asdict(next(grid.variations(task)))
+    changed = "".join(f", {name} {value}" for name, value in usual.items() if value != base[name])
+    changed = changed or f", sparsity {settings.sparsity:g}, block size {settings.block_size}"
+    return f"**{task}**{changed}"
+
+
+def _quality(lines: Sequence[Line]) -> str:
+    metric = TASKS[lines[0].run.task].metric
+    chance = next((line for line in lines if line.run.options == {"kind": "blocks", "trace": "random"}), None)
+    head = ["method", "trainable", "learning rate", f"{metric}, %", "loss", "over random", "seeds"]
+    table = [
+        [
+            line.run.method,
+            f"{line.middle('trainable'):,.0f}",
+            f"{line.learning_rate:g}",
+            _spread([100 * value for value in line.values("test", "metric")], 1),
+            _spread(line.values("test", "loss"), 3),
+            "" if chance is None or line is chance else _difference(line, chance),
+            str(len(line.rows)),
+        ]
+        for line in lines
+    ]
+    return _table(head, table)
+
+
+def _difference(line: Line, other: Line) -> str:
+    """The metric above that of `other`, seed by seed: the same head and the same batches."""
+    theirs = {row["run"]["seed"]: row["result"]["test"]["metric"] for row in other.rows}
+    gaps = [
+        100 * (row["result"]["test"]["metric"] - theirs[row["run"]["seed"]])
+        for row in line.rows
+        if row["run"]["seed"] in theirs
+    ]
+    return _spread(gaps, 1, sign="+") if gaps else ""
+
+
+def _cost(lines: Sequence[Line]) -> str:
+    head = ["method", "step of the frozen floor", "saved, MiB", "optimizer, MiB", "checkpoint, MiB", "trace, s"]
+    table = [
+        [
+            line.run.method,
+            f"{statistics.median(r['result']['step_ms'] / r['result']['floor_ms'] for r in line.rows):.2f}",
+            *(f"{line.middle(name) / 2**20:.1f}" for name in ("saved_bytes", "state_bytes", "checkpoint_bytes")),
+            f"{line.middle('trace_seconds'):.0f}",
+        ]
+        for line in lines
+    ]
+    return _table(head, table)
+
+
+def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
+    """Test metric over the values of the varied setting `name`, a curve a method and a panel a task."""
+    figure = Figure(figsize=(5 * len(grid.tasks), 4), layout="constrained")
+    axes = figure.subplots(1, len(grid.tasks), squeeze=False)[0]
+    for axis, task in zip(axes, grid.tasks, strict=True):
+        base = next(grid.variations(task))
+        values = sorted({getattr(base, name), *grid.vary[name]})
+        for method in grid.methods:
+            points = []
+            for value in values:
+                wanted = Settings(**asdict(base) | {name: value})
+                points += [
+                    (value, line.values("test", "metric"))
+                    for line in lines
+                    if (line.run.task, line.run.method) == (task, method) and _belongs(line, wanted)
+                ]
+            if points:
+                means = [100 * statistics.mean(found) for _, found in points]
+                spread = [100 * statistics.stdev(found) if len(found) > 1 else 0.0 for _, found in points]
+                axis.errorbar([value for value, _ in points], means, spread, label=method, marker="o", capsize=2)
+        axis.set(title=task, xlabel=name.replace("_", " "), ylabel=f"{TASKS[task].metric}, %")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def quoted(text: str, grid: str, tables: str | None = None) -> str:
+    """What `text` says between its comments for `grid`; with `tables`, `text` with that said there instead."""
+    pattern = re.compile(rf"(<!-- quality {re.escape(grid)}: begin -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+    found = pattern.search(text)
+    if found is None:
+        raise ValueError(f"no '<!-- quality {grid}: begin -->' and '<!-- end -->' in the text; put them there")
+    return found[2] if tables is None else pattern.sub(lambda match: match[1] + tables + match[3], text)
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Print and write the tables of a grid."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=Path, required=True, help="the file that run.py was given")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
+    parser.add_argument("--readme", action="store_true", help="put the tables into README.md as well")
+    options = parser.parse_args(argv)
+    grid = Grid.read(options.grid)
+    lines = lines_of(grid, Rows(options.results / f"{grid.name}.jsonl"))
+    tables = markdown(grid, lines)
+    print(tables)
+    (options.results / f"{grid.name}.md").write_text(tables)
+    for name in grid.vary:
+        plot(grid, lines, name, options.results / f"{grid.name}_{name}.png")
+    if options.readme:
+        README.write_text(quoted(README.read_text(), grid.name, tables))
+    return tables
+
+
+if __name__ == "__main__":
+    main()

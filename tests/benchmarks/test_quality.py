@@ -1,0 +1,367 @@
+"""The quality grids: every method trains what it may and no more, budgets are equal, rows are kept, tables are true."""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run as quality
+import tables
+import torch
+from grid import Grid, GridError, Run, Settings, best_learning_rate
+from methods import METHODS, Budgeted, check_options
+from rows import Rows
+from tasks import HEAD, load_data, load_model, load_tokenizer
+from torch import Tensor, nn
+from traces import Scores, block_scores, budget_elements, choose
+from training import train
+
+import sylva_compile
+from sylva_compile.scope import weights_in_scope
+from sylva_compile.selection import Budget
+
+GRIDS = Path(tables.__file__).parent / "grids"
+SCOPE = Settings().scope
+BUDGET = Budgeted(SCOPE, 0.7, 8)
+CHANCE = {"kind": "blocks", "trace": "random"}
+
+pytestmark = pytest.mark.filterwarnings(
+    # PEFT's SHiRA says nothing of the checks that torch makes on sparse tensors.
+    "ignore:Sparse invariant checks:UserWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both tasks, in the layout of the real files: a good word or a bad one decides."""
+    folder = tmp_path_factory.mktemp("data")
+    sentences = [
+        (" ".join(words), int(words[0] == "good"))
+        for words in itertools.product(("good", "bad"), ("old", "new", "red"), ("cat", "dog", "man", "sea"), "abcdef")
+    ]
+    for task, line in (("sst2", "{0}\t{1}\n"), ("cola", "x\t{1}\t\t{0}\n")):
+        (folder / task).mkdir()
+        names = {"sst2": ("train.tsv", "dev.tsv"), "cola": ("in_domain_train.tsv", "in_domain_dev.tsv")}[task]
+        (folder / task / names[0]).write_text("".join(line.format(*pair) for pair in sentences))
+        (folder / task / names[1]).write_text("".join(line.format("the " + text, label) for text, label in sentences))
+    return folder
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(5, 500, (8, 6))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(8) % 2}
+
+
+def chance_scores(model: nn.Module) -> Scores:
+    return block_scores(model, [], scope=SCOPE, block_size=8, samples=1, seed=0, method="random")
+
+
+METHODS_TO_TRY: dict[str, Mapping[str, Any]] = {
+    **{kind: {"kind": kind} for kind in METHODS if kind != "blocks"},
+    "blocks": CHANCE,
+    "columns": {**CHANCE, "pattern": "columns"},
+    "rectangle": {**CHANCE, "pattern": "rectangle"},
+    "narrow": {**CHANCE, "column_budget": 0.5, "allocation": "global"},
+    "pruned": {**CHANCE, "prune": True},
+}
+
+
+@pytest.fixture
+def _no_process_group_left() -> Iterator[None]:
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class TestMethods:
+    @pytest.mark.usefixtures("_no_process_group_left")
+    @pytest.mark.parametrize("name", METHODS_TO_TRY)
+    def test_trains_what_it_may_and_nothing_else(self, name: str) -> None:
+        model = load_model("tiny", 0)
+        options = METHODS_TO_TRY[name]
+        scores = chance_scores(model)
+        kind = METHODS[options["kind"]]
+        ready = kind.prepare(model, options, BUDGET, lambda options: scores, 0)
+        before = {key: value.clone() for key, value in ready.model.state_dict().items()}
+        trained = train(ready, [batch() for _ in range(4)], 1e-2, 1e-2)
+        after = ready.model.state_dict()
+        changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+        heads = {key for key in changed if key.rsplit(".", 2)[-2] in HEAD}
+        assert heads
+        rest = changed - heads
+        names = {id(parameter): key for key, parameter in ready.model.named_parameters()}
+        if ready.masks is not None:
+            assert rest == set(ready.masks)
+            for key, mask in ready.masks.items():
+                moved = after[key] != before[key]
+                assert not bool((moved & ~mask.dense()).any())
+                if options.get("prune"):
+                    assert not bool(after[key][~mask.dense()].any())
+        elif name == "head":
+            assert not rest
+        else:
+            assert rest
+            assert rest <= {names[id(parameter)] for parameter in ready.trained}
+        assert trained.state_bytes > 0
+        assert trained.saved_bytes > 0
+        assert ready.checkpoint() > 0
+
+    def test_budgets_are_as_equal_as_ranks_and_widths_allow(self) -> None:
+        wanted = BUDGET.elements(load_model("tiny", 0))
+        for name, options in METHODS_TO_TRY.items():
+            kind = METHODS[options["kind"]]
+            if not kind.has_budget:
+                continue
+            model = load_model("tiny", 0)
+            per_rank = sum(sum(weight.shape) for weight in weights_in_scope(model, SCOPE).values())
+            scores = chance_scores(model)
+            ready = kind.prepare(model, options, BUDGET, lambda options, scores=scores: scores, 0)
+            found = sum(parameter.numel() for parameter in ready.trained)
+            # One rank of LoRA; blocks of one width of all columns, 48 rows.
+            assert abs(found - wanted) <= max(per_rank / 2, 8 * 48), name
+
+    def test_an_adapter_starts_as_no_change(self) -> None:
+        model, inputs = load_model("tiny", 0).eval(), batch()
+        expected = model(**inputs).logits
+        METHODS["adapter"].prepare(model, {}, BUDGET, lambda options: chance_scores(model), 0)
+        assert torch.equal(model(**inputs).logits, expected)
+
+    def test_pruning_needs_no_forgiveness(self) -> None:
+        assert check_options({"kind": "lora", "prune": True}) is not None
+        assert check_options({"kind": "nothing"}) is not None
+        assert check_options({"kind": "blocks"}) is not None
+        assert check_options({**CHANCE, "pattern": "rows"}) is not None
+        assert check_options(CHANCE) is None
+
+
+class TestPatterns:
+    def test_columns_are_whole_and_the_best(self) -> None:
+        scores = Scores({"a": torch.rand(6, 8), "b": torch.rand(8, 6)}, {"a": 1, "b": 0}, 0.0)
+        maps = choose(scores, Budget(0.75), "columns")
+        kept = maps["a"].any(0)
+        assert int(kept.sum()) == 2
+        assert bool(maps["a"][:, kept].all())
+        assert scores.by_weight["a"].sum(0)[kept].min() >= scores.by_weight["a"].sum(0)[~kept].max()
+        # Stored transposed: the inputs are rows.
+        assert bool((maps["b"].sum(1) % 6 == 0).all())
+
+    def test_debts_are_paid_by_the_next_weight(self) -> None:
+        scores = Scores({str(at): torch.rand(7, 9) for at in range(12)}, {str(at): 1 for at in range(12)}, 0.0)
+        for pattern in ("columns", "rectangle"):
+            total = sum(int(chosen.sum()) for chosen in choose(scores, Budget(0.8), pattern).values())
+            assert abs(total - 12 * Budget(0.8).blocks(63)) <= 4
+
+    def test_no_rectangle_is_better_under_an_outer_product(self) -> None:
+        outer = torch.outer(torch.rand(5), torch.rand(6))
+        chosen = choose(Scores({"a": outer}, {"a": 1}, 0.0), Budget(0.8), "rectangle")["a"]
+        height, width = int(chosen.any(1).sum()), int(chosen.any(0).sum())
+        best = max(
+            float(outer[list(rows)][:, list(columns)].sum())
+            for rows in itertools.combinations(range(5), height)
+            for columns in itertools.combinations(range(6), width)
+        )
+        assert float(outer[chosen].sum()) == pytest.approx(best)
+
+
+def test_scores_apart_from_the_choice_give_the_masks_of_trace_and_mask() -> None:
+    model, batches = load_model("tiny", 0), [batch() for _ in range(2)]
+    how: dict[str, Any] = {"method": "sylva", "num_partitions": 1, "rank": 2}
+    scores = block_scores(model, batches, scope=SCOPE, block_size=8, samples=16, seed=0, score="gain", **how)
+    maps = choose(scores, Budget(0.7))
+    masks = sylva_compile.trace_and_mask(
+        model, batches, scope=SCOPE, block_size=8, sparsity=0.7, num_samples=16, progress=False, **how
+    )
+    assert set(maps) == set(masks)
+    assert all(torch.equal(maps[name], mask.block_map()) for name, mask in masks.items())
+    assert budget_elements(weights_in_scope(model, SCOPE), 0.7, 8) == sum(mask.trainable for mask in masks.values())
+
+
+class TestData:
+    def test_splits_share_no_sentence_and_the_test_stays(self, data: Path) -> None:
+        tokenizer = load_tokenizer("tiny")
+        small = load_data("cola", data, tokenizer, 32, 16, 24, 16)
+        large = load_data("cola", data, tokenizer, 64, 16, 24, 16)
+        assert small.test == large.test
+        texts = [{tuple(ids) for ids in part.ids} for part in (large.train, large.validation, large.test)]
+        assert [len(part) for part in (large.train, large.validation, large.test)] == [64, 16, 168]
+        assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+
+    def test_too_many_are_refused(self, data: Path) -> None:
+        with pytest.raises(ValueError, match="144 training sentences"):
+            load_data("sst2", data, load_tokenizer("tiny"), 140, 10, 0, 16)
+
+    def test_batches_hold_every_sentence_once(self, data: Path) -> None:
+        train_part = load_data("sst2", data, load_tokenizer("tiny"), 50, 1, 1, 16).train
+        for seed in (None, 3):
+            batches = train_part.batches(8, seed=seed)
+            rows = [
+                ids[: int(mask.sum())].tolist()
+                for each in batches
+                for ids, mask in zip(each["input_ids"], each["attention_mask"], strict=True)
+            ]
+            assert sorted(rows) == sorted(train_part.ids)
+        again = train_part.batches(8, seed=3)
+        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
+
+    def test_dropout_is_off(self) -> None:
+        model = load_model("minilm", 0).train()
+        assert all(module.p == 0.0 for module in model.modules() if isinstance(module, nn.Dropout))
+        inputs = batch()
+        assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def grid_file(folder: Path, **changes: str) -> Path:
+    said = {
+        "learning_rates": "[1e-3, 1e-2]",
+        "seeds": "[0, 1]",
+        "settings": '{ model = "tiny", train = 64, validation = 32, extra_test = 8, epochs = 1, block_size = 8 }',
+        "tasks": "{ sst2 = {}, cola = { train = 48 } }",
+        "methods": '{ head = { kind = "head" }, random = { kind = "blocks", trace = "random" } }',
+    } | changes
+    path = folder / "tiny.toml"
+    path.write_text("".join(f"{name} = {value}\n" for name, value in said.items()))
+    return path
+
+
+def fake_result(run: Run) -> dict[str, Any]:
+    # The larger learning rate is better where the head is, the smaller one elsewhere.
+    good = (run.learning_rate > 5e-3) == (run.method == "head")
+    part = {"metric": 0.9 if good else 0.8, "loss": 0.1 + run.seed}
+    numbers = dict.fromkeys(
+        ("trainable", "step_ms", "floor_ms", "saved_bytes", "state_bytes", "checkpoint_bytes", "trace_seconds"), 1.0
+    )
+    return {"validation": part, "test": part, "seconds": 0.0, **numbers, "trainable": 10}
+
+
+class TestRows:
+    def test_an_interrupted_grid_goes_on_and_rewrites_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path
+    ) -> None:
+        done: list[str] = []
+
+        def do(self: quality.Runner, run: Run) -> dict[str, Any]:
+            if len(done) == 5:
+                raise KeyboardInterrupt
+            done.append(run.key())
+            return fake_result(run)
+
+        monkeypatch.setattr(quality.Runner, "do", do)
+        command = ["--grid", str(grid_file(tmp_path)), "--data", str(data), "--results", str(tmp_path / "rows")]
+        with pytest.raises(KeyboardInterrupt):
+            quality.main(command)
+        path = tmp_path / "rows" / "tiny.jsonl"
+        first = path.read_bytes()
+        assert first.count(b"\n") == 5
+        # As after a power failure.
+        with path.open("ab") as file:
+            file.write(b'{"run": {"ta')
+        monkeypatch.setattr(quality.Runner, "do", lambda self, run: done.append(run.key()) or fake_result(run))
+        quality.main(command)
+        assert path.read_bytes().startswith(first)
+        # Two tasks, two methods: two learning rates at the first seed, and the second seed at the chosen one.
+        assert len(done) == len(set(done)) == len(Rows(path).read()) == 12
+        whole = path.read_bytes()
+        quality.main(command)
+        assert path.read_bytes() == whole
+
+    def test_time_that_is_up_begins_no_run(self, tmp_path: Path, data: Path) -> None:
+        command = ["--grid", str(grid_file(tmp_path)), "--data", str(data), "--results", str(tmp_path / "rows")]
+        path = quality.main([*command, "--minutes", "-1"])
+        assert not path.exists()
+
+    def test_of_equal_runs_the_first_row_stands(self, tmp_path: Path) -> None:
+        rows = Rows(tmp_path / "new" / "rows.jsonl")
+        rows.append({"seed": 0}, result=1)
+        rows.append({"seed": 0}, result=2)
+        rows.append({"seed": 1}, result=3)
+        assert [row["result"] for row in rows.read().values()] == [1, 3]
+
+
+class TestGrid:
+    def test_the_best_learning_rate_is_that_of_the_validation(self) -> None:
+        rows = [
+            {"run": {"learning_rate": rate}, "result": {"validation": {"metric": metric, "loss": loss}}}
+            for rate, metric, loss in ((1, 0.5, 0.1), (2, 0.9, 0.3), (3, 0.9, 0.2))
+        ]
+        assert best_learning_rate(rows) == 3
+
+    def test_what_a_method_does_not_look_at_makes_no_new_run(self, tmp_path: Path) -> None:
+        path = grid_file(tmp_path, vary="{ sparsity = [0.5, 0.9, 0.95], samples = [16] }")
+        groups = list(Grid.read(path).groups())
+        counts = {
+            (task, method): sum((run.task, run.method) == (task, method) for run in groups)
+            for task in ("sst2", "cola")
+            for method in ("head", "random")
+        }
+        assert counts == {(task, method): {"head": 1, "random": 3}[method] for task, method in counts}
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("tasks", "{ nothing = {} }"),
+            ("settings", "{ blocksize = 8 }"),
+            ("methods", '{ a = { kind = "blocks" } }'),
+            ("colour", "1"),
+        ],
+    )
+    def test_names_that_mean_nothing_are_refused(self, tmp_path: Path, name: str, value: str) -> None:
+        with pytest.raises(GridError, match="use"):
+            Grid.read(grid_file(tmp_path, **{name: value}))
+
+    @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda path: path.stem)
+    def test_the_grids_that_are_there_can_be_read(self, path: Path) -> None:
+        grid = Grid.read(path)
+        assert len(list(grid.groups())) > 1
+        assert len(grid.seeds) >= 3
+
+
+class TestTables:
+    def test_a_grid_from_runs_to_tables(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        methods = (
+            '{ full = { kind = "full" }, LoRA = { kind = "lora" }, random = { kind = "blocks", trace = "random" } }'
+        )
+        path = grid_file(tmp_path, tasks="{ sst2 = {} }", methods=methods, vary="{ sparsity = [0.8] }")
+        command = ["--grid", str(path), "--results", str(tmp_path / "rows")]
+        rows = quality.main([*command, "--data", str(data)])
+        row = json.loads(rows.read_text().split("\n")[0])
+        assert {"run", "result", "machine", "date"} <= set(row)
+        assert {"commit", "versions", "processor", "threads"} <= set(row["machine"])
+        text = tables.main(command)
+        assert text.count("| full |") == 4
+        assert "sparsity 0.8" in text
+        assert text.strip() in capsys.readouterr().out
+        assert (rows.parent / "tiny_sparsity.png").stat().st_size > 0
+
+    def test_a_warmed_up_head_is_the_same_for_all_and_the_rest_stays(self, data: Path) -> None:
+        settings = Settings(model="tiny", train=64, validation=32, head_steps=3, block_size=8)
+        run = Run("sst2", "random", CHANCE, settings, 1e-3, 0)
+        runner = quality.Runner(data)
+        cold = runner.model(replace(run, settings=replace(settings, head_steps=0))).state_dict()
+        warm = runner.model(run).state_dict()
+        changed = {name for name, value in cold.items() if not torch.equal(value, warm[name])}
+        assert changed == {"classifier.weight", "classifier.bias"}
+
+    def test_spreads_and_differences(self, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run))
+        path = grid_file(tmp_path)
+        quality.main(["--grid", str(path), "--data", str(data), "--results", str(tmp_path / "rows")])
+        grid = Grid.read(path)
+        lines = tables.lines_of(grid, Rows(tmp_path / "rows" / "tiny.jsonl"))
+        assert {(line.run.method, line.learning_rate) for line in lines} == {("head", 1e-2), ("random", 1e-3)}
+        assert "| head | 10 | 0.01 | 90.0 ± 0.0 | 0.600 ± 0.707 | +0.0 ± 0.0 | 2 |" in tables.markdown(grid, lines)
+
+    def test_text_between_comments_is_replaced_alone(self) -> None:
+        text = "a\n<!-- quality small: begin -->\nold\n<!-- end -->\nb\n"
+        new = tables.quoted(text, "small", "new\n")
+        assert new == text.replace("old", "new")
+        assert tables.quoted(new, "small") == "new\n"
+        with pytest.raises(ValueError, match="put them there"):
+            tables.quoted(text, "long")
+
+    def test_the_readme_quotes_the_rows_that_are_kept(self) -> None:
+        grid = Grid.read(GRIDS / "small.toml")
+        lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
+        assert tables.quoted(tables.README.read_text(), "small") == tables.markdown(grid, lines)
