@@ -151,7 +151,14 @@ class TimeIsUpError(Exception):
     """The grid was to stop by now; its rows are kept."""
 
 
-def run_grid(grid: Grid, rows: Rows, data: Path, only: Sequence[str] = (), seconds: float = float("inf")) -> None:
+def run_grid(
+    grid: Grid,
+    rows: Rows,
+    data: Path,
+    only: Sequence[str] = (),
+    seconds: float = float("inf"),
+    part: tuple[int, int] = (1, 1),
+) -> None:
     """Do every run of `grid` that has no row yet.
 
     Args:
@@ -160,12 +167,13 @@ def run_grid(grid: Grid, rows: Rows, data: Path, only: Sequence[str] = (), secon
         data: the folder of the data sets.
         only: tasks to leave it at; none for all.
         seconds: after which no run is begun.
+        part: `(1, 2)` and `(2, 2)` are two halves, which two processes can do at once.
 
     Raises:
         TimeIsUpError: runs are left over.
     """
     runner = Runner(data, time.monotonic() + seconds)
-    lines = [group for group in grid.groups() if not only or group.task in only]
+    lines = [group for group in grid.groups() if not only or group.task in only][part[0] - 1 :: part[1]]
     for group in lines:
         _do(runner, grid.tuning(group), rows)
     known = rows.read()
@@ -194,6 +202,13 @@ def _do(runner: Runner, runs: Sequence[Run], rows: Rows) -> None:
         )
 
 
+def _part(text: str) -> tuple[int, int]:
+    at, _, parts = text.partition("/")
+    if not (at.isdecimal() and parts.isdecimal() and 1 <= int(at) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; write 1/2 for the first half")
+    return int(at), int(parts)
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run a grid; return the file of its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets (%(default)s)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
     parser.add_argument("--task", action="append", default=[], help="only this task; may be given several times")
+    parser.add_argument("--part", type=_part, default=(1, 1), help="such as 1/2 and 2/2, for two processes at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     parser.add_argument("--threads", type=int, help="threads that torch uses")
     options = parser.parse_args(argv)
@@ -212,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     grid = Grid.read(options.grid)
     rows = Rows(options.results / f"{grid.name}.jsonl")
     try:
-        run_grid(grid, rows, options.data, options.task, 60 * options.minutes)
+        run_grid(grid, rows, options.data, options.task, 60 * options.minutes, options.part)
     except TimeIsUpError:
         print(f"{options.minutes:g} minutes are over; the same command goes on from here.")
     return rows.path

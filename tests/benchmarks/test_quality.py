@@ -272,6 +272,14 @@ class TestRows:
         path = quality.main([*command, "--minutes", "-1"])
         assert not path.exists()
 
+    def test_parts_make_the_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+        monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run))
+        command = ["--grid", str(grid_file(tmp_path)), "--data", str(data), "--results", str(tmp_path / "rows")]
+        counts = [len(Rows(quality.main([*command, "--part", part])).read()) for part in ("1/2", "2/2", "1/1")]
+        assert counts == [6, 12, 12]
+        with pytest.raises(SystemExit):
+            quality.main([*command, "--part", "3/2"])
+
     def test_of_equal_runs_the_first_row_stands(self, tmp_path: Path) -> None:
         rows = Rows(tmp_path / "new" / "rows.jsonl")
         rows.append({"seed": 0}, result=1)
