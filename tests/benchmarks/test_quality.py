@@ -326,6 +326,16 @@ class TestGrid:
         assert len(grid.seeds) >= 3
 
 
+def test_a_compiled_run_comes_to_the_same(data: Path) -> None:
+    settings = Settings(model="tiny", train=32, validation=16, epochs=1, sparsity=0.7, block_size=8)
+    run = Run("sst2", "random", CHANCE, settings, 1e-2, 0)
+    runner = quality.Runner(data)
+    plain = runner.do(run)
+    compiled = runner.do(replace(run, settings=replace(settings, compile="aot_eager")))
+    assert compiled["test"]["loss"] == pytest.approx(plain["test"]["loss"], rel=1e-4)
+    assert compiled["saved_bytes"] < plain["saved_bytes"]
+
+
 class TestTables:
     def test_a_grid_from_runs_to_tables(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         methods = (
