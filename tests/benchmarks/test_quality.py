@@ -129,7 +129,7 @@ class TestMethods:
         METHODS["adapter"].prepare(model, {}, BUDGET, lambda options: chance_scores(model), 0)
         assert torch.equal(model(**inputs).logits, expected)
 
-    def test_pruning_needs_no_forgiveness(self) -> None:
+    def test_options_that_mean_nothing_are_refused(self) -> None:
         assert check_options({"kind": "lora", "prune": True}) is not None
         assert check_options({"kind": "nothing"}) is not None
         assert check_options({"kind": "blocks"}) is not None
