@@ -9,7 +9,6 @@ first seed; the rows of the other seeds are made at that one. `tables.py` prints
 
 import argparse
 import copy
-import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -224,7 +223,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         torch.set_num_threads(options.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("sylva_compile").setLevel(logging.ERROR)
     grid = Grid.read(options.grid)
     rows = Rows(options.results / f"{grid.name}.jsonl")
     try:
