@@ -190,7 +190,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, dict[str, int]]:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             peaks[name] = process.submit(peak_of, name, options).result()
     model, _ = made(options, options.memory_layers, options.memory_hidden)
-    estimates = {name: sum(sylva_compile.estimate(model, **choice).by_device.values()) for name, choice in OURS.items()}
+    estimates = {name: sum(sylva_compile.estimate(model, **choice).at_most().values()) for name, choice in OURS.items()}
     return {
         name: {"peak": peak, "above_floor": peak - peaks[FLOOR], "estimate": estimates.get(name, 0)}
         for name, peak in peaks.items()
