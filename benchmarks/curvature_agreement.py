@@ -31,7 +31,7 @@ from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.curvature.online import OnlineHierarchy
 from sylva_compile.observation import Progress, observe
-from sylva_compile.scope import input_axis, owners_of, weights_in_scope
+from sylva_compile.scope import input_axes, weights_in_scope
 from sylva_compile.selection import Budget, select_blocks
 
 Maps = dict[str, Tensor]
@@ -132,7 +132,7 @@ def jaccard(first: Maps, second: Maps) -> float:
 def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args: argparse.Namespace) -> dict[str, Any]:
     """Tables of one model: rows of settings and factors, a column for each number of samples."""
     weights = weights_in_scope(model, scope)
-    axes = {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
+    axes = input_axes(model, weights)
     kinds: dict[str, NewFactor] = {"exact": DenseFactor}
     for text in args.variants:
         depth, rank = map(int, text.split(","))

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _META = torch.device("meta")
 _SCORING_COPIES = 6
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,12 @@ def free_bytes(device: torch.device) -> int:
 
 def _container_limit() -> list[int]:
     """What is left of the memory limit of this process's control group, if it has one."""
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         # The kernel drops cached files before anybody runs out of memory.
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        cached = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())[
+            "inactive_file"
+        ]
     except (OSError, ValueError, KeyError):
         return []
     return [limit - used + int(cached)]

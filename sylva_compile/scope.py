@@ -1,7 +1,7 @@
 """Which weights of a model are meant: scope patterns, wrapped models, shared parameters, odd weights."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ def owners_of(model: nn.Module, weight: Tensor) -> Iterator[tuple[nn.Module, str
         for attribute, parameter in module._parameters.items():
             if parameter is weight:
                 yield module, attribute
+
+
+def input_axes(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Of each of `weights`, by name, the axis that its layer's inputs meet."""
+    return {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

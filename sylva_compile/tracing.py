@@ -23,7 +23,7 @@ from sylva_compile.errors import ArgumentError, EmbeddingError, TraceError
 from sylva_compile.masks import BlockMask, Masks, base_fingerprint, check_block_fits, check_block_size
 from sylva_compile.memory import TraceEstimate, check_fits, estimate_bytes
 from sylva_compile.observation import Progress, observe, observed
-from sylva_compile.scope import Scope, input_axis, owners_of, unwrap, weights_in_scope
+from sylva_compile.scope import Scope, input_axes, unwrap, weights_in_scope
 from sylva_compile.selection import Allocation, Budget, select_blocks
 
 Method = Literal["sylva", "kfac", "fisher", "magnitude", "random"]
@@ -199,7 +199,7 @@ def _weights_to_trace(
         )
     weights = weights_in_scope(model, scope)
     check_block_fits(block_size, weights)
-    return weights, {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
+    return weights, input_axes(model, weights)
 
 
 def _choice(

@@ -8,6 +8,7 @@ import torch
 from oracle import random_masks
 from torch import nn
 
+import sylva_compile
 from sylva_compile import BlockMask, Masks, SylvaError
 from sylva_compile.errors import ArgumentError, MaskError, ScopeError
 
@@ -151,3 +152,27 @@ class TestFiles:
         masks = Masks({}, config={"sparsity": np.float32(0.5)})
         masks.save(tmp_path / "masks")
         assert Masks.load(tmp_path / "masks").config == {"sparsity": 0.5}
+
+
+class TestBase:
+    """Masks remember the weights that they were chosen for."""
+
+    def masks(self, tmp_path: Path) -> Masks:
+        torch.manual_seed(0)
+        made = sylva_compile.trace_and_mask(nn.Sequential(nn.Linear(32, 32)), method="random", block_size=8)
+        made.save(tmp_path / "masks.safetensors")
+        return Masks.load(tmp_path / "masks.safetensors")
+
+    def test_other_weights_are_said_and_embedded(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        self.masks(tmp_path).embed(nn.Sequential(nn.Linear(32, 32)))
+        assert "other weights" in caplog.text
+
+    def test_the_same_weights_are_not(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        masks = self.masks(tmp_path)
+        torch.manual_seed(0)
+        masks.embed(nn.Sequential(nn.Linear(32, 32)))
+        assert not caplog.records
+
+    def test_versions_are_kept(self, tmp_path: Path) -> None:
+        versions = self.masks(tmp_path).config["versions"]
+        assert versions == {"torch": torch.__version__, "sylva-compile": sylva_compile.__version__}

@@ -1,6 +1,7 @@
 """What a trace says that it will hold, against what it holds."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,11 +106,16 @@ def test_scoring_takes_no_more_than_estimated(score: Any) -> None:
     assert 0.2 * estimated < peak <= estimated
 
 
-def test_free_bytes_are_those_of_the_machine_or_of_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_bytes_are_those_of_the_machine_or_of_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     free = memory.free_bytes(CPU)
     assert 0 < free < 2**50
-    monkeypatch.setattr(memory, "_container_limit", lambda: [12345])
-    assert memory.free_bytes(CPU) == 12345
+    (tmp_path / "memory.max").write_text("20000\n")
+    (tmp_path / "memory.current").write_text("9000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 1345\n")
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    assert memory.free_bytes(CPU) == 20000 - 9000 + 1345
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(CPU) > 2**24
 
 
 def test_methods_that_hold_nothing_are_refused() -> None:

@@ -13,7 +13,7 @@ from sylva_compile.curvature.baselines import magnitude_scores, random_scores
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.kernels.blocks import grid_shape
 from sylva_compile.observation import observe
-from sylva_compile.scope import input_axis, owners_of, weights_in_scope
+from sylva_compile.scope import input_axes, weights_in_scope
 from sylva_compile.selection import Budget, select_blocks
 
 Pattern = Literal["blocks", "columns", "rectangle"]
@@ -51,7 +51,7 @@ def block_scores(
     """
     started = time.perf_counter()
     weights = weights_in_scope(model, scope)
-    axes = {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
+    axes = input_axes(model, weights)
     method = how["method"]
     if method == "magnitude":
         found = {name: magnitude_scores(weight, block_size) for name, weight in weights.items()}

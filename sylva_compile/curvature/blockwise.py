@@ -3,8 +3,6 @@
 The gain of a block depends on the factors through these blocks alone, so the scores equal those of exact K-FAC.
 """
 
-from typing import Self
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,13 +28,6 @@ class BlockFactor(Factor):
     def state(self) -> list[Tensor]:
         """The blocks."""
         return [self.blocks]
-
-    def copy(self) -> Self:
-        """An independent factor of the same sum."""
-        blocks = self.blocks
-        twin = type(self)(self.size, blocks.dtype, blocks.device, block_size=blocks.shape[-1])
-        twin.blocks.copy_(blocks)
-        return twin
 
     def mean(self, scale: Tensor) -> "BlockCovariance":
         """`scale · Σ z zᵀ` in float64."""

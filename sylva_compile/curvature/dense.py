@@ -1,7 +1,5 @@
 """Factors in full, d² numbers each: exact K-FAC. They stay in the house as the oracle."""
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -24,12 +22,6 @@ class DenseFactor(Factor):
     def state(self) -> list[Tensor]:
         """The sum."""
         return [self.total]
-
-    def copy(self) -> Self:
-        """An independent factor of the same sum."""
-        twin = type(self)(self.total.shape[0], self.total.dtype, self.total.device)
-        twin.total.copy_(self.total)
-        return twin
 
     def mean(self, scale: Tensor) -> "DenseCovariance":
         """`scale · Σ z zᵀ` in float64."""

@@ -1,5 +1,6 @@
 """What an estimator asks of a Kronecker factor, whether it is stored whole, as diagonal blocks or as a hierarchy."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Self
@@ -36,9 +37,9 @@ class Factor(ABC):
     def state(self) -> list[Tensor]:
         """All that is kept, in a fixed order and of fixed shapes; changing it in place changes the factor."""
 
-    @abstractmethod
     def copy(self) -> Self:
         """An independent factor of the same sum."""
+        return copy.deepcopy(self)
 
     @abstractmethod
     def mean(self, scale: Tensor) -> Covariance:

@@ -91,23 +91,6 @@ class OnlineHierarchy(Factor):
         """All that is kept, in a fixed order and of fixed shapes; changing it in place changes the hierarchy."""
         return [self.leaves, *self.bases, *self.values, self.updates]
 
-    def copy(self) -> "OnlineHierarchy":
-        """An independent hierarchy of the same sum."""
-        batch, kept = self.leaves.shape[:-3], max((basis.shape[-1] for basis in self.bases), default=0)
-        twin = OnlineHierarchy(
-            self.layout.size,
-            self.layout.depth,
-            self.rank,
-            batch=batch,
-            kept=kept,
-            probes=self.probes,
-            dtype=self.leaves.dtype,
-            device=self.leaves.device,
-        )
-        for mine, other in zip(twin.state(), self.state(), strict=True):
-            mine.copy_(other)
-        return twin
-
     @torch.no_grad()
     def update(self, tokens: Tensor) -> None:
         """Add `Zᵀ Z` for tokens Z `[*, T, d]`.

@@ -171,9 +171,9 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for site in iter_sites():
-            # The closure may have edited blocks or dense weights by hand.
-            site.sync()
+            for site in iter_sites():
+                # The hook before the step has done so, but the closure may have edited blocks or dense weights by hand.
+                site.sync()
         before = set(self.state)
         work = self._gather()
         for launch, (_, members) in work.items():

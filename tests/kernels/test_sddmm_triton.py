@@ -6,20 +6,17 @@ this file runs itself again with the variable set. To see its cases, run it so b
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 import triton
+from interpreter import run_in_interpreter
 from packaging.version import Version
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import sylva_compile
 from sylva_compile.kernels.sddmm import sddmm_reference
 from sylva_compile.kernels.sddmm_configs import MANY, PANELS, TABLE, Config, choose_config, choose_splits, config_key
 from sylva_compile.kernels.sddmm_triton import _sddmm_kernel, sddmm_shared_triton, sddmm_triton
@@ -39,12 +36,7 @@ DTYPES = [
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the cases run in this process")
 @pytest.mark.skipif(Version(triton.__version__) < Version("3.7"), reason="Triton 3.6 interprets no loop over a tensor")
 def test_the_kernel_in_the_interpreter() -> None:
-    root = str(Path(sylva_compile.__file__).parents[1])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root}
-    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
+    run_in_interpreter(__file__)
 
 
 class TestConfigs:

@@ -5,21 +5,18 @@ As in `test_sddmm_triton.py`, the interpreter needs a process of its own, in whi
 
 import copy
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
+from interpreter import run_in_interpreter
 from oracle import assert_invariant, random_masks
 from packaging.version import Version
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import sylva_compile
 from sylva_compile import Masks
 from sylva_compile.kernels.codegen import triton_source
 from sylva_compile.kernels.lowering import lower
@@ -35,12 +32,7 @@ needs_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="r
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the cases run in this process")
 @pytest.mark.skipif(Version(triton.__version__) < Version("3.7"), reason="as for sddmm, from Triton 3.7 on")
 def test_the_kernels_in_the_interpreter() -> None:
-    root = str(Path(sylva_compile.__file__).parents[1])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root}
-    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
+    run_in_interpreter(__file__)
 
 
 class Mixed(nn.Module):
