@@ -1,21 +1,18 @@
 """DistributedDataParallel needs nothing special: blocks are parameters like any other."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import two_ranks
 from train_two_ranks import case_and_masks, train
 
 import sylva_compile
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    script = Path(__file__).parent / "support" / "train_two_ranks.py"
-    ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path]) for rank in (0, 1)]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    two_ranks.run("train_two_ranks.py", tmp_path)
     case, masks = case_and_masks()
     train(case.model, masks, case.batch)
     alone = case.model.state_dict()

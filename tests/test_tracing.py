@@ -2,13 +2,12 @@
 
 import copy
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_ranks
 from tiny_models import ARCHITECTURES, tiny
 from torch import Tensor, nn
 from trace_two_ranks import model_and_data
@@ -423,12 +422,7 @@ class TestBadData:
 
 def test_a_failure_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
     """Nobody waits for a process that is gone."""
-    script = Path(__file__).parent / "support" / "trace_two_ranks.py"
-    ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), tmp_path, "failing"], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    first, second = (rank.communicate(timeout=120)[0].splitlines() for rank in ranks)
+    first, second = (text.splitlines() for text in two_ranks.run("trace_two_ranks.py", tmp_path, "failing"))
     assert second[0].startswith("TraceError: The loader gave no batches")
     assert first[0].startswith("TraceError: Process 1 of 2 could not trace: The loader gave no batches")
     assert first[1] == second[1]
@@ -436,9 +430,7 @@ def test_a_failure_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
 
 
 def test_two_ranks_end_with_the_masks_of_all_their_data(tmp_path: Path) -> None:
-    script = Path(__file__).parent / "support" / "trace_two_ranks.py"
-    ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path]) for rank in (0, 1)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    two_ranks.run("trace_two_ranks.py", tmp_path)
     model, data = model_and_data()
     for method in ("sylva", "kfac", "random"):
         first, second = (Masks.load(tmp_path / f"{method}{rank}") for rank in (0, 1))

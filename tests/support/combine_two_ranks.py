@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import destroy_process_group, group, init_process_group
+from two_ranks import process_group
 
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 
@@ -29,16 +29,15 @@ def estimators(
 
 def combine(rank: int, method: str, score: str, store: str, results: str) -> None:
     """Gather on this rank, combine with the other, and save the scores."""
-    init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    one = estimators("qkei", 10, 12, method, score, depth=1, rank=12)
-    x, gy = batch_of(40, 10, 12, rank)
-    for name in "qk":
-        # Rank 1 sees different tensors, so that the ranks disagree about who shares.
-        one.update(name, x if rank == 0 else x.clone(), gy)
-    if rank == 1:
-        # An expert that no token of rank 0 went to; and nobody ever shows "i".
-        one.update("e", x, gy)
-    one.end_batch()
-    one.combine(group.WORLD)
-    torch.save({name: one.take_scores(name) for name in "qke"}, f"{results}/{rank}.pt")
-    destroy_process_group()
+    with process_group(rank, store) as group:
+        one = estimators("qkei", 10, 12, method, score, depth=1, rank=12)
+        x, gy = batch_of(40, 10, 12, rank)
+        for name in "qk":
+            # Rank 1 sees different tensors, so that the ranks disagree about who shares.
+            one.update(name, x if rank == 0 else x.clone(), gy)
+        if rank == 1:
+            # An expert that no token of rank 0 went to; and nobody ever shows "i".
+            one.update("e", x, gy)
+        one.end_batch()
+        one.combine(group)
+        torch.save({name: one.take_scores(name) for name in "qke"}, f"{results}/{rank}.pt")

@@ -3,8 +3,9 @@
 import sys
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from two_ranks import process_group
 
 import sylva_compile
 
@@ -20,8 +21,7 @@ def model_and_data() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     return model, [(torch.randn(8, 40), torch.randn(8, 30)) for _ in range(4)]
 
 
-def main(rank: int, directory: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+def main(rank: int, directory: str, group: ProcessGroup) -> None:
     model, data = model_and_data()
     for method in ("sylva", "kfac", "random"):
         # Ranks that start from other seeds must agree all the same.
@@ -31,19 +31,17 @@ def main(rank: int, directory: str) -> None:
             data[rank::2],
             loss_fn=regression,
             method=method,
-            process_group=dist.group.WORLD,
+            process_group=group,
             num_samples=32,
             block_size=8,
             sparsity=0.7,
             progress=False,
         )
         masks.save(f"{directory}/{method}{rank}")
-    dist.destroy_process_group()
 
 
-def failing(rank: int, directory: str) -> None:
+def failing(rank: int, group: ProcessGroup) -> None:
     """Print what is raised where the second rank has no data, and where there are fewer samples than ranks."""
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     model, data = model_and_data()
     for loader, num_samples in ((data if rank == 0 else [], 32), (data, 1)):
         try:
@@ -51,15 +49,18 @@ def failing(rank: int, directory: str) -> None:
                 model,
                 loader,
                 loss_fn=regression,
-                process_group=dist.group.WORLD,
+                process_group=group,
                 num_samples=num_samples,
                 block_size=8,
                 progress=False,
             )
         except sylva_compile.SylvaError as error:
             print(f"{type(error).__name__}: {error}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    (failing if sys.argv[3:] else main)(int(sys.argv[1]), sys.argv[2])
+    with process_group(int(sys.argv[1]), f"{sys.argv[2]}/store") as world:
+        if sys.argv[3:] == ["failing"]:
+            failing(int(sys.argv[1]), world)
+        else:
+            main(int(sys.argv[1]), sys.argv[2], world)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from tiny_models import Case, tiny
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import process_group
 
 import sylva_compile
 from sylva_compile import Masks
@@ -32,7 +33,6 @@ def train(model: nn.Module, masks: Masks, batch: dict[str, torch.Tensor]) -> Non
 
 
 def main(rank: int, directory: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     for how in ("inside", "outside"):
         torch._dynamo.reset()
         case, masks = case_and_masks()
@@ -48,8 +48,8 @@ def main(rank: int, directory: str) -> None:
         train(model, masks, {key: value[rank::2] for key, value in case.batch.items()})
         assert backend.report().rewritten == len(masks), str(backend.report())
         torch.save(case.model.state_dict(), f"{directory}/{how}{rank}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    with process_group(int(sys.argv[1]), f"{sys.argv[2]}/store"):
+        main(int(sys.argv[1]), sys.argv[2])
