@@ -8,24 +8,26 @@ from typing import Any
 
 
 class Rows:
-    """The rows of a grid. Several processes may append to one file."""
+    """The rows of a grid, and those that other grids keep beside them. Several processes may append to one file."""
 
     def __init__(self, path: Path) -> None:
         """At `path`, which need not exist yet."""
         self.path = path
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Rows by key. A last line that was cut off (power failure) is not a row; the next row starts a new line."""
-        if not self.path.exists():
-            return {}
+        """Rows of all grids in the folder, by key: what one grid has done, another need not do again.
+
+        A last line that was cut off (power failure) is not a row; the next row starts a new line.
+        """
         found: dict[str, dict[str, Any]] = {}
-        for line in self.path.read_text().split("\n"):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            # Of two processes that did the same run, the first one's row stands.
-            found.setdefault(json.dumps(row["run"], sort_keys=True), row)
+        # This grid's file first: of two processes that did the same run, the first one's row stands.
+        for path in sorted(self.path.parent.glob("*.jsonl"), key=lambda path: (path != self.path, path)):
+            for line in path.read_text().split("\n"):
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                found.setdefault(json.dumps(row["run"], sort_keys=True), row)
         return found
 
     def append(self, run: Mapping[str, Any], **rest: Any) -> None:

@@ -267,6 +267,19 @@ class TestRows:
         quality.main(command)
         assert path.read_bytes() == whole
 
+    def test_what_another_grid_has_done_is_not_done_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path
+    ) -> None:
+        monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run))
+        command = ["--data", str(data), "--results", str(tmp_path / "rows")]
+        quality.main(["--grid", str(grid_file(tmp_path)), *command])
+        methods = '{ random = { kind = "blocks", trace = "random" }, LoRA = { kind = "lora" } }'
+        larger = grid_file(tmp_path, methods=methods).rename(tmp_path / "larger.toml")
+        rows = quality.main(["--grid", str(larger), *command])
+        assert {json.loads(line)["run"]["method"] for line in rows.read_text().splitlines()} == {"LoRA"}
+        shown = tables.lines_of(Grid.read(larger), Rows(rows))
+        assert {line.run.method for line in shown} == {"random", "LoRA"}
+
     def test_time_that_is_up_begins_no_run(self, tmp_path: Path, data: Path) -> None:
         command = ["--grid", str(grid_file(tmp_path)), "--data", str(data), "--results", str(tmp_path / "rows")]
         path = quality.main([*command, "--minutes", "-1"])
