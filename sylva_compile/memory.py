@@ -31,6 +31,7 @@ class WeightEstimate:
         output_factor: G, on the weight's device.
         gradient: the mean gradient, on `gradient_device`.
         scoring: working memory of its scores at the end, one weight after the other, on the weight's device.
+        waiting: what updates of its device's factors, of other weights too, take as they wait for each other, at most.
         device: where the weight lives.
         gradient_device: where its mean gradient is kept.
     """
@@ -39,6 +40,7 @@ class WeightEstimate:
     output_factor: int
     gradient: int
     scoring: int
+    waiting: int
     device: torch.device
     gradient_device: torch.device
 
@@ -54,21 +56,23 @@ class TraceEstimate:
     weights: Mapping[str, WeightEstimate]
 
     def at_most(self) -> dict[torch.device, int]:
-        """What each device holds if no two weights read the same inputs."""
-        return self._held(sharing=False)
+        """What each device holds if no two weights read the same inputs and as much waits as may."""
+        return self._held(most=True)
 
     def at_least(self) -> dict[torch.device, int]:
-        """What each device holds without any input factor."""
-        return self._held(sharing=True)
+        """What each device holds without any input factor, and if nothing waits."""
+        return self._held(most=False)
 
-    def _held(self, *, sharing: bool) -> dict[torch.device, int]:
+    def _held(self, *, most: bool) -> dict[torch.device, int]:
         held: Counter[torch.device] = Counter()
-        scoring: dict[torch.device, int] = {}
+        # Nothing waits any more when scores are computed.
+        working: dict[torch.device, int] = {}
         for weight in self.weights.values():
-            held[weight.device] += weight.output_factor + (0 if sharing else weight.input_factor)
+            held[weight.device] += weight.output_factor + (weight.input_factor if most else 0)
             held[weight.gradient_device] += weight.gradient
-            scoring[weight.device] = max(scoring.get(weight.device, 0), weight.scoring)
-        held.update(scoring)
+            waiting = weight.waiting if most else 0
+            working[weight.device] = max(working.get(weight.device, 0), weight.scoring, waiting)
+        held.update(working)
         return dict(held)
 
     def __str__(self) -> str:
@@ -79,9 +83,7 @@ class TraceEstimate:
         sums = [sum(getattr(weight, column) for weight in self.weights.values()) for column in columns]
         lines.append(" ".join(f"{_size(count):>10}" for count in sums) + "  in all, where no two share their A")
         for device, most in self.at_most().items():
-            lines.append(
-                f"{device}: {_size(self.at_least()[device])} to {_size(most)}, the scores' working memory included."
-            )
+            lines.append(f"{device}: {_size(self.at_least()[device])} to {_size(most)}, working memory included.")
         return "\n".join(lines)
 
 
@@ -101,6 +103,7 @@ def estimate_bytes(
             gradient=weight.numel() * dtype.itemsize,
             # Scores are computed in float64, from copies of the gradient and of the factors.
             scoring=8 * _SCORING_COPIES * weight.numel() + 4 * (a + g),
+            waiting=choice.group_bytes(weight.device),
             device=weight.device,
             gradient_device=choice.gradient_device or weight.device,
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sylva_compile
 from sylva_compile import Masks
+from sylva_compile.curvature import update_queue
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.errors import ArgumentError, TraceError
 
@@ -59,13 +60,21 @@ def interrupted(tmp_path: Path) -> Path:
 
 class TestGoingOn:
     @pytest.mark.parametrize(
-        "options",
-        [{"method": "sylva"}, {"method": "sylva", "score": "paper"}, {"method": "kfac"}, {"method": "fisher"}],
-        ids=lambda options: "-".join(options.values()),
+        ("options", "group_bytes"),
+        [
+            ({"method": "sylva"}, 0),
+            ({"method": "sylva", "score": "paper"}, 0),
+            # Updates that wait for others, of all factors or of a few at a time.
+            ({"method": "sylva", "score": "paper", "rank": 2}, 2**30),
+            ({"method": "sylva", "score": "paper", "rank": 2}, 150_000),
+            ({"method": "kfac"}, 0),
+            ({"method": "fisher"}, 0),
+        ],
     )
     def test_the_scores_are_those_of_an_uninterrupted_trace(
-        self, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, options: dict[str, Any], group_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(update_queue, "GROUP_BYTES_ON_CPU", group_bytes)
         scores: list[list[Tensor]] = []
         take = sylva_compile.curvature.estimators.Estimators.take_scores
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import sylva_compile
 from sylva_compile import memory
+from sylva_compile.curvature import update_queue
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.errors import ArgumentError, TraceError
 
@@ -50,6 +51,17 @@ def test_the_estimate_is_what_is_held_but_for_shared_factors(method: Any, score:
     scoring = max(row.scoring for row in rows)
     assert found.at_most() == {CPU: estimated + scoring}
     assert found.at_least() == {CPU: estimated + scoring - sum(row.input_factor for row in rows)}
+
+
+def test_updates_that_wait_are_counted_where_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One bound for all weights of a device; none of it is needed for sure, or beside the scores.
+    monkeypatch.setattr(update_queue, "GROUP_BYTES_ON_CPU", 2**30)
+    hierarchies = sylva_compile.estimate(Attention(), score="paper", block_size=16)
+    assert hierarchies.at_most()[CPU] == 2**30 + sum(
+        row.input_factor + row.output_factor + row.gradient for row in hierarchies.weights.values()
+    )
+    assert hierarchies.at_least()[CPU] < 2**20
+    assert sylva_compile.estimate(Attention(), block_size=16).at_most()[CPU] < 2**20
 
 
 def test_gradients_elsewhere_are_counted_there() -> None:

@@ -10,7 +10,7 @@ import torch
 import two_ranks
 from tiny_models import ARCHITECTURES, tiny
 from torch import Tensor, nn
-from trace_two_ranks import model_and_data
+from trace_two_ranks import METHODS, model_and_data
 
 import sylva_compile
 from sylva_compile import Masks
@@ -432,11 +432,11 @@ def test_a_failure_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
 def test_two_ranks_end_with_the_masks_of_all_their_data(tmp_path: Path) -> None:
     two_ranks.run("trace_two_ranks.py", tmp_path)
     model, data = model_and_data()
-    for method in ("sylva", "kfac", "random"):
-        first, second = (Masks.load(tmp_path / f"{method}{rank}") for rank in (0, 1))
+    for method, score in METHODS:
+        first, second = (Masks.load(tmp_path / f"{method}-{score}{rank}") for rank in (0, 1))
         assert dict(first) == dict(second)
         if method != "random":
             alone = sylva_compile.trace_and_mask(
-                model, data, loss_fn=regression, method=method, num_samples=32, **OPTIONS
+                model, data, loss_fn=regression, method=method, score=score, rank=32, num_samples=32, **OPTIONS
             )
             assert dict(first) == dict(alone)

@@ -16,7 +16,8 @@ from sylva_compile.curvature.dense import DenseFactor
 from sylva_compile.curvature.factor import NewFactor
 from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac, Score
-from sylva_compile.curvature.online import OnlineHierarchy
+from sylva_compile.curvature.online import OnlineHierarchy, update_together
+from sylva_compile.curvature.update_queue import UpdateQueue, group_bytes
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,21 @@ class EstimatorChoice:
     damping: float | None
     gradient_device: torch.device | None = None
 
-    def new_factor(self) -> NewFactor:
-        """What makes a Kronecker factor: "gain" reads diagonal blocks alone, so "sylva" keeps no more for it."""
+    def new_factor(self, queue: UpdateQueue[OnlineHierarchy] | None = None) -> NewFactor:
+        """What makes a Kronecker factor: "gain" reads diagonal blocks alone, so "sylva" keeps no more for it.
+
+        Args:
+            queue: where updates may wait for others; hierarchies alone, of many small operations, gain by it.
+        """
         if self.method == "kfac":
             return DenseFactor
         if self.score == "gain":
             return functools.partial(BlockFactor, block_size=self.block_size)
-        return functools.partial(_online_hierarchy, self.depth, self.rank)
+        return functools.partial(_online_hierarchy, self.depth, self.rank, queue)
+
+    def group_bytes(self, device: torch.device) -> int:
+        """What updates that wait for others take on `device` at most."""
+        return group_bytes(device) if self.method == "sylva" and self.score == "paper" else 0
 
 
 class Estimators:
@@ -62,7 +71,8 @@ class Estimators:
             choice: which estimator.
         """
         self._axes, self._block_size = input_axes, choice.block_size
-        new_factor = choice.new_factor()
+        self._queue = UpdateQueue(update_together)
+        new_factor = choice.new_factor(self._queue)
         self._inputs = InputFactors(new_factor)
         self._estimators: dict[str, Curvature] = {}
         for name, weight in weights.items():
@@ -90,6 +100,7 @@ class Estimators:
     def end_batch(self) -> None:
         """To be called after each backward pass."""
         self._inputs.end_batch()
+        self._queue.flush()
 
     def combine(self, group: ProcessGroup) -> None:
         """Add up the statistics of all ranks of `group`."""
@@ -125,5 +136,12 @@ class Estimators:
                 yield f"{name}/{at}", tensor
 
 
-def _online_hierarchy(depth: int, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> OnlineHierarchy:
-    return OnlineHierarchy(size, depth, rank, dtype=dtype, device=device)
+def _online_hierarchy(
+    depth: int,
+    rank: int,
+    queue: UpdateQueue[OnlineHierarchy] | None,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> OnlineHierarchy:
+    return OnlineHierarchy(size, depth, rank, dtype=dtype, device=device, queue=queue)

@@ -149,9 +149,14 @@ class TestTracing:
         assert groups[2] == [["k.weight", "q.weight", "v.weight"], ["o.weight"]]
 
 
-@pytest.mark.parametrize(("method", "score"), [("sylva", "gain"), ("sylva", "paper"), ("kfac", "paper")])
-def test_ranks_combine_to_the_same_scores_as_one_process(method: str, score: str, tmp_path: Path) -> None:
-    spawn(combine, (method, score, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize(
+    ("method", "score", "group_bytes"),
+    [("sylva", "gain", 0), ("sylva", "paper", 0), ("sylva", "paper", 2**30), ("kfac", "paper", 0)],
+)
+def test_ranks_combine_to_the_same_scores_as_one_process(
+    method: str, score: str, group_bytes: int, tmp_path: Path
+) -> None:
+    spawn(combine, (method, score, group_bytes, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = estimators("qe", 10, 12, "kfac", score)
     for rank in (0, 1):

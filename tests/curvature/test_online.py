@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sylva_compile.curvature import online
 from sylva_compile.curvature.hierarchy import Hierarchy
-from sylva_compile.curvature.online import OnlineHierarchy
+from sylva_compile.curvature.online import OnlineHierarchy, update_together
 
 F64 = torch.float64
 
@@ -94,16 +94,38 @@ class TestOddData:
 
 
 class TestManyFactors:
-    def test_one_call_for_several_factors_gives_what_each_gives_alone(self) -> None:
-        tokens = tokens_of(30, 45, 0, 4)
-        together = OnlineHierarchy(45, 3, 3, batch=(4,), dtype=F64)
-        for part in tokens.split(10, dim=1):
-            together.update(part)
-        for at in range(4):
-            alone = OnlineHierarchy(45, 3, 3, dtype=F64)
-            for part in tokens[at].split(10):
-                alone.update(part)
-            torch.testing.assert_close(dense(together)[at], dense(alone), rtol=1e-8, atol=1e-8)
+    @given(
+        st.integers(2, 60),
+        st.integers(0, 3),
+        st.integers(1, 8),
+        st.integers(1, 5),
+        st.integers(1, 40),
+        st.integers(0, 99),
+    )
+    @settings(deadline=None, max_examples=30)
+    def test_one_call_for_several_factors_gives_what_each_gives_alone(
+        self, size: int, depth: int, rank: int, count: int, tokens: int, seed: int
+    ) -> None:
+        together, alone = ([OnlineHierarchy(size, depth, rank, dtype=F64) for _ in range(count)] for _ in range(2))
+        for batch in range(3):
+            data = [tokens_of(tokens, size, seed + 10 * batch + at) for at in range(count)]
+            update_together(together, [tree.layout.spread(one, 1) for tree, one in zip(together, data, strict=True)])
+            for tree, one in zip(alone, data, strict=True):
+                tree.update(one)
+        for found, expected in zip(together, alone, strict=True):
+            assert found.updates == expected.updates
+            torch.testing.assert_close(dense(found), dense(expected), rtol=1e-8, atol=1e-8)
+
+    def test_in_float32_several_factors_are_as_good_as_each_alone(self) -> None:
+        """Against dense sums in float64, at a rank that holds all tokens, of sizes with thin and with whole nodes."""
+        size = 4 * online.WHOLE_BLOCKS
+        trees = [OnlineHierarchy(size, 3, 16) for _ in range(3)]
+        data = [tokens_of(8, size, at) for at in range(6)]
+        for batch in (data[:3], data[3:]):
+            update_together(trees, [tokens.float() for tokens in batch])
+        for tree, first, second in zip(trees, data[:3], data[3:], strict=True):
+            exact = first.mT @ first + second.mT @ second
+            assert float((dense(tree) - exact).norm() / exact.norm()) < 1e-6
 
     def test_merge_adds_up(self) -> None:
         parts = [tokens_of(2, 33, seed) for seed in range(3)]

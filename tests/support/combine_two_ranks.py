@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from two_ranks import process_group
 
+from sylva_compile.curvature import update_queue
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 
 F64 = torch.float64
@@ -27,8 +28,9 @@ def estimators(
     return Estimators(weights, dict.fromkeys(names, 1), choice)
 
 
-def combine(rank: int, method: str, score: str, store: str, results: str) -> None:
+def combine(rank: int, method: str, score: str, group_bytes: int, store: str, results: str) -> None:
     """Gather on this rank, combine with the other, and save the scores."""
+    update_queue.GROUP_BYTES_ON_CPU = group_bytes
     with process_group(rank, store) as group:
         one = estimators("qkei", 10, 12, method, score, depth=1, rank=12)
         x, gy = batch_of(40, 10, 12, rank)

@@ -8,6 +8,9 @@ from torch.distributed import ProcessGroup
 from two_ranks import process_group
 
 import sylva_compile
+from sylva_compile.curvature import update_queue
+
+METHODS = (("sylva", "gain"), ("sylva", "paper"), ("kfac", "gain"), ("random", "gain"))
 
 
 def regression(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -23,7 +26,9 @@ def model_and_data() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 
 def main(rank: int, directory: str, group: ProcessGroup) -> None:
     model, data = model_and_data()
-    for method in ("sylva", "kfac", "random"):
+    # On a GPU updates wait for others; here they do so that it is seen that ranks agree then too.
+    update_queue.GROUP_BYTES_ON_CPU = 2**20
+    for method, score in METHODS:
         # Ranks that start from other seeds must agree all the same.
         torch.manual_seed(rank)
         masks = sylva_compile.trace_and_mask(
@@ -31,13 +36,15 @@ def main(rank: int, directory: str, group: ProcessGroup) -> None:
             data[rank::2],
             loss_fn=regression,
             method=method,
+            score=score,
+            rank=32,
             process_group=group,
             num_samples=32,
             block_size=8,
             sparsity=0.7,
             progress=False,
         )
-        masks.save(f"{directory}/{method}{rank}")
+        masks.save(f"{directory}/{method}-{score}{rank}")
 
 
 def failing(rank: int, group: ProcessGroup) -> None:
