@@ -101,6 +101,7 @@ class OnlineHierarchy(Factor):
         self._settle()
         return copy.deepcopy(self, {id(self._queue): self._queue})
 
+    @torch.no_grad()
     def update(self, tokens: Tensor) -> None:
         """Add `Zᵀ Z` for tokens Z `[T, d]`; with a queue, no later than the sum is read.
 

@@ -58,9 +58,10 @@ class UpdateQueue(Generic[_Factor]):
         done then, so that it depends on the order and the shapes of updates alone what goes together.
         """
         limit = group_bytes(device)
-        if self._held + nbytes > limit or id(factor) in self._waiting:
+        fits = nbytes <= limit
+        if id(factor) in self._waiting or (fits and self._held + nbytes > limit):
             self.flush()
-        return nbytes <= limit
+        return fits
 
     def add(self, factor: _Factor, tokens: Tensor, *, group: Hashable, nbytes: int) -> None:
         """Let `tokens`, which nobody else changes, wait for `factor`; `make_room` comes before.

@@ -82,7 +82,10 @@ class TestQueue:
             assert queue.make_room(name, 10, CPU)
             queue.add(name, torch.zeros(1), group=0, nbytes=10)
         assert seen == [["a", "b"], ["c", "d"]]
+        # What is too large for the queue goes past it, but not past an update of its own.
         assert not queue.make_room("large", 21, CPU)
+        assert seen[2:] == []
+        assert not queue.make_room(name, 21, CPU)
         assert seen[2:] == [["e"]]
 
     def test_a_factor_that_waits_is_updated_before_it_waits_again(self) -> None:

@@ -1,0 +1,21 @@
+"""The benchmark of grouped updates runs, and shows what they are for: operations do not grow with the layers."""
+
+import grouped_updates
+import pytest
+
+SMALL = ["--size", "48", "--depth", "2", "--tokens", "20", "--layers", "2", "8", "--repeats", "2", "--no-write"]
+
+
+def test_small() -> None:
+    few, many = grouped_updates.main(SMALL)
+    assert few["operations"]["together"] < few["operations"]["one_by_one"]
+    assert many["operations"]["one_by_one"] == 4 * few["operations"]["one_by_one"]
+    # A copy of the tokens and a product for the leaves are all that each layer adds.
+    assert many["operations"]["together"] - few["operations"]["together"] <= 6 * 4
+    assert many["ratio"] > 0
+
+
+def test_sums_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_updates, "together", lambda trees, tokens: None)
+    with pytest.raises(AssertionError):
+        grouped_updates.main(SMALL)
