@@ -1,16 +1,20 @@
 """Tokens that wait for others of their shape, so that many small factors are updated in one call.
 
-An update of an online hierarchy is some forty small operations, QR and SVD of thin matrices among them. A GPU starts
-them more slowly than it runs them, and a model has hundreds of factors. So factors of one size, shown as many tokens
-each, are updated together. They come one by one in a backward pass, hence their tokens wait: up to a bound, and never
-beyond the batch.
+An update of an online hierarchy is more than a hundred small operations, QR and SVD of thin matrices among them. A GPU
+starts them more slowly than it runs them, and a model has hundreds of factors. So factors of one size that are shown as
+many tokens each are updated together. They come one by one in a backward pass, hence their tokens wait: up to a bound,
+and never beyond the batch.
 
 What waits is a copy. The tokens handed over may be a view of an activation or of a gradient, which later operations of
 the backward pass may free, accumulate into or, in code of the user's, overwrite; and a view would keep all of the
 tensor that it is cut from in memory. The copy has the factor's dtype and slots, which an update needs in any case.
 
-On a CPU nothing waits. Single updates start quickly there and find their tokens in the cache still: with 2,048 tokens
-grouping took 1.1 to 1.3 times as long, with 64 tokens 0.8 times (`python benchmarks/grouped_updates.py`).
+The sums are those of single updates up to rounding, wherever the queue was emptied: nothing but the order of operations
+inside of batched products depends on it. The same updates in the same order give the same bits, for what goes together
+is then the same too.
+
+On a CPU nothing waits. Single updates start quickly there and find their tokens in the cache still; `python
+benchmarks/grouped_updates.py` shows both, and how many operations grouping saves.
 """
 
 from collections.abc import Callable, Hashable, Sequence
