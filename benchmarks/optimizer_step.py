@@ -7,7 +7,8 @@ in float32. Every variant leaves the same dense weights behind, so all share the
 touches are never touched either and take no memory. torch's variants step the blocks and then write them through with
 the quickest library operations that were found: one `_foreach_copy_` onto views of all blocks' places, made beforehand,
 or, compiled, an `index_copy_` of the blocks' rows (an indexed assignment a weight takes twenty times as long). Variants
-take turns, step by step; results are compared before anything is timed.
+take turns, step by step; results are compared before anything is timed. In each turn one long vector is also added to
+another in place: what memory can do at that time on that machine, beside which stands what our step moves a second.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from sylva_compile import Masks, embedding
 from sylva_compile.site import Site
 
 HIDDEN, MLP, LAYERS = 4096, 11008, 32
+STREAMED = 1 << 25
+"""Elements of each of two float32 vectors, which no cache holds."""
 VARIANTS = ("sylva", "torch fused", "torch foreach", "torch foreach, compiled")
 
 
@@ -158,39 +161,51 @@ def measure(
     made = variants(masks, lr=1e-3)
     assert_equal_results(made, masks)
     sites = list(embedding.sites(model).values())
+    streams = torch.ones(2, STREAMED, device=device)
     times: dict[str, list[float]] = {variant.name: [] for variant in made}
+    streaming: list[float] = []
     gc.disable()
     try:
         for turn in range(repeats + 2):
             # Each turn begins with another variant: nobody always follows the same neighbour.
             for variant in made[turn % len(made) :] + made[: turn % len(made)]:
-                _wait()
-                started = time.perf_counter()
-                variant.step()
-                _wait()
+                taken = _milliseconds(variant.step)
                 if turn >= 2:
-                    times[variant.name].append((time.perf_counter() - started) * 1e3)
+                    times[variant.name].append(taken)
                 for site in sites:
                     # The weights now hold another variant's blocks, which ours must not mistake for an edit by hand.
                     site.agree()
+            streaming.append(_milliseconds(lambda: streams[0].add_(streams[1])))
     finally:
         gc.enable()
     elements = sum(blocks.numel() for blocks in made[0].blocks)
     rows: dict[str, Any] = {}
-    for name, taken in times.items():
-        low, middle, high = statistics.quantiles(taken, n=4)
+    for name, found in times.items():
+        low, middle, high = statistics.quantiles(found, n=4)
         rows[name] = {"step_ms": {"q25": low, "median": middle, "q75": high}}
     ours = rows["sylva"]["step_ms"]["median"]
     for row in rows.values():
         row["of_sylva"] = row["step_ms"]["median"] / ours
     # Parameter, gradient and two states are read, all but the gradient written, and the weight's bfloat16 written.
     moved = elements * (7 * 4 + 2)
+    # Two vectors are read and one is written.
+    streamed = 3 * 4 * STREAMED / statistics.median(streaming[2:]) / 1e6
     return {
         "weights": len(sites),
         "elements": elements,
         "gigabytes_per_second": moved / ours / 1e6,
+        "streaming_gigabytes_per_second": streamed,
+        "of_streaming": moved / ours / 1e6 / streamed,
         "variants": rows,
     }
+
+
+def _milliseconds(work: Callable[[], object]) -> float:
+    _wait()
+    started = time.perf_counter()
+    work()
+    _wait()
+    return (time.perf_counter() - started) * 1e3
 
 
 def _wait() -> None:
@@ -216,7 +231,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         [name, f"{row['step_ms']['median']:.1f}", f"{row['of_sylva']:.2f}"] for name, row in results["variants"].items()
     ]
     print_table("Optimizer step and write-through", ["variant", "ms", "of sylva"], rows)
-    print(f"{results['weights']} weights, {results['elements']:,} elements, {results['gigabytes_per_second']:.1f} GB/s")
+    print(
+        f"{results['weights']} weights, {results['elements']:,} elements, {results['gigabytes_per_second']:.1f} GB/s, "
+        f"{results['of_streaming']:.0%} of the {results['streaming_gigabytes_per_second']:.1f} GB/s of adding vectors"
+    )
     if not options.no_write:
         print(f"written to {write_results('optimizer_step', settings, results)}")
     return results

@@ -5,11 +5,15 @@
 
 #include <algorithm>
 #include <cstring>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 namespace {
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, BFLOAT16_STOCHASTIC };
-constexpr int64_t CHUNK = 1024;  // Elements that are widened at a time; their buffers stay in the first-level cache.
+constexpr int64_t CHUNK = 512;  // Elements that are stepped at a time; what becomes of them is still in the first-level cache.
+constexpr int64_t LINE = 64;    // Bytes of a cache line.
 
 inline float from_bfloat16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
@@ -113,13 +117,47 @@ void run(const int64_t* row, int64_t gradient, T scale, const T* s, uint32_t see
   }
 }
 
-// Rounds the block whose first element is `first` into the dense weight at (top, left).
+// Writes a whole line. Where the processor can, it does so past its caches, which would read the line before they change
+// it: rows of a block are pages apart in the dense weight, so none of its lines is there.
+inline void write_line(void* line, const void* values) {
+#ifdef __SSE2__
+  const auto* from = static_cast<const __m128i*>(values);
+  auto* to = static_cast<__m128i*>(line);
+  for (int k = 0; k < 4; ++k) _mm_stream_si128(to + k, _mm_load_si128(from + k));
+#else
+  std::memcpy(line, values, LINE);
+#endif
+}
+
+// Lines that this thread wrote are seen by all others from here on.
+inline void finish_lines() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// Whether `width` elements from column `left` on are whole lines of the dense weight in every row.
+bool in_whole_lines(const int64_t* row, int64_t left, int64_t width) {
+  const int64_t bytes = row[DENSE_TYPE] == FLOAT64 ? 8 : row[DENSE_TYPE] == FLOAT32 ? 4 : 2;
+  return row[COL_STRIDE] == 1 && (row[DENSE] + left * bytes) % LINE == 0 && row[ROW_STRIDE] * bytes % LINE == 0 &&
+         width * bytes % LINE == 0;
+}
+
+// Rounds the rows of a block whose first element is `first` into the dense weight at (top, left).
 template <typename T, typename D, typename Round>
-void write_block(const int64_t* row, int64_t first, int64_t top, int64_t left, int64_t height, int64_t width, Round round) {
+void write_rows(const int64_t* row, int64_t first, int64_t top, int64_t left, int64_t height, int64_t width, Round round) {
+  constexpr int64_t PIECE = LINE / sizeof(D);
   const int64_t b = row[BLOCK], down = row[ROW_STRIDE], right = row[COL_STRIDE];
   const T* block = address<T>(row[PARAM]) + first;
   D* dense = address<D>(row[DENSE]) + top * down + left * right;
-  if (right == 1) {
+  if (in_whole_lines(row, left, width)) {
+    alignas(LINE) D line[PIECE];
+    for (int64_t r = 0; r < height; ++r)
+      for (int64_t c = 0; c < width; c += PIECE) {
+        for (int64_t k = 0; k < PIECE; ++k) line[k] = round(block[r * b + c + k]);
+        write_line(dense + r * down + c, line);
+      }
+  } else if (right == 1) {
     for (int64_t r = 0; r < height; ++r)
       for (int64_t c = 0; c < width; ++c) dense[r * down + c] = round(block[r * b + c]);
   } else {
@@ -131,24 +169,12 @@ void write_block(const int64_t* row, int64_t first, int64_t top, int64_t left, i
 template <typename T>
 void write_through(const int64_t* row, int64_t first, int64_t top, int64_t left, int64_t height, int64_t width) {
   switch (row[DENSE_TYPE]) {
-    case FLOAT32: return write_block<T, float>(row, first, top, left, height, width, [](T x) { return float(x); });
-    case FLOAT64: return write_block<T, double>(row, first, top, left, height, width, [](T x) { return double(x); });
+    case FLOAT32: return write_rows<T, float>(row, first, top, left, height, width, [](T x) { return float(x); });
+    case FLOAT64: return write_rows<T, double>(row, first, top, left, height, width, [](T x) { return double(x); });
     case FLOAT16:
-      return write_block<T, _Float16>(row, first, top, left, height, width, [](T x) { return _Float16(float(x)); });
+      return write_rows<T, _Float16>(row, first, top, left, height, width, [](T x) { return _Float16(float(x)); });
     default:
-      return write_block<T, uint16_t>(row, first, top, left, height, width, [](T x) { return to_bfloat16(float(x)); });
-  }
-}
-
-// Rows of a block are pages apart in the dense weight: fetching them takes as long as stepping the block, so it is begun
-// before.
-void prefetch_block(const int64_t* row, int64_t top, int64_t left, int64_t height, int64_t width) {
-  constexpr int64_t LINE = 64;
-  const int64_t bytes = row[DENSE_TYPE] == FLOAT64 ? 8 : row[DENSE_TYPE] == FLOAT32 ? 4 : 2;
-  if (row[COL_STRIDE] != 1) return;
-  for (int64_t r = 0; r < height; ++r) {
-    const char* at = address<char>(row[DENSE]) + ((top + r) * row[ROW_STRIDE] + left) * bytes;
-    for (int64_t offset = 0; offset < width * bytes; offset += LINE) __builtin_prefetch(at + offset, 1);
+      return write_rows<T, uint16_t>(row, first, top, left, height, width, [](T x) { return to_bfloat16(float(x)); });
   }
 }
 
@@ -166,14 +192,19 @@ void step_tile(const int64_t* row, int64_t gradient, const double* hyper, double
        first += size) {
     const int64_t top = positions[first / size] * b, left = positions[row[BLOCKS] + first / size] * b;
     const int64_t height = std::min(b, row[ROWS] - top), width = std::min(b, row[COLS] - left);
-    prefetch_block(row, top, left, height, width);
-    // What reaches over the matrix's edge is neither trained nor written.
-    if (width == b) {
-      run<T>(row, gradient, T(scale), s, seed, first, height * b);
-    } else {
-      for (int64_t r = 0; r < height; ++r) run<T>(row, gradient, T(scale), s, seed, first + r * b, width);
+    // Whole lines are written as soon as they are known, beside the next rows' arithmetic; single elements take longer
+    // that way than all at once.
+    const int64_t rows = in_whole_lines(row, left, width) ? std::max(CHUNK / b, int64_t(1)) : b;
+    for (int64_t r = 0; r < height; r += rows) {
+      const int64_t begin = first + r * b, n = std::min(rows, height - r);
+      // What reaches over the matrix's edge is neither trained nor written.
+      if (width == b) {
+        run<T>(row, gradient, T(scale), s, seed, begin, n * b);
+      } else {
+        for (int64_t k = 0; k < n; ++k) run<T>(row, gradient, T(scale), s, seed, begin + k * b, width);
+      }
+      write_through<T>(row, begin, top + r, left, n, width);
     }
-    write_through<T>(row, first, top, left, height, width);
   }
 }
 
@@ -196,15 +227,19 @@ double sum_of_squares(const int64_t* row, int64_t gradient, int64_t first, int64
 // `hyper [groups, HYPERPARAMETERS]`, `tiles [count, 2]` (row and first element).
 extern "C" void step(const int64_t* table, const int64_t* gradients, int64_t rows, const double* hyper,
                      const int64_t* tiles, int64_t count, int64_t tile, double scale, uint32_t seed, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t *row = table + tiles[2 * i] * WIDTH, gradient = gradients[tiles[2 * i]], first = tiles[2 * i + 1];
-    if (!gradient) continue;
-    if (row[PARAM_TYPE] == FLOAT64) {
-      step_tile<double>(row, gradient, hyper, scale, seed, first, tile);
-    } else {
-      step_tile<float>(row, gradient, hyper, scale, seed, first, tile);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t *row = table + tiles[2 * i] * WIDTH, gradient = gradients[tiles[2 * i]], first = tiles[2 * i + 1];
+      if (!gradient) continue;
+      if (row[PARAM_TYPE] == FLOAT64) {
+        step_tile<double>(row, gradient, hyper, scale, seed, first, tile);
+      } else {
+        step_tile<float>(row, gradient, hyper, scale, seed, first, tile);
+      }
     }
+    finish_lines();
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t* row = table + r * WIDTH;

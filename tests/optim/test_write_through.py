@@ -114,6 +114,28 @@ class TestEveryStep:
             assert torch.equal(site.inside(site.blocks.detach()), site.blocks.detach())
             assert_invariant(model, masks)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    def test_whole_cache_lines_and_parts_of_them_are_written_alike(self, dtype: torch.dtype) -> None:
+        ends = []
+        for start in (0, 1):
+            torch.manual_seed(0)
+            values = torch.randn(96, 128).to(dtype)
+            # torch's memory begins at a cache line; one element further on, every row ends inside one.
+            memory = torch.zeros(1 + values.numel(), dtype=dtype)
+            weight = memory[start:][: values.numel()].view(96, 128).copy_(values)
+            assert (weight.data_ptr() % 64 == 0) == (start == 0)
+            model, masks = embedded([weight], 64)
+            kept = outside(model, masks)
+            optimizer = AdamW(masks.parameters(), lr=0.1)
+            for _ in range(2):
+                give_gradients(masks)
+                optimizer.step()
+            assert_invariant(model, masks)
+            assert all(torch.equal(*pair) for pair in zip(outside(model, masks), kept, strict=True))
+            assert not torch.equal(weight, values)
+            ends.append(weight.clone())
+        assert torch.equal(*ends)
+
     def test_is_what_torch_and_the_hook_do(self) -> None:
         model, masks = embedded([torch.randn(40, 48).bfloat16(), torch.randn(24, 16)])
         twin = copy.deepcopy(model)
