@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import METHODS, check_options
-from tasks import TASKS
+from tasks import Task, TaskError, find_task
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,12 @@ class Settings:
     """What all runs of a grid share, unless `[vary]` says otherwise.
 
     Attributes:
-        model: "minilm", "tiny" (random weights, for tests), or a folder or hub name.
+        model: "minilm", of writing "small-gpt2", "tiny" (random weights, for tests), or a folder or hub name.
         scope: the weights that methods with a budget may change, as `trace_and_mask` takes it.
-        train, validation: sentences of the training file to train on, and to choose learning rates on.
-        extra_test: further sentences of the training file that are tested on besides the development file.
-        epochs, batch, length: passes over the training sentences, sentences of a batch, most tokens of a sentence.
+        train, validation: examples of the training file to train on, and to choose learning rates on. A hub's data
+            know 0 too: all that are left.
+        extra_test: further ones that are tested on besides those that the task keeps for that.
+        epochs, batch, length: passes over the training examples, examples of a batch, most tokens of an example.
         head_learning_rate: of the classifier, in every method but "head", whose learning rate it is.
         head_steps: steps that the classifier takes alone before anything else happens, in every method.
         sparsity, block_size: they fix the budget, in trainable parameters, of every method that has one.
@@ -56,12 +57,13 @@ class Run:
     """One training: the whole of what its result depends on, but for machine and versions.
 
     Attributes:
-        task: a name in `TASKS`.
+        task: a name in `TASKS`, or of a task on a hub's data.
         method: the name that the grid gives it.
         options: `kind`, a name in `METHODS`, and what that takes.
         settings: of the grid.
         learning_rate: of everything but the head.
         seed: of the head, the batches' order, and chance wherever a method uses it.
+        hub: the table of a task on a hub's data; empty for the others.
     """
 
     task: str
@@ -70,6 +72,11 @@ class Run:
     settings: Settings
     learning_rate: float
     seed: int
+    hub: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def about(self) -> Task:
+        """The task that the name stands for."""
+        return find_task(self.task, self.hub)
 
     def parts(self) -> dict[str, Any]:
         """All settings that bear on the result; those that this method does not look at are left out."""
@@ -83,7 +90,7 @@ class Run:
             "settings": settings,
             "learning_rate": self.learning_rate,
             "seed": self.seed,
-        }
+        } | ({"hub": dict(self.hub)} if self.hub else {})
 
     def key(self) -> str:
         """The same for the same settings, whatever order they are written in."""
@@ -109,7 +116,8 @@ class Grid:
 
     Attributes:
         name: of the file.
-        tasks: names in `TASKS`, each with the settings in which it differs.
+        tasks: names in `TASKS`, or of tasks on a hub's data, each with the settings in which it differs.
+        hub: tables of the latter.
         methods: names for the tables, each with its options.
         settings: of every run.
         vary: values of single settings, changed one at a time.
@@ -119,6 +127,7 @@ class Grid:
 
     name: str
     tasks: Mapping[str, Mapping[str, Any]]
+    hub: Mapping[str, Mapping[str, Any]]
     methods: Mapping[str, Mapping[str, Any]]
     settings: Settings
     vary: Mapping[str, Sequence[Any]]
@@ -134,25 +143,34 @@ class Grid:
         _check(path, set(said) <= known, f"unknown keys {sorted(set(said) - known)}; use {sorted(known)}")
         missing = known - {"settings", "vary"} - set(said)
         _check(path, not missing, f"{sorted(missing)} missing; add them")
+        hub = {name: table.pop("hub") for name, table in said["tasks"].items() if "hub" in table}
+        for name in said["tasks"]:
+            try:
+                find_task(name, hub.get(name, {}))
+            except TaskError as error:
+                raise GridError(f"{path}: task {name!r}: {error}.") from error
         names = {each.name for each in fields(Settings)}
         tables = {"settings": said.get("settings", {}), "vary": said.get("vary", {})}
         for title, table in (tables | {f"tasks.{name}": table for name, table in said["tasks"].items()}).items():
             strange = set(table) - names
             _check(path, not strange, f"unknown names {sorted(strange)} in [{title}]; use {sorted(names)}")
-        strange = set(said["tasks"]) - set(TASKS)
-        _check(path, not strange, f"unknown tasks {sorted(strange)}; use {sorted(TASKS)}")
         for name, options in said["methods"].items():
             problem = check_options(options)
             _check(path, problem is None, f"method {name!r}: {problem}")
         return cls(
             name=path.stem,
             tasks=said["tasks"],
+            hub=hub,
             methods=said["methods"],
             settings=Settings(**said.get("settings", {})),
             vary=said.get("vary", {}),
             learning_rates=said["learning_rates"],
             seeds=said["seeds"],
         )
+
+    def about(self, task: str) -> Task:
+        """The task that a name stands for."""
+        return find_task(task, self.hub.get(task, {}))
 
     def variations(self, task: str) -> Iterator[Settings]:
         """The settings of a task as they stand, then with one of them changed at a time; each once."""
@@ -167,7 +185,8 @@ class Grid:
         found: dict[str, Run] = {}
         for task in self.tasks:
             for settings, (method, options) in itertools.product(self.variations(task), self.methods.items()):
-                run = Run(task, method, options, settings, self.learning_rates[0], self.seeds[0])
+                hub = self.hub.get(task, {})
+                run = Run(task, method, options, settings, self.learning_rates[0], self.seeds[0], hub)
                 found.setdefault(run.group(), run)
         yield from found.values()
 

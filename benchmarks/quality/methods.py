@@ -8,13 +8,13 @@ from typing import Any
 
 import peft
 import torch
-from tasks import HEAD, head_of
+from tasks import head_of, heads_of
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from traces import PATTERNS, Scores, budget_elements, choose
 
 import sylva_compile
-from sylva_compile.scope import weights_in_scope
+from sylva_compile.scope import input_axes, weights_in_scope
 from sylva_compile.selection import Budget
 
 Groups = list[dict[str, Any]]
@@ -103,7 +103,9 @@ def prepare_sharded(model: nn.Module, options: Mapping[str, Any], budget: Budget
 
 
 def prepare_head(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
-    """The head alone, at the run's learning rate."""
+    """The head alone, at the run's learning rate. Raises ValueError where there is none."""
+    if not head_of(model):
+        raise ValueError("this model has no head; kind 'head' and head_steps are for classification")
     _head_alone(model)
     return Ready(model, head_of(model), lambda: _bytes(head_of(model)))
 
@@ -113,7 +115,8 @@ def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
     kind = options["kind"]
     weights = weights_in_scope(model, budget.scope)
     # LoRA: r(m + n) elements a weight. SHiRA: as many of the weight itself. DoRA: m magnitudes more than LoRA.
-    magnitudes = sum(weight.shape[0] for weight in weights.values()) if kind == "dora" else 0
+    axes = input_axes(model, weights)
+    magnitudes = sum(weight.shape[1 - axes[name]] for name, weight in weights.items()) if kind == "dora" else 0
     per_rank = sum(sum(weight.shape) for weight in weights.values())
     rank = max(1, round((budget.elements(model) - magnitudes) / per_rank))
     targets = [name.removesuffix(".weight") for name in weights]
@@ -121,7 +124,15 @@ def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
     config = (
         peft.ShiraConfig(r=rank, target_modules=targets, random_seed=seed)
         if kind == "shira"
-        else peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets, use_dora=kind == "dora")
+        else peft.LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            lora_dropout=0.0,
+            target_modules=targets,
+            use_dora=kind == "dora",
+            # GPT-2's layers store their weights transposed.
+            fan_in_fan_out=set(axes.values()) == {0},
+        )
     )
     wrapped = peft.get_peft_model(model, config)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
@@ -256,5 +267,5 @@ def _state_bytes(model: nn.Module) -> int:
 
 def _adapter_bytes(model: nn.Module) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        sylva_compile.save_adapter(model, folder, modules_to_save=HEAD)
+        sylva_compile.save_adapter(model, folder, modules_to_save=heads_of(model))
         return sum(path.stat().st_size for path in Path(folder).iterdir())

@@ -21,10 +21,10 @@ import torch
 from grid import Grid, Run, best_learning_rate
 from methods import METHODS, Budgeted
 from rows import Rows
-from tasks import TASKS, Data, head_of, load_data, load_model, load_tokenizer
+from tasks import Batch, Data, Sizes, TaskError, head_of, on
 from torch import nn
 from traces import Scores, block_scores
-from training import evaluate, floor_ms, train
+from training import floor_ms, train
 from transformers.utils import logging as transformers_logging
 
 import sylva_compile
@@ -39,10 +39,10 @@ FOLDER = RESULTS / "quality"
 class Runner:
     """Does runs, and keeps between them what they share: data, models before training, block scores."""
 
-    def __init__(self, data: Path, until: float = float("inf")) -> None:
+    def __init__(self, data: Path, until: float = float("inf"), device: str = "cpu") -> None:
         """`data` is the folder of the data sets; no run begins after `until` on the monotonic clock."""
-        self.folder, self.until = data, until
-        self._data: dict[tuple[Any, ...], Data] = {}
+        self.folder, self.until, self.device = data, until, torch.device(device)
+        self._data: dict[tuple[Any, ...], Data[Any, Any]] = {}
         self._models: dict[tuple[Any, ...], nn.Module] = {}
         self._scores: dict[tuple[Any, ...], Scores] = {}
 
@@ -52,11 +52,7 @@ class Runner:
         settings = run.settings
         data = self.data(run)
         model = self.model(run)
-        batches = [
-            batch
-            for epoch in range(settings.epochs)
-            for batch in data.train.batches(settings.batch, seed=1000 * run.seed + epoch)
-        ]
+        batches = [batch for epoch in range(settings.epochs) for batch in self.batches(run, 1000 * run.seed + epoch)]
         floor = floor_ms(model, batches[:3])
         budget = Budgeted(settings.scope, settings.sparsity, settings.block_size)
         torch.manual_seed(run.seed)
@@ -72,10 +68,11 @@ class Runner:
             ready.model.compile(backend=backend)
         trainable = sum(parameter.numel() for parameter in ready.model.parameters() if parameter.requires_grad)
         trained = train(ready, batches, run.learning_rate, settings.head_learning_rate)
-        task = TASKS[run.task]
+        task = run.about()
         return {
-            "validation": evaluate(ready.model, data.validation.batches(4 * settings.batch), task),
-            "test": evaluate(ready.model, data.test.batches(4 * settings.batch), task),
+            **task.provenance(self.folder, settings.model),
+            "validation": task.evaluate(ready.model, data.validation, 4 * settings.batch),
+            "test": task.evaluate(ready.model, data.test, 4 * settings.batch),
             "trainable": trainable,
             "head": sum(parameter.numel() for parameter in head_of(ready.model)),
             "steps": len(batches),
@@ -86,31 +83,34 @@ class Runner:
             "seconds": time.perf_counter() - started,
         }
 
-    def data(self, run: Run) -> Data:
-        """The sentences of a run's task."""
+    def data(self, run: Run) -> Data[Any, Any]:
+        """The examples of a run's task."""
         s = run.settings
-        key = (run.task, s.model, s.train, s.validation, s.extra_test, s.length)
+        sizes = Sizes(s.train, s.validation, s.extra_test, s.length)
+        key = (run.task, s.model, sizes)
         if key not in self._data:
-            tokenizer = load_tokenizer(s.model)
-            self._data[key] = load_data(run.task, self.folder, tokenizer, s.train, s.validation, s.extra_test, s.length)
+            self._data[key] = run.about().load(self.folder, s.model, sizes)
         return self._data[key]
 
+    def batches(self, run: Run, seed: int) -> list[Batch]:
+        """One pass over the training examples of a run's task."""
+        batches = self.data(run).train.batches(run.settings.batch, seed=seed)
+        return [on(self.device, batch) for batch in batches]
+
     def model(self, run: Run) -> nn.Module:
-        """A fresh copy of the model as all methods find it: pre-trained, its head new or trained by itself."""
+        """A fresh copy of the model as all methods find it: pre-trained; a head is new or trained by itself."""
         s = run.settings
         head = (run.task, s.train, s.batch, s.length, s.head_steps, s.head_learning_rate) if s.head_steps else ()
-        key = (s.model, run.seed, *head)
+        key = (run.task, s.model, run.seed, *head)
         if key not in self._models:
             # One is enough: runs come sorted by seed.
             self._models.clear()
-            model = load_model(s.model, run.seed)
+            model: nn.Module = run.about().make_model(self.folder, s.model, run.seed).to(self.device)
             if s.head_steps:
                 ready = METHODS["head"].prepare(model, {}, Budgeted(s.scope, s.sparsity, s.block_size), _untraced, 0)
                 epochs = -(-s.head_steps * s.batch // s.train)
                 batches = [
-                    batch
-                    for epoch in range(epochs)
-                    for batch in self.data(run).train.batches(s.batch, seed=1000 * run.seed + 500 + epoch)
+                    batch for epoch in range(epochs) for batch in self.batches(run, 1000 * run.seed + 500 + epoch)
                 ]
                 train(ready, batches[: s.head_steps], s.head_learning_rate, s.head_learning_rate)
                 model.requires_grad_(True)
@@ -132,7 +132,7 @@ class Runner:
         if key not in self._scores:
             self._scores[key] = block_scores(
                 self.model(run),
-                self.data(run).train.batches(s.batch, seed=1000 * run.seed + 999),
+                self.batches(run, 1000 * run.seed + 999),
                 scope=s.scope,
                 block_size=s.block_size,
                 samples=s.samples,
@@ -157,6 +157,7 @@ def run_grid(
     only: Sequence[str] = (),
     seconds: float = float("inf"),
     part: tuple[int, int] = (1, 1),
+    device: str = "cpu",
 ) -> None:
     """Do every run of `grid` that has no row yet.
 
@@ -167,11 +168,12 @@ def run_grid(
         only: tasks to leave it at; none for all.
         seconds: after which no run is begun.
         part: `(1, 2)` and `(2, 2)` are two halves, which two processes can do at once.
+        device: where models are trained.
 
     Raises:
         TimeIsUpError: runs are left over.
     """
-    runner = Runner(data, time.monotonic() + seconds)
+    runner = Runner(data, time.monotonic() + seconds, device)
     lines = [group for group in grid.groups() if not only or group.task in only][part[0] - 1 :: part[1]]
     for group in lines:
         _do(runner, grid.tuning(group), rows)
@@ -218,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--part", type=_part, default=(1, 1), help="such as 1/2 and 2/2, for two processes at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     parser.add_argument("--threads", type=int, help="threads that torch uses")
+    parser.add_argument("--device", default="cpu", help="where models are trained, such as cuda (%(default)s)")
     options = parser.parse_args(argv)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -226,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     grid = Grid.read(options.grid)
     rows = Rows(options.results / f"{grid.name}.jsonl")
     try:
-        run_grid(grid, rows, options.data, options.task, 60 * options.minutes, options.part)
+        run_grid(grid, rows, options.data, options.task, 60 * options.minutes, options.part, options.device)
+    except TaskError as error:
+        sys.exit(f"{grid.name}: {error}")
     except TimeIsUpError:
         print(f"{options.minutes:g} minutes are over; the same command goes on from here.")
     return rows.path

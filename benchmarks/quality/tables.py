@@ -18,7 +18,6 @@ from grid import Grid, Run, Settings, best_learning_rate
 from matplotlib.figure import Figure
 from rows import Rows
 from run import FOLDER
-from tasks import TASKS
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -85,15 +84,19 @@ def _title(grid: Grid, task: str, settings: Settings) -> str:
 
 
 def _quality(lines: Sequence[Line]) -> str:
-    metric = TASKS[lines[0].run.task].metric
+    task = lines[0].run.about()
+    # Metrics that need something which the machine may lack have no column then.
+    found = [each for line in lines for each in line.values("test", "further")] if task.further else []
+    further = [name for name in task.further if all(name in each for each in found)]
     chance = next((line for line in lines if line.run.options == {"kind": "blocks", "trace": "random"}), None)
-    head = ["method", "trainable", "learning rate", f"{metric}, %", "loss", "over random", "seeds"]
+    head = ["method", "trainable", "learning rate", f"{task.metric}, %", *further, "loss", "over random", "seeds"]
     table = [
         [
             line.run.method,
             f"{line.middle('trainable'):,.0f}",
             f"{line.learning_rate:g}",
             _spread([100 * value for value in line.values("test", "metric")], 1),
+            *(_spread(line.values("test", "further", name), 2) for name in further),
             _spread(line.values("test", "loss"), 3),
             "" if chance is None or line is chance else _difference(line, chance),
             str(len(line.rows)),
@@ -158,7 +161,7 @@ def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
                 means = [100 * statistics.mean(found) for _, found in points]
                 spread = [100 * statistics.stdev(found) if len(found) > 1 else 0.0 for _, found in points]
                 axis.errorbar([value for value, _ in points], means, spread, label=method, marker="o", capsize=2)
-        axis.set(title=task, xlabel=name.replace("_", " "), ylabel=f"{TASKS[task].metric}, %")
+        axis.set(title=task, xlabel=name.replace("_", " "), ylabel=f"{grid.about(task).metric}, %")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 

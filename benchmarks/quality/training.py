@@ -1,4 +1,4 @@
-"""Training and testing, the same for every method."""
+"""Training, the same for every method and task."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from methods import Ready
-from tasks import Batch, Task, head_of
+from tasks import Batch, head_of
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
@@ -76,19 +76,6 @@ def train(ready: Ready, batches: Sequence[Batch], learning_rate: float, head_lea
     )
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch], task: Task) -> dict[str, float]:
-    """The task's metric, and the mean loss over sentences."""
-    model.eval()
-    loss, labels, predictions = 0.0, [], []
-    for batch in batches:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss += nn.functional.cross_entropy(logits, batch["labels"], reduction="sum").item()
-        labels += batch["labels"].tolist()
-        predictions += logits.argmax(dim=1).tolist()
-    return {"metric": float(task.score(labels, predictions)), "loss": loss / len(labels)}
-
-
 def floor_ms(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Median time of a forward and backward pass of the frozen model, the backward going down to the embeddings."""
     wanted = [parameter.requires_grad for parameter in model.parameters()]
@@ -96,8 +83,11 @@ def floor_ms(model: nn.Module, batches: Sequence[Batch]) -> float:
     seconds = []
     for batch in batches:
         inputs = model.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
+        rest = {name: value for name, value in batch.items() if name != "input_ids"}
         started = time.perf_counter()
-        model(inputs_embeds=inputs, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+        model(inputs_embeds=inputs, **rest).loss.backward()
+        if inputs.is_cuda:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     for parameter, flag in zip(model.parameters(), wanted, strict=True):
         parameter.requires_grad_(flag)

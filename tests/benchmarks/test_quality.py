@@ -14,7 +14,9 @@ import torch
 from grid import Grid, GridError, Run, Settings, best_learning_rate
 from methods import METHODS, Budgeted, check_options
 from rows import Rows
-from tasks import HEAD, load_data, load_model, load_tokenizer
+from tasks import Sizes
+from tasks.base import HEAD
+from tasks.classification import COLA, SST2, load_model
 from torch import Tensor, nn
 from traces import Scores, block_scores, budget_elements, choose
 from training import train
@@ -181,9 +183,8 @@ def test_scores_apart_from_the_choice_give_the_masks_of_trace_and_mask() -> None
 
 class TestData:
     def test_splits_share_no_sentence_and_the_test_stays(self, data: Path) -> None:
-        tokenizer = load_tokenizer("tiny")
-        small = load_data("cola", data, tokenizer, 32, 16, 24, 16)
-        large = load_data("cola", data, tokenizer, 64, 16, 24, 16)
+        small = COLA.load(data, "tiny", Sizes(32, 16, 24, 16))
+        large = COLA.load(data, "tiny", Sizes(64, 16, 24, 16))
         assert small.test == large.test
         texts = [{tuple(ids) for ids in part.ids} for part in (large.train, large.validation, large.test)]
         assert [len(part) for part in (large.train, large.validation, large.test)] == [64, 16, 168]
@@ -191,10 +192,10 @@ class TestData:
 
     def test_too_many_are_refused(self, data: Path) -> None:
         with pytest.raises(ValueError, match="144 training sentences"):
-            load_data("sst2", data, load_tokenizer("tiny"), 140, 10, 0, 16)
+            SST2.load(data, "tiny", Sizes(140, 10, 0, 16))
 
     def test_batches_hold_every_sentence_once(self, data: Path) -> None:
-        train_part = load_data("sst2", data, load_tokenizer("tiny"), 50, 1, 1, 16).train
+        train_part = SST2.load(data, "tiny", Sizes(50, 1, 1, 16)).train
         for seed in (None, 3):
             batches = train_part.batches(8, seed=seed)
             rows = [
@@ -336,7 +337,7 @@ class TestGrid:
     def test_the_grids_that_are_there_can_be_read(self, path: Path) -> None:
         grid = Grid.read(path)
         assert len(list(grid.groups())) > 1
-        assert len(grid.seeds) >= 3
+        assert len(grid.seeds) >= 2
 
 
 def test_a_compiled_run_comes_to_the_same(data: Path) -> None:

@@ -1,0 +1,27 @@
+"""Tasks that models are fine-tuned on: their data, models, heads and metrics. Dropout is off everywhere."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tasks.base import Batch, Data, Sizes, Task, TaskError, head_of, heads_of, on
+from tasks.classification import COLA, SST2
+from tasks.e2e import E2E
+from tasks.hub import hub_task
+
+__all__ = ["TASKS", "Batch", "Data", "Sizes", "Task", "TaskError", "find_task", "head_of", "heads_of", "on"]
+
+TASKS: dict[str, Task] = {"sst2": SST2, "cola": COLA, "e2e": E2E()}
+"""Those that need no hub, by their names in grid files."""
+
+
+def find_task(name: str, hub: Mapping[str, Any]) -> Task:
+    """The task of a hub's data that `hub` describes, or, if that is empty, the one in `TASKS`.
+
+    Raises:
+        TaskError: neither is there.
+    """
+    if hub:
+        return hub_task(hub)
+    if name not in TASKS:
+        raise TaskError(f"unknown; use one of {sorted(TASKS)}, or describe it in [tasks.{name}.hub]")
+    return TASKS[name]

@@ -1,0 +1,333 @@
+"""Tasks on data sets of a hub, each described by a table in a grid file: `[tasks.NAME.hub]`.
+
+A data set is named as `datasets.load_dataset` takes it, or is a folder that `DatasetDict.save_to_disk` wrote. Rows are
+shuffled, always alike; what chooses the learning rate comes out of the training split unless a split is named for it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tasks.base import Data, Sizes, Task, TaskError, without_dropout
+from tasks.choices import Questions, evaluate_choices
+from tasks.classification import Score, Sentences, evaluate_labels
+from tasks.generation import Prompt, Writing, evaluate_writing
+
+LABEL_METRICS: Mapping[str, Score] = {
+    "accuracy": accuracy_score,
+    "F1": f1_score,
+    "Matthews correlation": matthews_corrcoef,
+    "Pearson correlation": lambda labels, predictions: pearsonr(labels, predictions).statistic,
+}
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubTask(Task):
+    """What all tables say.
+
+    Attributes:
+        data: the data set.
+        name: of its configuration.
+        revision: of its repository; "refs/convert/parquet" where its main branch has a script.
+        train, validation, test: splits; no validation: cut from the training split.
+        tested: at most so many rows are tested on; 0: all.
+        dtype: of the model's weights.
+    """
+
+    data: str
+    name: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    validation: str | None = None
+    test: str = "test"
+    tested: int = 0
+    dtype: str = "float32"
+
+    def check(self) -> str | None:
+        """What is wrong with the table, or None."""
+        return None if hasattr(torch, self.dtype) else f"dtype={self.dtype!r}; use float32 or bfloat16"
+
+    def parts(self, sizes: Sizes) -> tuple[Rows, Rows, Rows]:
+        """Rows to train on, to choose the learning rate on, and to test on."""
+        splits = load_splits(self.data, self.name, self.revision)
+        train = shuffled(splits, self.train, self.data)
+        held = [] if self.validation else train[: sizes.validation]
+        train = train[len(held) + sizes.extra_test :] if sizes.extra_test else train[len(held) :]
+        if self.validation:
+            held = shuffled(splits, self.validation, self.data)[: sizes.validation]
+        if len(train) < max(1, sizes.train):
+            raise TaskError(f"{self.data} leaves {len(train)} rows to train on, of {sizes.train}; ask for fewer.")
+        test = shuffled(splits, self.test, self.data)
+        return train[: sizes.train or None], held, test[: self.tested or None]
+
+    def tokenizer(self, model: str) -> PreTrainedTokenizerBase:
+        """Of the model, with a token to fill up with."""
+        with said_in_a_line(f"the tokeniser of {model}"):
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load_model(self, kind: Any, model: str, **rest: Any) -> PreTrainedModel:
+        """A pre-trained model of the `Auto...` class `kind`; `rest` goes into its configuration."""
+        with said_in_a_line(f"the model {model}"):
+            config = without_dropout(AutoConfig.from_pretrained(model, **rest))
+            loaded = kind.from_pretrained(model, config=config, dtype=getattr(torch, self.dtype))
+        if loaded.config.pad_token_id is None:
+            # Classifiers of decoders look for the last token that is no filling.
+            loaded.config.pad_token_id = self.tokenizer(model).pad_token_id
+        return loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubLabels(HubTask):
+    """Sentences, or pairs of them, with labels.
+
+    Attributes:
+        text: the column of the sentence, or two.
+        label: the column of labels.
+        classes: how many; 1: the label is a number, and the loss its squared error.
+        metric: a name in `LABEL_METRICS`.
+    """
+
+    text: Sequence[str]
+    label: str = "label"
+    classes: int = 2
+    metric: str = "accuracy"
+
+    def check(self) -> str | None:
+        """What is wrong with the table, or None."""
+        if self.metric not in LABEL_METRICS:
+            return f"metric={self.metric!r}; use one of {sorted(LABEL_METRICS)}"
+        return super().check()
+
+    def load(self, folder: Path, model: str, sizes: Sizes) -> Data[Sentences, Sentences]:
+        """See `Task`."""
+        tokenizer = self.tokenizer(model)
+
+        def encode(rows: Rows) -> Sentences:
+            texts = [[row[column] for row in rows] for column in self.text]
+            found = tokenizer(*texts, truncation=True, max_length=sizes.length)
+            number = float if self.classes == 1 else int
+            labels = [number(row[self.label]) for row in rows]
+            return Sentences(found["input_ids"], labels, tokenizer.pad_token_id, found.get("token_type_ids"))
+
+        return Data(*map(encode, self.parts(sizes)))
+
+    def make_model(self, folder: Path, model: str, seed: int) -> PreTrainedModel:
+        """See `Task`."""
+        torch.manual_seed(seed)
+        return self.load_model(AutoModelForSequenceClassification, model, num_labels=self.classes)
+
+    def evaluate(self, model: nn.Module, part: Sentences, size: int) -> dict[str, Any]:
+        """See `Task`."""
+        return evaluate_labels(model, part, size, LABEL_METRICS[self.metric])
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubWriting(HubTask):
+    """Prompts and what should follow.
+
+    Attributes:
+        prompt: a template, such as "{question} Answer:". Rows of the same prompt are its references.
+        target: the same for what should follow; the loss is on it alone.
+        decoder_only: whether the model is one (or else an encoder and a decoder).
+        metric: "ROUGE-L", or "BLEU", which brings the others of the E2E challenge.
+        new_tokens: at most so many are written.
+    """
+
+    prompt: str
+    target: str
+    decoder_only: bool
+    metric: str = "ROUGE-L"
+    new_tokens: int = 128
+
+    @property
+    def further(self) -> Sequence[str]:  # type: ignore[override]
+        """The other metrics."""
+        return ("NIST", "METEOR", "ROUGE-L", "CIDEr") if self.metric == "BLEU" else ()
+
+    def check(self) -> str | None:
+        """What is wrong with the table, or None."""
+        return super().check() if self.metric in ("BLEU", "ROUGE-L") else f"metric={self.metric!r}; BLEU or ROUGE-L"
+
+    def load(self, folder: Path, model: str, sizes: Sizes) -> Data[Any, Any]:
+        """See `Task`. No prompt is on two sides."""
+        tokenizer = self.tokenizer(model)
+        train, validation, test = (self.prompts(rows) for rows in self.parts(sizes))
+        seen = {prompt.text for prompt in (*validation, *test)}
+        return Data(
+            self.encode([prompt for prompt in train if prompt.text not in seen], tokenizer, sizes.length),
+            self.encode(validation, tokenizer, sizes.length),
+            self.encode(test, tokenizer, sizes.length),
+        )
+
+    def prompts(self, rows: Rows) -> list[Prompt]:
+        """Distinct prompts with all their references."""
+        found: dict[str, list[str]] = {}
+        for row in rows:
+            found.setdefault(self.prompt.format(**row), []).append(self.target.format(**row))
+        return [Prompt(text, references) for text, references in found.items()]
+
+    def encode(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, length: int) -> Writing:
+        """Tokenised."""
+        return Writing.encode(prompts, tokenizer, length, decoder_only=self.decoder_only)
+
+    def make_model(self, folder: Path, model: str, seed: int) -> PreTrainedModel:
+        """See `Task`."""
+        return self.load_model(AutoModelForCausalLM if self.decoder_only else AutoModelForSeq2SeqLM, model)
+
+    def evaluate(self, model: nn.Module, part: Writing, size: int) -> dict[str, Any]:
+        """See `Task`."""
+        # Seconds to import, and only evaluation wants them.
+        from tasks.metrics import rouge_l, text_metrics
+
+        def rouge_alone(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Mapping[str, float]:
+            return {"ROUGE-L": 100 * rouge_l(texts, references)}
+
+        scores = text_metrics if self.metric == "BLEU" else rouge_alone
+        return evaluate_writing(model, part, size, scores=scores, metric=self.metric, new_tokens=self.new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubChat(HubWriting):
+    """Training as for writing, judged by multiple-choice questions of another data set (MMLU's columns).
+
+    Attributes:
+        questions: that data set; `validation` and `test` are splits of it.
+        questions_name: of its configuration.
+        shots: answered questions before each.
+        shots_split: where those come from.
+        questions_length: most tokens of a question with those before it.
+    """
+
+    questions: str
+    questions_name: str | None = None
+    shots: int = 5
+    shots_split: str = "dev"
+    questions_length: int = 2048
+    decoder_only: bool = True
+    prompt: str = ""
+    metric: str = "accuracy"
+    validation: str = "validation"
+
+    def check(self) -> str | None:
+        """What is wrong with the table, or None."""
+        return None if self.metric == "accuracy" and self.decoder_only else "a chat is a decoder's; metric: accuracy"
+
+    def load(self, folder: Path, model: str, sizes: Sizes) -> Data[Writing, Questions]:
+        """See `Task`."""
+        tokenizer = self.tokenizer(model)
+        rows = shuffled(load_splits(self.data, self.name, self.revision), self.train, self.data)
+        if len(rows) < sizes.train:
+            raise TaskError(f"{self.data} has {len(rows)} rows to train on, not {sizes.train}; ask for fewer.")
+        # Whole conversations: each row stands for itself, whatever prompts they share.
+        prompts = [
+            Prompt(self.prompt.format(**row), [self.target.format(**row)]) for row in rows[: sizes.train or None]
+        ]
+        splits = load_splits(self.questions, self.questions_name, None)
+        examples = list(splits[self.shots_split])
+
+        def encode(split: str, most: int) -> Questions:
+            chosen = shuffled(splits, split, self.questions)[: most or None]
+            return Questions.encode(chosen, examples, tokenizer, shots=self.shots, length=self.questions_length)
+
+        return Data(
+            self.encode(prompts, tokenizer, sizes.length),
+            encode(self.validation, sizes.validation),
+            encode(self.test, self.tested),
+        )
+
+    def evaluate(self, model: nn.Module, part: Any, size: int) -> dict[str, Any]:
+        """See `Task`."""
+        return evaluate_choices(model, part, size)
+
+
+KINDS: Mapping[str, type[HubTask]] = {"labels": HubLabels, "writing": HubWriting, "chat": HubChat}
+
+
+def hub_task(table: Mapping[str, Any]) -> HubTask:
+    """The task that a table describes, its `kind` a name in `KINDS`. Raises TaskError for what means nothing."""
+    kind = KINDS.get(table.get("kind", ""))
+    if kind is None:
+        raise TaskError(f"kind={table.get('kind')!r}; use one of {sorted(KINDS)}")
+    known = {each.name: each for each in fields(kind)}
+    rest = {name: value for name, value in table.items() if name != "kind"}
+    if strange := set(rest) - set(known):
+        raise TaskError(f"unknown names {sorted(strange)}; use {sorted(known)}")
+    needed = {name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING}
+    if missing := needed - set(rest):
+        raise TaskError(f"{sorted(missing)} missing; add them")
+    task = kind(**rest)
+    if problem := task.check():
+        raise TaskError(problem)
+    return task
+
+
+def load_splits(data: str, name: str | None, revision: str | None) -> Mapping[str, Any]:
+    """Every split of a data set. Raises TaskError, in one line, where it cannot be had."""
+    # Seconds to import, and tasks of this repository's own do without.
+    import datasets
+
+    if (Path(data) / "dataset_dict.json").exists():
+        return datasets.load_from_disk(data)
+    with said_in_a_line(f"the data set {data}"):
+        return datasets.load_dataset(data, name, revision=revision)
+
+
+def shuffled(splits: Mapping[str, Any], split: str, data: str) -> Any:
+    """The rows of a split in an order that is always the same. Raises TaskError where there is no such split."""
+    if split not in splits:
+        raise TaskError(f"{data} has no split {split!r}; use one of {sorted(splits)}.")
+    found = splits[split]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+    return _Lazy(found, order)
+
+
+class _Lazy(Sequence[dict[str, Any]]):
+    """Rows in some order, read when they are asked for; slices cost nothing."""
+
+    def __init__(self, rows: Any, order: Sequence[int]) -> None:
+        self.rows, self.order = rows, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return _Lazy(self.rows, self.order[at])
+        return self.rows[self.order[at]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from self.rows.select(self.order)
+
+
+@contextmanager
+def said_in_a_line(what: str) -> Iterator[None]:
+    """Turn the errors of a hub that cannot be reached, or has no such thing, into a TaskError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # ConnectionError and the hub's own errors are OSErrors; an unknown configuration is a ValueError.
+        reason = str(error).strip().split("\n")[0]
+        raise TaskError(
+            f"{what} cannot be loaded; run this where huggingface.co can be reached, or name a folder that holds it "
+            f"({type(error).__name__}: {reason})"
+        ) from error

@@ -1,0 +1,83 @@
+"""Metrics of written texts with several references, in the units of the E2E challenge, each from its usual library.
+
+Texts are lower-cased, and cut into words by the tokeniser of BLEU (mteval-v13a) for all metrics that ask for words.
+
+* BLEU: sacrebleu, over the corpus.
+* NIST: nltk, 5-grams, over the corpus.
+* METEOR: METEOR 1.5 itself, with its synonyms and paraphrases, which pycocoevalcap carries as Java; left out where
+  there is no Java. nltk's own METEOR would lack the synonyms, which are a download.
+* ROUGE-L: rouge_score, the F-measure with stemming, of the best reference; the mean over texts. (The challenge's script
+  weighs recall higher and does not stem.)
+* CIDEr: pycocoevalcap, document frequencies from these references.
+"""
+
+import atexit
+import functools
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+
+import sacrebleu
+from nltk.translate.nist_score import corpus_nist
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+TEXT_METRICS = ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr")
+
+
+def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """All of the above, by name, BLEU, METEOR and ROUGE-L in per cent.
+
+    Args:
+        texts: one a prompt.
+        references: those of every prompt; at least one, and as many as there are.
+    """
+    most = max(len(each) for each in references)
+    streams = [[each[at] if at < len(each) else None for each in references] for at in range(most)]
+    words = {at: [_words(text)] for at, text in enumerate(texts)}
+    wanted = {at: [_words(text) for text in each] for at, each in enumerate(references)}
+    found = {
+        "BLEU": sacrebleu.corpus_bleu(list(texts), streams, lowercase=True).score,
+        "NIST": _nist(words, wanted),
+        "ROUGE-L": 100 * rouge_l(texts, references),
+        "CIDEr": float(Cider().compute_score(wanted, words)[0]),
+    }
+    if shutil.which("java") is not None:
+        found["METEOR"] = 100 * _meteor().compute_score(wanted, words)[0]
+    return found
+
+
+def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean over texts of the F-measure against the best reference."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = zip(texts, references, strict=True)
+    return statistics.mean(scorer.score_multi(list(each), text)["rougeL"].fmeasure for text, each in pairs)
+
+
+def _nist(texts: Mapping[int, list[str]], references: Mapping[int, list[str]]) -> float:
+    wanted = [[text.split() for text in each] for each in references.values()]
+    try:
+        return float(corpus_nist(wanted, [each[0].split() for each in texts.values()], n=5))
+    except ZeroDivisionError:
+        # All texts together have no 5-gram.
+        return 0.0
+
+
+@functools.cache
+def _meteor() -> Meteor:
+    # It takes many seconds to start, so one serves for all runs.
+    scorer = Meteor()
+    atexit.register(scorer.meteor_p.kill)
+    return scorer
+
+
+@functools.cache
+def _tokenizer() -> Tokenizer13a:
+    return Tokenizer13a()
+
+
+def _words(text: str) -> str:
+    # METEOR's pipe takes lines, and reads three bars as a separator.
+    return str(_tokenizer()(text.lower())).replace("|||", " ").replace("\n", " ").strip()

@@ -1,0 +1,186 @@
+"""A small GPT-2 with a byte-level tokeniser, pre-trained on English text that every machine with this project has.
+
+The text is the documentation inside Python's standard library and the training sentences of SST-2 and CoLA. Models are
+kept in out/pretrained/, so that all methods and seeds start from the same one. They have seen a millionth of what GPT-2
+has: they know something of spelling, grammar and names, and little else.
+"""
+
+import ast
+import hashlib
+import json
+import math
+import platform
+import random
+import shutil
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from tasks.base import without_dropout
+from tasks.classification import COLA, SST2
+
+CACHE = Path(__file__).parents[3] / "out" / "pretrained"
+END = "<|endoftext|>"
+PADDING = "<|padding|>"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made.
+
+    Attributes:
+        layers, heads, width, positions: of the model.
+        vocabulary: tokens; 258 are bytes, the end of a text, and padding.
+        characters: of the pre-training text; 0: random weights, and bytes as tokens.
+        epochs, batch, learning_rate: of the pre-training, in sequences of half of `positions`.
+    """
+
+    layers: int = 4
+    heads: int = 4
+    width: int = 192
+    positions: int = 256
+    vocabulary: int = 2048
+    characters: int = 2_000_000
+    epochs: int = 1
+    batch: int = 16
+    learning_rate: float = 2e-3
+
+
+RECIPES = {
+    "small-gpt2": Recipe(),
+    "tiny": Recipe(layers=2, heads=2, width=32, positions=1024, vocabulary=258, characters=0),
+}
+
+
+def pretrained(name: str, data: Path) -> Path:
+    """The folder of a model and its tokeniser; made now where it is not there yet.
+
+    Args:
+        name: in `RECIPES`.
+        data: the folder of the data sets, where sentences come from.
+    """
+    recipe = RECIPES[name]
+    said = [json.dumps(asdict(recipe), sort_keys=True).encode()]
+    if recipe.characters:
+        said += [platform.python_version().encode(), *(task.file(data).read_bytes() for task in (SST2, COLA))]
+    folder = CACHE / f"{name}-{hashlib.sha256(b''.join(said)).hexdigest()[:12]}"
+    if not folder.exists():
+        text = gather(data, recipe.characters) if recipe.characters else []
+        CACHE.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=CACHE))
+        tokenizer = train_tokenizer(text, recipe.vocabulary)
+        tokenizer.save_pretrained(beside)
+        pretrain(recipe, tokenizer, text).save_pretrained(beside)
+        (beside / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+        try:
+            beside.rename(folder)
+        except OSError:
+            # Another process was first; all take its model.
+            shutil.rmtree(beside)
+    return folder
+
+
+def gather(data: Path, characters: int) -> list[str]:
+    """Texts of the standard library's documentation and of SST-2 and CoLA, in an order that is always the same."""
+    texts = sorted(set(_documentation(Path(sysconfig.get_path("stdlib")))))
+    for task in (SST2, COLA):
+        sentences = [sentence for sentence, label in task.read(task.file(data))]
+        # About as long as a docstring.
+        texts += [" ".join(sentences[at : at + 8]) for at in range(0, len(sentences), 8)]
+    random.Random(0).shuffle(texts)
+    taken, total = 0, 0
+    while taken < len(texts) and total < characters:
+        total += len(texts[taken])
+        taken += 1
+    return texts[:taken]
+
+
+def _documentation(library: Path) -> Iterator[str]:
+    """Docstrings of at least ten words."""
+    for path in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "tests"} & set(path.parts):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError):
+            # Files of this kind are there to test that they are refused.
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text and len(text.split()) >= 10:
+                    yield text
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PADDING)
+
+
+def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> GPT2LMHeadModel:
+    """A new model; with texts, trained to continue them."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=recipe.positions,
+        n_embd=recipe.width,
+        n_layer=recipe.layers,
+        n_head=recipe.heads,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = GPT2LMHeadModel(without_dropout(config))
+    if not texts:
+        return model
+    ids = [token for each in tokenizer(list(texts))["input_ids"] for token in (*each, tokenizer.eos_token_id)]
+    length = recipe.positions // 2
+    sequences = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    steps = recipe.epochs * (len(sequences) // recipe.batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _warm_and_cool(at, steps))
+    started = time.monotonic()
+    for at in range(steps):
+        if at % (steps // recipe.epochs) == 0:
+            order = torch.randperm(len(sequences))
+        start = at % (steps // recipe.epochs) * recipe.batch
+        # Wherever a piece stands in a sequence, so that prompts may be longer than what was seen here.
+        shift = int(torch.randint(0, recipe.positions - length + 1, ()))
+        batch = sequences[order[start : start + recipe.batch]]
+        positions = torch.arange(shift, shift + length).expand(len(batch), -1)
+        loss = model(input_ids=batch, position_ids=positions, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if at % 100 == 0 or at == steps - 1:
+            print(
+                f"pre-training, step {at + 1} of {steps}: loss {loss.item():.2f}, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+    return model
+
+
+def _warm_and_cool(at: int, steps: int) -> float:
+    warm = max(1, steps // 20)
+    return (at + 1) / warm if at < warm else 0.5 * (1 + math.cos(math.pi * (at - warm) / (steps - warm)))
