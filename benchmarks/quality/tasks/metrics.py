@@ -44,9 +44,14 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> d
         "ROUGE-L": 100 * rouge_l(texts, references),
         "CIDEr": float(Cider().compute_score(wanted, words)[0]),
     }
-    if shutil.which("java") is not None:
+    if java() is not None:
         found["METEOR"] = 100 * _meteor().compute_score(wanted, words)[0]
     return found
+
+
+def java() -> str | None:
+    """The Java that METEOR runs on, if there is one."""
+    return shutil.which("java")
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
