@@ -32,7 +32,6 @@ from transformers import (
 
 GRIDS = Path(quality.__file__).parent / "grids"
 PAPER = ("paper_roberta_glue", "paper_gpt2_e2e", "paper_t5_superni", "paper_llama_oasst1")
-TRAINED = ("full", "full, ZeRO", "LoRA", "random", "K-FAC pruner", "sylva, paper", "sylva, gain")
 
 
 def roberta(vocabulary: int, padding: int) -> PreTrainedModel:
@@ -189,8 +188,8 @@ class TestThePapersSetUps:
         grid = Grid.read(GRIDS / f"{name}.toml")
         small = shrunk(grid, tmp_path)
         if name == "paper_roberta_glue":
-            # A pair of sentences, and a number to tell.
-            small = replace(small, tasks={"mnli": {}, "stsb": {}})
+            # Pairs of sentences, and a number to tell.
+            small = replace(small, tasks={"stsb": {}})
         small = replace(small, methods={key: grid.methods[key] for key in ("LoRA", "sylva, paper")})
         rows = Rows(tmp_path / "rows.jsonl")
         quality.run_grid(small, rows, tmp_path)
@@ -202,9 +201,8 @@ class TestThePapersSetUps:
             assert row["result"]["test"]["loss"] > 0
 
     @pytest.mark.parametrize("name", PAPER)
-    def test_name_methods_and_scopes_that_their_models_have(self, name: str, tmp_path: Path) -> None:
+    def test_name_columns_and_splits_that_the_data_have(self, name: str) -> None:
         grid = Grid.read(GRIDS / f"{name}.toml")
-        assert set(grid.methods) <= set(TRAINED)
         for table in grid.hub.values():
             rows = rows_like(table["data"], table.get("name"))
             columns = set(rows["train"][0])

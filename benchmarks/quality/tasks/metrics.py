@@ -15,6 +15,7 @@ import atexit
 import functools
 import shutil
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 
 import sacrebleu
@@ -74,8 +75,13 @@ def _nist(texts: Mapping[int, list[str]], references: Mapping[int, list[str]]) -
 def _meteor() -> Meteor:
     # It takes many seconds to start, so one serves for all runs.
     scorer = Meteor()
-    atexit.register(scorer.meteor_p.kill)
+    atexit.register(_stop, scorer.meteor_p)
     return scorer
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.communicate()
 
 
 @functools.cache
@@ -84,5 +90,5 @@ def _tokenizer() -> Tokenizer13a:
 
 
 def _words(text: str) -> str:
-    # METEOR's pipe takes lines, and reads three bars as a separator.
-    return str(_tokenizer()(text.lower())).replace("|||", " ").replace("\n", " ").strip()
+    # METEOR takes lines, parted by three bars: the tokeniser parts bars, and this joins lines.
+    return " ".join(str(_tokenizer()(text.lower())).split())
