@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sylva_compile
 from sylva_compile.curvature import estimators as estimators_module
-from sylva_compile.curvature import update_queue
+from sylva_compile.curvature import online, update_queue
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.curvature.online import OnlineHierarchy, update_together
@@ -149,6 +149,16 @@ class TestHierarchies:
         first.update(tokens)
         other = OnlineHierarchy(16, 1, 16, dtype=F64)
         close(read(first, other), (tokens.mT @ tokens)[:8, :8])
+
+    def test_what_waits_is_combined_over_ranks_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Of one rank.
+        monkeypatch.setattr(online, "all_reduce", lambda total, group: None)
+        monkeypatch.setattr(online, "_gathered", lambda total, group: [total])
+        first, _, _ = two()
+        tokens = tokens_of(5, 16)
+        first.update(tokens)
+        first.combine(None)  # type: ignore[arg-type]
+        close(first.leaves[0], (tokens.mT @ tokens)[:8, :8])
 
     def test_a_copy_waits_in_the_same_queue(self) -> None:
         first, _, found = two()
