@@ -7,7 +7,7 @@ goes on where it stopped. Each method's learning rate is the one, of the grid's,
 first seed; the rows of the other seeds are made at that one. `tables.py` prints the tables.
 
 SST-2, CoLA and E2E are read from --data. Tasks that a grid describes by a table `[tasks.NAME.hub]` take data and models
-from huggingface.co, or from folders. A small GPT-2 that a grid asks for is pre-trained first and kept in out/pretrained/.
+from huggingface.co, or from folders. The model "small-gpt2" is pre-trained first, and kept in out/pretrained/.
 """
 
 import argparse
@@ -217,9 +217,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Run a grid; return the file of its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=Path, required=True, help="a TOML file, such as those in grids/")
-    parser.add_argument(
-        "--data", type=Path, default=DATA, help="folder of the data sets that come as files (%(default)s)"
-    )
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of data sets in files (%(default)s)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
     parser.add_argument("--task", action="append", default=[], help="only this task; may be given several times")
     parser.add_argument("--part", type=_part, default=(1, 1), help="such as 1/2 and 2/2, for two processes at once")

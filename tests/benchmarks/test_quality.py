@@ -294,6 +294,13 @@ class TestRows:
         with pytest.raises(SystemExit):
             quality.main([*command, "--part", "3/2"])
 
+    def test_rows_that_are_kept_have_the_keys_of_their_runs(self) -> None:
+        for key, row in Rows(quality.FOLDER / "small.jsonl").read().items():
+            said = row["run"]
+            settings = Settings(**said["settings"])
+            run = Run(said["task"], said["method"], said["options"], settings, said["learning_rate"], said["seed"])
+            assert run.key() == key
+
     def test_of_equal_runs_the_first_row_stands(self, tmp_path: Path) -> None:
         rows = Rows(tmp_path / "new" / "rows.jsonl")
         rows.append({"seed": 0}, result=1)

@@ -251,6 +251,8 @@ class TestData:
         model = save_model(tmp_path / "model", gpt2)
         with pytest.raises(TaskError, match="ask for fewer"):
             self.e2e(tmp_path / "data").load(tmp_path, model, Sizes(50, 3, 0, 300))
+        with pytest.raises(TaskError, match="tested"):
+            self.e2e(tmp_path / "data").load(tmp_path, model, Sizes(0, 3, 5, 300))
         with pytest.raises(TaskError, match="no split 'dev'; use one of"):
             replace(self.e2e(tmp_path / "data"), test="dev").load(tmp_path, model, Sizes(0, 3, 0, 300))
 

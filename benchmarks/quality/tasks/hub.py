@@ -66,10 +66,12 @@ class HubTask(Task):
 
     def parts(self, sizes: Sizes) -> tuple[Rows, Rows, Rows]:
         """Rows to train on, to choose the learning rate on, and to test on."""
+        if sizes.extra_test:
+            raise TaskError("extra_test is for tasks in files; name the split to test on, and cap it with tested.")
         splits = load_splits(self.data, self.name, self.revision)
         train = shuffled(splits, self.train, self.data)
         held = [] if self.validation else train[: sizes.validation]
-        train = train[len(held) + sizes.extra_test :] if sizes.extra_test else train[len(held) :]
+        train = train[len(held) :]
         if self.validation:
             held = shuffled(splits, self.validation, self.data)[: sizes.validation]
         if len(train) < max(1, sizes.train):
