@@ -6,9 +6,9 @@ All variants live in one process and take turns, step by step, so that whatever 
 alike; the ratios are of medians. Gradients are checked and losses compared before anything is timed. The optimizer's
 step is not part of the figure.
 
-Beside the time: the bytes saved for the backward, the peak of memory above what is held between steps (CUDA only), what
-the first step costs over a usual one (compiling), after how many steps that is won back against eager LoRA, and the
-share of the floor's time that SDDMM takes, by torch's profiler.
+Beside the time: the bytes saved for the backward, the peak of memory above what is held between steps, what the
+first step costs over a usual one (compiling), after how many steps that is won back against eager LoRA, and the share
+of the floor's time that SDDMM takes, by torch's profiler.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import torch
+from peak import peak_above
 from report import print_table, write_results
 from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
@@ -46,17 +47,11 @@ def warm_compiler(device: str, inner: str) -> None:
     torch.compile(model.__call__, backend=inner)(torch.zeros(2, 8, device=device)).sum().backward()
 
 
-def peak_bytes(variant: Variant) -> int | None:
-    """The most that a step allocates at one time, gradients included; None on the CPU, which keeps no account."""
-    if variant.inputs.device.type != "cuda":
-        return None
+def peak_bytes(variant: Variant) -> int:
+    """The most that a step allocates at one time, gradients included."""
     variant.model.zero_grad(set_to_none=True)
     variant.inputs.grad = None
-    _wait()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    one_step(variant)
-    return int(torch.cuda.max_memory_allocated() - before)
+    return peak_above(lambda: one_step(variant), variant.inputs.device)[1]
 
 
 def sddmm_ms(variant: Variant, steps: int = 5) -> float:
@@ -150,7 +145,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The rows that are printed."""
     rows = []
     for name, row in results.items():
-        peak, steps = row["peak_bytes"], row["break_even_steps"]
+        steps = row["break_even_steps"]
         rows.append(
             [
                 name,
@@ -158,7 +153,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
                 f"{row['step_ms']['median']:.1f}",
                 f"{row['of_floor']:.3f}",
                 f"{row['saved_bytes'] / 2**20:.1f}",
-                "-" if peak is None else f"{peak / 2**20:.1f}",
+                f"{row['peak_bytes'] / 2**20:.1f}",
                 f"{row['compile_s']:.1f}",
                 "-" if steps is None else str(steps),
             ]

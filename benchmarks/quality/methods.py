@@ -30,6 +30,7 @@ class Ready:
         checkpoint: bytes that keeping the result takes, to be asked after training.
         optimizer: made from parameter groups.
         trace_seconds: spent on choosing what to train.
+        trace_bytes: that this held at one time beside the model.
         masks: the trained blocks, for methods that have some.
     """
 
@@ -40,6 +41,7 @@ class Ready:
         default=lambda groups: torch.optim.AdamW(groups, weight_decay=0.0)
     )
     trace_seconds: float = 0.0
+    trace_bytes: int = 0
     masks: sylva_compile.Masks | None = None
 
 
@@ -205,6 +207,7 @@ def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgete
         lambda: _adapter_bytes(model),
         sylva_compile.AdamW,
         trace_seconds=scores.seconds,
+        trace_bytes=scores.peak_bytes,
         masks=masks,
     )
 

@@ -12,10 +12,11 @@ from huggingface.co, or from folders. The model "small-gpt2" is pre-trained firs
 
 import argparse
 import copy
+import functools
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 import sylva_compile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from peak import peak_above
 from report import RESULTS, machine
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -83,6 +85,7 @@ class Runner:
             "floor_ms": floor,
             "checkpoint_bytes": ready.checkpoint(),
             "trace_seconds": ready.trace_seconds,
+            "trace_bytes": ready.trace_bytes,
             "seconds": time.perf_counter() - started,
         }
 
@@ -133,8 +136,10 @@ class Runner:
         ours = (run.task, s.model, s.scope, s.train, s.batch, s.length, s.block_size, s.samples, s.head_steps)
         key = (*ours, s.head_learning_rate, run.seed, *how.values())
         if key not in self._scores:
-            self._scores[key] = block_scores(
-                self.model(run),
+            model = self.model(run)
+            trace = functools.partial(
+                block_scores,
+                model,
                 self.batches(run, 1000 * run.seed + 999),
                 scope=s.scope,
                 block_size=s.block_size,
@@ -142,6 +147,8 @@ class Runner:
                 seed=run.seed,
                 **how,
             )
+            scores, peak = peak_above(trace, next(model.parameters()).device)
+            self._scores[key] = replace(scores, peak_bytes=peak)
         return self._scores[key]
 
 

@@ -118,17 +118,34 @@ def _difference(line: Line, other: Line) -> str:
 
 
 def _cost(lines: Sequence[Line]) -> str:
-    head = ["method", "step of the frozen floor", "saved, MiB", "optimizer, MiB", "checkpoint, MiB", "trace, s"]
+    head = [
+        "method",
+        "step of the frozen floor",
+        "peak, MiB",
+        "saved, MiB",
+        "optimizer, MiB",
+        "checkpoint, MiB",
+        "trace, s",
+        "trace, MiB",
+    ]
     table = [
         [
             line.run.method,
             f"{statistics.median(r['result']['step_ms'] / r['result']['floor_ms'] for r in line.rows):.2f}",
-            *(f"{line.middle(name) / 2**20:.1f}" for name in ("saved_bytes", "state_bytes", "checkpoint_bytes")),
+            *(_mebibytes(line, name) for name in ("peak_bytes", "saved_bytes", "state_bytes", "checkpoint_bytes")),
             f"{line.middle('trace_seconds'):.0f}",
+            _mebibytes(line, "trace_bytes"),
         ]
         for line in lines
     ]
     return _table(head, table)
+
+
+def _mebibytes(line: Line, name: str) -> str:
+    """Median over seeds; nothing where a row is older than its measurement."""
+    if any(name not in row["result"] for row in line.rows):
+        return ""
+    return f"{line.middle(name) / 2**20:.1f}"
 
 
 def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
@@ -142,27 +159,38 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
-    """Test metric over the values of the varied setting `name`, a curve a method and a panel a task."""
-    figure = Figure(figsize=(5 * len(grid.tasks), 4), layout="constrained")
+    """Test metric over the values of the varied setting `name`, a curve a method and a panel a task.
+
+    Values stand at even distances, whether they span decades or crowd below 1; methods are a little apart.
+    """
+    figure = Figure(figsize=(5 * len(grid.tasks), 4.5), layout="constrained")
     axes = figure.subplots(1, len(grid.tasks), squeeze=False)[0]
     for axis, task in zip(axes, grid.tasks, strict=True):
         base = next(grid.variations(task))
         values = sorted({getattr(base, name), *grid.vary[name]})
-        for method in grid.methods:
+        for number, method in enumerate(grid.methods):
+            aside = 0.4 * ((number + 0.5) / len(grid.methods) - 0.5)
             points = []
             for value in values:
                 wanted = Settings(**asdict(base) | {name: value})
                 points += [
-                    (value, line.values("test", "metric"))
+                    (values.index(value) + aside, line.values("test", "metric"))
                     for line in lines
                     if (line.run.task, line.run.method) == (task, method) and _belongs(line, wanted)
                 ]
             if points:
                 means = [100 * statistics.mean(found) for _, found in points]
                 spread = [100 * statistics.stdev(found) if len(found) > 1 else 0.0 for _, found in points]
-                axis.errorbar([value for value, _ in points], means, spread, label=method, marker="o", capsize=2)
+                places = [place for place, _ in points]
+                # A colour of its own even where an earlier method has no rows yet.
+                style: Any = {"color": f"C{number % 10}", "marker": "osD^v<>pPX"[number % 10]}
+                axis.errorbar(places, means, spread, label=method, markersize=4, linewidth=1, capsize=2, **style)
         axis.set(title=task, xlabel=name.replace("_", " "), ylabel=f"{grid.about(task).metric}, %")
-        axis.legend(fontsize=7)
+        axis.set_xticks(range(len(values)), [str(value) for value in values])
+        axis.grid(axis="y", alpha=0.3)
+    named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

@@ -28,11 +28,13 @@ class Scores:
         by_weight: weight name to `[ceil(m/b), ceil(n/b)]`; higher is better.
         axes: weight name to the axis that the inputs meet.
         seconds: of the trace.
+        peak_bytes: that the trace held at one time beside the model, where somebody measured them.
     """
 
     by_weight: dict[str, Tensor]
     axes: dict[str, int]
     seconds: float
+    peak_bytes: int = 0
 
 
 def block_scores(

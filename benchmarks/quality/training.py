@@ -1,9 +1,12 @@
 """Training, the same for every method and task."""
 
+import functools
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,9 @@ from methods import Ready
 from tasks import Batch, head_of
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from peak import peak_above
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,14 @@ class Trained:
         step_ms: median of forward pass, backward pass and optimizer step.
         state_bytes: of the optimizer.
         saved_bytes: that the first batch's forward pass saved for the backward.
+        peak_bytes: of tensors during the second step: the model, the optimizer's state and what the step adds at most.
     """
 
     loss: float
     step_ms: float
     state_bytes: int
     saved_bytes: int
+    peak_bytes: int
 
 
 def train(ready: Ready, batches: Sequence[Batch], learning_rate: float, head_learning_rate: float) -> Trained:
@@ -48,8 +56,11 @@ def train(ready: Ready, batches: Sequence[Batch], learning_rate: float, head_lea
     ready.model.train()
     losses: list[float] = []
     seconds: list[float] = []
-    saved = 0
-    for at, batch in enumerate(batches):
+    saved = peak = 0
+    inner: Any = getattr(optimizer, "optim", optimizer)
+
+    def step(at: int, batch: Batch) -> None:
+        nonlocal saved
         started = time.perf_counter()
         if at == 0:
             loss, saved = _counting_saved(ready.model, batch)
@@ -65,14 +76,23 @@ def train(ready: Ready, batches: Sequence[Batch], learning_rate: float, head_lea
         seconds.append(time.perf_counter() - started)
         if not torch.isfinite(loss):
             raise ArithmeticError(f"the loss is {losses[-1]} at step {at + 1}; use a lower learning rate")
+
+    for at, batch in enumerate(batches):
+        # The first step also compiles, and makes the optimizer's state.
+        if at == min(1, len(batches) - 1):
+            model = [*ready.model.parameters(), *ready.model.buffers()]
+            held = sum(storage.nbytes() for storage in _storages([*model, *_state(inner)]).values())
+            _, added = peak_above(functools.partial(step, at, batch), model[0].device)
+            peak = held + added
+        else:
+            step(at, batch)
     last = losses[-max(1, len(losses) // 10) :]
-    inner: Any = getattr(optimizer, "optim", optimizer)
-    held = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
     return Trained(
         loss=statistics.mean(last),
         step_ms=statistics.median(seconds) * 1e3,
-        state_bytes=sum(value.numel() * value.element_size() for value in held),
+        state_bytes=sum(value.numel() * value.element_size() for value in _state(inner)),
         saved_bytes=saved,
+        peak_bytes=peak,
     )
 
 
@@ -96,20 +116,31 @@ def floor_ms(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 def _counting_saved(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """The loss, and the bytes of distinct storages saved for the backward; parameters, buffers, batch left out."""
-    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch.values()]}
+    known = _storages([*model.parameters(), *model.buffers(), *batch.values()])
     storages: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # SHiRA's weights are sparse tensors, which have two storages.
-        parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
-        for storage in (part.untyped_storage() for part in parts):
-            if storage.data_ptr() not in known:
-                storages[storage.data_ptr()] = storage
+        storages.update((at, storage) for at, storage in _storages([tensor]).items() if at not in known)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss: Tensor = model(**batch).loss
     return loss, sum(storage.nbytes() for storage in storages.values())
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, Any]:
+    """Distinct storages by address."""
+    found = {}
+    for tensor in tensors:
+        # SHiRA's weights are sparse tensors, which have two storages.
+        parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
+        found.update((part.untyped_storage().data_ptr(), part.untyped_storage()) for part in parts)
+    return found
+
+
+def _state(optimizer: Any) -> list[Tensor]:
+    """Every tensor of an optimizer's state."""
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 def _check_gradients(parameters: Sequence[nn.Parameter]) -> None:

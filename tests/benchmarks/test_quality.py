@@ -109,6 +109,8 @@ class TestMethods:
             assert rest <= {names[id(parameter)] for parameter in ready.trained}
         assert trained.state_bytes > 0
         assert trained.saved_bytes > 0
+        model_bytes = sum(value.numel() * value.element_size() for value in load_model("tiny", 0).parameters())
+        assert trained.peak_bytes > model_bytes + trained.saved_bytes
         assert ready.checkpoint() > 0
 
     def test_budgets_are_as_equal_as_ranks_and_widths_allow(self) -> None:
@@ -231,6 +233,7 @@ def fake_result(run: Run) -> dict[str, Any]:
     # The larger learning rate is better where the head is, the smaller one elsewhere.
     good = (run.learning_rate > 5e-3) == (run.method == "head")
     part = {"metric": 0.9 if good else 0.8, "loss": 0.1 + run.seed}
+    # As a row of before peaks were measured.
     numbers = dict.fromkeys(
         ("trainable", "step_ms", "floor_ms", "saved_bytes", "state_bytes", "checkpoint_bytes", "trace_seconds"), 1.0
     )
@@ -370,6 +373,9 @@ class TestTables:
         assert {"commit", "versions", "processor", "threads"} <= set(row["machine"])
         text = tables.main(command)
         assert text.count("| full |") == 4
+        for row in Rows(rows).read().values():
+            assert row["result"]["peak_bytes"] > row["result"]["saved_bytes"]
+            assert (row["result"]["trace_bytes"] > 0) == (row["run"]["method"] == "random")
         assert "sparsity 0.8" in text
         assert text.strip() in capsys.readouterr().out
         assert (rows.parent / "tiny_sparsity.png").stat().st_size > 0
@@ -390,7 +396,10 @@ class TestTables:
         grid = Grid.read(path)
         lines = tables.lines_of(grid, Rows(tmp_path / "rows" / "tiny.jsonl"))
         assert {(line.run.method, line.learning_rate) for line in lines} == {("head", 1e-2), ("random", 1e-3)}
-        assert "| head | 10 | 0.01 | 90.0 ± 0.0 | 0.600 ± 0.707 | +0.0 ± 0.0 | 2 |" in tables.markdown(grid, lines)
+        text = tables.markdown(grid, lines)
+        assert "| head | 10 | 0.01 | 90.0 ± 0.0 | 0.600 ± 0.707 | +0.0 ± 0.0 | 2 |" in text
+        # Rows of before peaks were measured have no figure for them.
+        assert "| head | 1.00 |  | 0.0 | 0.0 | 0.0 | 1 |  |" in text
 
     def test_text_between_comments_is_replaced_alone(self) -> None:
         text = "a\n<!-- quality small: begin -->\nold\n<!-- end -->\nb\n"

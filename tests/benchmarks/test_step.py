@@ -15,7 +15,7 @@ def test_small() -> None:
     assert results["frozen"]["of_floor"] == 1.0
     assert 0 < results["sylva"]["trainable"] < results["full"]["trainable"]
     assert results["sylva"]["sddmm_ms"] > 0
-    assert all(row["saved_bytes"] > 0 and row["peak_bytes"] is None for row in results.values())
+    assert all(0 < row["saved_bytes"] < row["peak_bytes"] for row in results.values())
 
 
 def test_without_peft_the_others_are_compared(
