@@ -9,6 +9,7 @@ sddmm           the kernel against its roofline and a GEMM of as many FLOPs
 graphs          mode="reduce-overhead": gradients equal those without CUDA graphs, over several steps
 step-2048       the training step at the shapes of a LLaMA-7B layer, bfloat16, 2,048 tokens
 step-8192       the same with 8,192 tokens
+updates         hierarchies of many layers updated one by one and together, sizes of BERT and of LLaMA-7B
 
 Needs torch, triton and transformers; PEFT for the LoRA variants, without which they are left out.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import grouped_updates
 import sddmm
 import step
 import torch
@@ -109,12 +111,19 @@ def steps(tokens: str) -> None:
             torch.cuda.empty_cache()
 
 
+def updates() -> None:
+    """Updates of the trace's hierarchies, single and grouped; their sums are compared first."""
+    for size in ("768", "4096"):
+        grouped_updates.main(["--device", "cuda", "--size", size, "--layers", "6", "24"])
+
+
 PARTS = {
     "correctness": correctness,
     "sddmm": kernel,
     "graphs": graphs,
     "step-2048": lambda: steps("2048"),
     "step-8192": lambda: steps("8192"),
+    "updates": updates,
 }
 
 
