@@ -143,11 +143,13 @@ class Runner:
                 self.batches(run, 1000 * run.seed + 999),
                 scope=s.scope,
                 block_size=s.block_size,
-                samples=s.samples,
                 seed=run.seed,
                 **how,
             )
-            scores, peak = peak_above(trace, next(model.parameters()).device)
+            scores = trace(samples=s.samples)
+            # What is held at most, two batches show; to account for all of them would take more memory than the trace.
+            few = functools.partial(trace, samples=min(s.samples, 2 * s.batch))
+            _, peak = peak_above(few, next(model.parameters()).device)
             self._scores[key] = replace(scores, peak_bytes=peak)
         return self._scores[key]
 

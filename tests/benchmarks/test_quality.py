@@ -409,7 +409,8 @@ class TestTables:
         with pytest.raises(ValueError, match="put them there"):
             tables.quoted(text, "long")
 
-    def test_the_readme_quotes_the_rows_that_are_kept(self) -> None:
-        grid = Grid.read(GRIDS / "small.toml")
-        lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
-        assert tables.quoted(tables.README.read_text(), "small") == tables.markdown(grid, lines)
+    @pytest.mark.parametrize("name", ["small", "sparse"])
+    def test_the_readme_quotes_the_rows_that_are_kept(self, name: str) -> None:
+        grid = Grid.read(GRIDS / f"{name}.toml")
+        lines = tables.lines_of(grid, Rows(quality.FOLDER / f"{name}.jsonl"))
+        assert tables.quoted(tables.README.read_text(), name) == tables.markdown(grid, lines)
