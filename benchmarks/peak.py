@@ -1,4 +1,4 @@
-"""Peak memory of tensors while something runs, by the same account on every device."""
+"""Peak memory of tensors while something runs."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,12 +17,12 @@ def peak_above(work: Callable[[], T], device: torch.device) -> tuple[T, int]:
     was there before counts to the end even if `work` frees it.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         result = work()
-        torch.cuda.synchronize()
-        return result, torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = work()
     level = peak = 0

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -200,8 +201,16 @@ class Grid:
 
 
 def best_learning_rate(rows: Sequence[Mapping[str, Any]]) -> float:
-    """That of the row with the best validation metric; of equals, the one with the lower validation loss."""
-    best = max(rows, key=lambda row: (row["result"]["validation"]["metric"], -row["result"]["validation"]["loss"]))
+    """That of the row with the best validation metric; of equals, the one with the lower validation loss.
+
+    A metric that is not a number is worse than any.
+    """
+
+    def goodness(row: Mapping[str, Any]) -> tuple[float, float]:
+        found = row["result"]["validation"]
+        return -math.inf if math.isnan(found["metric"]) else found["metric"], -found["loss"]
+
+    best = max(rows, key=goodness)
     rate: float = best["run"]["learning_rate"]
     return rate
 

@@ -106,7 +106,9 @@ class Runner:
     def model(self, run: Run) -> nn.Module:
         """A fresh copy of the model as all methods find it: pre-trained; a head is new or trained by itself."""
         s = run.settings
-        head = (run.task, s.train, s.batch, s.length, s.head_steps, s.head_learning_rate) if s.head_steps else ()
+        # Which examples are trained on depends on how many are kept from it.
+        data = (s.train, s.validation, s.extra_test, s.batch, s.length)
+        head = (*data, s.head_steps, s.head_learning_rate) if s.head_steps else ()
         key = (run.task, s.model, run.seed, *head)
         if key not in self._models:
             # One is enough: runs come sorted by seed.
@@ -114,7 +116,7 @@ class Runner:
             model: nn.Module = run.about().make_model(self.folder, s.model, run.seed).to(self.device)
             if s.head_steps:
                 ready = METHODS["head"].prepare(model, {}, Budgeted(s.scope, s.sparsity, s.block_size), _untraced, 0)
-                epochs = -(-s.head_steps * s.batch // s.train)
+                epochs = -(-s.head_steps * s.batch // len(self.data(run).train))
                 batches = [
                     batch for epoch in range(epochs) for batch in self.batches(run, 1000 * run.seed + 500 + epoch)
                 ]
@@ -133,8 +135,8 @@ class Runner:
             "num_partitions": s.partitions,
             "rank": s.rank,
         }
-        ours = (run.task, s.model, s.scope, s.train, s.batch, s.length, s.block_size, s.samples, s.head_steps)
-        key = (*ours, s.head_learning_rate, run.seed, *how.values())
+        data = (run.task, s.model, s.train, s.validation, s.extra_test, s.batch, s.length)
+        key = (*data, s.scope, s.block_size, s.samples, s.head_steps, s.head_learning_rate, run.seed, *how.values())
         if key not in self._scores:
             model = self.model(run)
             trace = functools.partial(
@@ -197,12 +199,25 @@ def run_grid(
             _do(runner, [grid.reported(line, chosen[line.group()])[at]], rows)
 
 
+def _check_base(runner: Runner, run: Run, rows: Rows) -> None:
+    """Refuse to put a run beside rows of a model that was pre-trained elsewhere and came out differently."""
+    here = run.about().provenance(runner.folder, run.settings.model)
+    for row in rows.read().values():
+        alike = (row["run"]["task"], row["run"]["settings"]["model"]) == (run.task, run.settings.model)
+        if alike and any(row["result"].get(name, value) != value for name, value in here.items()):
+            raise TaskError(
+                f"{rows.path} has rows of another {run.settings.model} than the one pre-trained here; "
+                "keep new rows apart with --results"
+            )
+
+
 def _do(runner: Runner, runs: Sequence[Run], rows: Rows) -> None:
     for run in runs:
         if run.key() in rows.read():
             continue
         if time.monotonic() > runner.until:
             raise TimeIsUpError
+        _check_base(runner, run, rows)
         started = datetime.now(UTC)
         result = runner.do(run)
         rows.append(run.parts(), result=result, machine=machine(), date=started.isoformat(timespec="seconds"))

@@ -107,7 +107,7 @@ def floor_ms(model: nn.Module, batches: Sequence[Batch]) -> float:
         started = time.perf_counter()
         model(inputs_embeds=inputs, **rest).loss.backward()
         if inputs.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(inputs.device)
         seconds.append(time.perf_counter() - started)
     for parameter, flag in zip(model.parameters(), wanted, strict=True):
         parameter.requires_grad_(flag)

@@ -319,6 +319,8 @@ class TestGrid:
             for rate, metric, loss in ((1, 0.5, 0.1), (2, 0.9, 0.3), (3, 0.9, 0.2))
         ]
         assert best_learning_rate(rows) == 3
+        rows[0]["run"]["learning_rate"], rows[0]["result"]["validation"]["metric"] = 4, float("nan")
+        assert best_learning_rate(rows) == 3
 
     def test_what_a_method_does_not_look_at_makes_no_new_run(self, tmp_path: Path) -> None:
         path = grid_file(tmp_path, vary="{ sparsity = [0.5, 0.9, 0.95], samples = [16] }")

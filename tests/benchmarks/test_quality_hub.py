@@ -15,8 +15,10 @@ from tasks import Sizes, TaskError, find_task
 from tasks.choices import Questions, asked, evaluate_choices
 from tasks.hub import load_splits
 from tasks.small_gpt2 import train_tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -24,6 +26,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -222,20 +225,29 @@ class TestData:
         data = self.e2e(tmp_path / "data").load(tmp_path, model, Sizes(0, 3, 0, 300))
         texts = [{prompt.text for prompt in part.prompts} for part in (data.train, data.validation, data.test)]
         assert all(texts)
-        assert not (texts[0] & texts[1] or texts[0] & texts[2])
+        assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+        assert all(len(prompt.references) == 2 for prompt in data.train.prompts)
         again = self.e2e(tmp_path / "data").load(tmp_path, model, Sizes(0, 3, 0, 300))
         assert [prompt.text for prompt in again.train.prompts] == [prompt.text for prompt in data.train.prompts]
 
     def test_pairs_have_token_types_where_the_model_asks_for_them(self, tmp_path: Path) -> None:
         save_data(tmp_path / "data", "nyu-mll/glue", "rte")
         model = save_model(tmp_path / "model", bert)
+        words = AutoTokenizer.from_pretrained(model).backend_tokenizer
+        words.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        padding = words.id_to_token(0)
+        PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token=padding, eos_token=padding, model_input_names=names
+        ).save_pretrained(model)
         table = {"kind": "labels", "data": str(tmp_path / "data"), "text": ["sentence1", "sentence2"]}
         task = find_task("rte", {**table, "test": "validation"})
         data = task.load(tmp_path, model, Sizes(4, 2, 0, 64))
         assert len(data.train) == 4
         made = task.make_model(tmp_path, model, 0)
         assert set(task.evaluate(made, data.test, 2)) == {"metric", "loss"}
-        assert data.train.types is None or "token_type_ids" in data.train.batches(2)[0]
+        types = data.train.batches(2)[0]["token_type_ids"]
+        assert set(types.unique().tolist()) == {0, 1}
 
     def test_what_is_missing_is_said_in_a_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -263,6 +275,8 @@ class TestData:
             'kind = "labels", data = "x"',
             'kind = "labels", data = "x", text = ["a"], colour = 1',
             'kind = "labels", data = "x", text = ["a"], metric = "BLEU"',
+            'kind = "labels", data = "x", text = ["a"], dtype = "nn"',
+            'kind = "chat", data = "x", target = "{a}", questions = "y", dtype = "nn"',
         ],
     )
     def test_tables_that_mean_nothing_are_refused(self, tmp_path: Path, table: str) -> None:

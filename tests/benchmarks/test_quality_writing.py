@@ -108,6 +108,11 @@ class TestWriting:
         assert batch["input_ids"][0].tolist() == part.ids[1][0]
         assert batch["labels"][0].tolist() == part.ids[1][1]
 
+    def test_a_reference_may_take_what_the_prompt_leaves(self) -> None:
+        prompt = Prompt("", [" " + "abcdefgh" * 9])
+        part = Writing.encode([prompt], train_tokenizer([], 258), 20, decoder_only=True)
+        assert part.lengths() == [20]
+
     def test_what_is_too_long_is_cut(self) -> None:
         part = self.part(length=10)
         assert max(part.lengths()) <= 10

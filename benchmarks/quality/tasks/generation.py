@@ -49,9 +49,11 @@ class Writing(Examples):
             asked = tokenizer(prompt.text)["input_ids"]
             for reference in prompt.references:
                 answer = tokenizer(reference, add_special_tokens=False)["input_ids"]
-                answer = [*answer[: length // 2 if decoder_only else length - 1], tokenizer.eos_token_id]
+                # Where one sequence holds both and is too short, a reference keeps half of it, or what a prompt leaves.
+                most = max(length // 2, length - len(asked)) if decoder_only else length
+                answer = [*answer[: most - 1], tokenizer.eos_token_id]
                 room = length - len(answer) if decoder_only else length
-                ids.append((asked[-room:], answer))
+                ids.append((asked[max(0, len(asked) - room) :], answer))
         return cls(prompts, tokenizer, ids, decoder_only)
 
     def lengths(self) -> Sequence[int]:

@@ -4,7 +4,9 @@ A data set is named as `datasets.load_dataset` takes it, or is a folder that `Da
 shuffled, always alike; what chooses the learning rate comes out of the training split unless a split is named for it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from abc import abstractmethod
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -33,7 +35,7 @@ LABEL_METRICS: Mapping[str, Score] = {
     "accuracy": accuracy_score,
     "F1": f1_score,
     "Matthews correlation": matthews_corrcoef,
-    "Pearson correlation": lambda labels, predictions: pearsonr(labels, predictions).statistic,
+    "Pearson correlation": lambda labels, predictions: correlation(labels, predictions),
 }
 Rows = Sequence[dict[str, Any]]
 
@@ -62,22 +64,45 @@ class HubTask(Task):
 
     def check(self) -> str | None:
         """What is wrong with the table, or None."""
-        return None if hasattr(torch, self.dtype) else f"dtype={self.dtype!r}; use float32 or bfloat16"
+        known = isinstance(getattr(torch, self.dtype, None), torch.dtype)
+        return None if known else f"dtype={self.dtype!r}; use float32 or bfloat16"
+
+    @abstractmethod
+    def asked(self, row: Mapping[str, Any]) -> Hashable:
+        """What the model is shown of a row: rows in which it is the same are all on one side."""
 
     def parts(self, sizes: Sizes) -> tuple[Rows, Rows, Rows]:
-        """Rows to train on, to choose the learning rate on, and to test on."""
+        """Rows to train on, to choose the learning rate on, and to test on.
+
+        What is asked in the test is asked in neither other part, and what is asked in the validation not in training.
+        `sizes.validation` counts distinct questions, of which every row comes along; 0: all of the split that is named.
+        """
         if sizes.extra_test:
             raise TaskError("extra_test is for tasks in files; name the split to test on, and cap it with tested.")
         splits = load_splits(self.data, self.name, self.revision)
         train = shuffled(splits, self.train, self.data)
-        held = [] if self.validation else train[: sizes.validation]
-        train = train[len(held) :]
-        if self.validation:
-            held = shuffled(splits, self.validation, self.data)[: sizes.validation]
-        if len(train) < max(1, sizes.train):
-            raise TaskError(f"{self.data} leaves {len(train)} rows to train on, of {sizes.train}; ask for fewer.")
-        test = shuffled(splits, self.test, self.data)
-        return train[: sizes.train or None], held, test[: self.tested or None]
+        test = list(shuffled(splits, self.test, self.data)[: self.tested or None])
+        used = {self.asked(row) for row in test}
+        if self.validation is None and not sizes.validation:
+            raise TaskError(f"{self.data} names no split for validation; name one, or say how many to take.")
+        source = shuffled(splits, self.validation, self.data) if self.validation else train
+        chosen: set[Hashable] = set()
+        held = []
+        for row in source:
+            asked = self.asked(row)
+            if asked in used:
+                continue
+            if asked in chosen or not sizes.validation or len(chosen) < sizes.validation:
+                chosen.add(asked)
+                held.append(row)
+        if not held:
+            raise TaskError(f"{self.data} leaves nothing for validation that is not in the test.")
+        used |= chosen
+        rest = (row for row in train if self.asked(row) not in used)
+        kept = list(itertools.islice(rest, sizes.train or None))
+        if len(kept) < max(1, sizes.train):
+            raise TaskError(f"{self.data} leaves {len(kept)} rows to train on, of {sizes.train}; ask for fewer.")
+        return kept, held, test
 
     def tokenizer(self, model: str) -> PreTrainedTokenizerBase:
         """Of the model, with a token to fill up with."""
@@ -133,6 +158,10 @@ class HubLabels(HubTask):
 
         return Data(*map(encode, self.parts(sizes)))
 
+    def asked(self, row: Mapping[str, Any]) -> Hashable:
+        """The sentence, or both."""
+        return tuple(row[column] for column in self.text)
+
     def make_model(self, folder: Path, model: str, seed: int) -> PreTrainedModel:
         """See `Task`."""
         torch.manual_seed(seed)
@@ -173,13 +202,11 @@ class HubWriting(HubTask):
     def load(self, folder: Path, model: str, sizes: Sizes) -> Data[Any, Any]:
         """See `Task`. No prompt is on two sides."""
         tokenizer = self.tokenizer(model)
-        train, validation, test = (self.prompts(rows) for rows in self.parts(sizes))
-        seen = {prompt.text for prompt in (*validation, *test)}
-        return Data(
-            self.encode([prompt for prompt in train if prompt.text not in seen], tokenizer, sizes.length),
-            self.encode(validation, tokenizer, sizes.length),
-            self.encode(test, tokenizer, sizes.length),
-        )
+        return Data(*(self.encode(self.prompts(rows), tokenizer, sizes.length) for rows in self.parts(sizes)))
+
+    def asked(self, row: Mapping[str, Any]) -> Hashable:
+        """The prompt."""
+        return self.prompt.format(**row)
 
     def prompts(self, rows: Rows) -> list[Prompt]:
         """Distinct prompts with all their references."""
@@ -232,7 +259,9 @@ class HubChat(HubWriting):
 
     def check(self) -> str | None:
         """What is wrong with the table, or None."""
-        return None if self.metric == "accuracy" and self.decoder_only else "a chat is a decoder's; metric: accuracy"
+        if self.metric != "accuracy" or not self.decoder_only:
+            return "a chat is a decoder's; use metric accuracy"
+        return HubTask.check(self)
 
     def load(self, folder: Path, model: str, sizes: Sizes) -> Data[Writing, Questions]:
         """See `Task`."""
@@ -245,7 +274,7 @@ class HubChat(HubWriting):
             Prompt(self.prompt.format(**row), [self.target.format(**row)]) for row in rows[: sizes.train or None]
         ]
         splits = load_splits(self.questions, self.questions_name, None)
-        examples = list(splits[self.shots_split])
+        examples = list(shuffled(splits, self.shots_split, self.questions))
 
         def encode(split: str, most: int) -> Questions:
             chosen = shuffled(splits, split, self.questions)[: most or None]
@@ -283,14 +312,22 @@ def hub_task(table: Mapping[str, Any]) -> HubTask:
     return task
 
 
+def correlation(labels: Sequence[float], predictions: Sequence[float]) -> float:
+    """Pearson's; 0 where all predictions are the same."""
+    if len(set(predictions)) == 1:
+        return 0.0
+    found: float = pearsonr(labels, predictions).statistic
+    return found
+
+
 def load_splits(data: str, name: str | None, revision: str | None) -> Mapping[str, Any]:
     """Every split of a data set. Raises TaskError, in one line, where it cannot be had."""
     # Seconds to import, and tasks of this repository's own do without.
     import datasets
 
-    if (Path(data) / "dataset_dict.json").exists():
-        return datasets.load_from_disk(data)
     with said_in_a_line(f"the data set {data}"):
+        if (Path(data) / "dataset_dict.json").exists():
+            return datasets.load_from_disk(data)
         return datasets.load_dataset(data, name, revision=revision)
 
 
