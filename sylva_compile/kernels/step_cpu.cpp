@@ -118,7 +118,7 @@ void run(const int64_t* row, int64_t gradient, T scale, const T* s, uint32_t see
 }
 
 // Writes a whole line. Where the processor can, it does so past its caches, which would read the line before they change
-// it: rows of a block are pages apart in the dense weight, so none of its lines is there.
+// it: rows of a block are pages apart in the dense weight, so in a large one none of its lines is there.
 inline void write_line(void* line, const void* values) {
 #ifdef __SSE2__
   const auto* from = static_cast<const __m128i*>(values);
