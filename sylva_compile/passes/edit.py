@@ -1,6 +1,6 @@
 """Small helpers that passes share: new nodes with the metadata they may carry, and what depends on the backward."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,16 +10,19 @@ from torch.fx.node import map_arg
 from sylva_compile.passes.match_weight_gradient import Operand, Scale
 
 
-def call(graph: Graph, target: Any, *args: Any, like: Node | None = None) -> Node:
-    """Insert `target(*args)` at the graph's insertion point.
+def call(
+    graph: Graph, target: Any, *args: Any, like: Node | None = None, kwargs: Mapping[str, Any] | None = None
+) -> Node:
+    """Insert `target(*args, **kwargs)` at the graph's insertion point.
 
     Only `meta["val"]` is set: other keys (`eager_input_vals` above all) describe the node they were made for, and
     Inductor believes them. `like` names a node whose place in a checkpointed region the new one shares.
     """
-    node = graph.call_function(target, args)
-    values = map_arg(args, lambda argument: argument.meta["val"])
-    with _fake_mode_of(args):
-        node.meta["val"] = target(*values)
+    named = dict(kwargs or {})
+    node = graph.call_function(target, args, named)
+    values, named_values = map_arg((args, named), lambda argument: argument.meta["val"])
+    with _fake_mode_of([*args, *named.values()]):
+        node.meta["val"] = target(*values, **named_values)
     if like is not None:
         for key in ("recompute", "ac_graph_id"):
             if key in like.meta:
@@ -60,3 +63,19 @@ def tangent_dependents(graph: Graph) -> set[Node]:
         if is_tangent or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def backward_half(graph: Graph) -> set[Node]:
+    """What a joint graph computes for the backward alone: gradients, and what only they need.
+
+    The latter depends on no gradient, such as the derivative of an activation function.
+    """
+    late = tangent_dependents(graph) - {graph.output_node()}
+    outputs = [node for node in graph.output_node().all_input_nodes if node not in late]
+    needed: set[Node] = set()
+    while outputs:
+        node = outputs.pop()
+        if node not in needed:
+            needed.add(node)
+            outputs += node.all_input_nodes
+    return {node for node in graph.nodes if node in late or (node.op == "call_function" and node not in needed)}

@@ -6,14 +6,16 @@ Before:
 
 After:
 
-    %x_narrow = aten.index(%x, [None, %lines])                   in the forward half, once for all who need these lines
+    %x_narrow = aten.index(%x, [None, %lines])                   in the forward half, once for all who need these lines,
+                                                                 or what comes to the same (`narrow_copy.py`)
     %blocks   = sylva.sddmm(%gy, %x_narrow, %narrow_positions, b)
 
 The narrow copy is an offer to the partitioner, which then weighs what the forward saves: the copy, or something from
 which the backward makes it again for little (a norm's input, say). It is not made where it could win nothing:
 
 * the activation is of the backward half itself: nothing is saved for it;
-* the lines are more than `WIDE` of it;
+* the lines are more than `WIDE` of it, unless the backward can make it again: an activation that a product reads whole
+  is saved whole, however little it takes to make, and a copy of it is not;
 * the backward holds all of it anyway: something there reads it that is no pointwise operator (attention, another
   product), or that is one (a ReLU's) while nothing that is held allows to make the activation again.
 """
@@ -24,26 +26,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
-from sylva_compile.passes.edit import call, materialize
+from sylva_compile.passes.edit import backward_half, tangent_dependents
 from sylva_compile.passes.match_weight_gradient import Operand
-
-aten = torch.ops.aten
+from sylva_compile.passes.narrow_copy import CASTS, DEPTH, RESHAPES, VIEWS, is_pointwise, narrow_copy
 
 WIDE = 0.9
 """Above this share of an activation, a narrow copy would be nearly the whole."""
-
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-_VIEWS = _RESHAPES | {
-    aten.t.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.expand.default,
-    aten.alias.default,
-    aten.detach.default,
-}
-_CASTS = {torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clone.default}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +63,17 @@ def unify_activations(samples: Sequence[Sample]) -> list[Sample]:
     ]
 
 
-def narrow_activations(graph: Graph, samples: Sequence[Sample], backward: set[Node]) -> dict[Sample, str]:
-    """Let `samples` read narrow copies where that can win; returns the others, with the reason.
-
-    `backward` holds the nodes of the backward half.
-    """
+def narrow_activations(graph: Graph, samples: Sequence[Sample]) -> dict[Sample, str]:
+    """Let `samples` read narrow copies where that can win; returns the others, with the reason."""
+    gradients, backward = tangent_dependents(graph), backward_half(graph)
     ours = {sample.product for sample in samples}
     copies: dict[tuple[Operand, Node], Node] = {}
     whole: dict[Sample, str] = {}
-    reasons = {sample: _why_whole(sample, backward, ours) for sample in samples}
+
+    def held(node: Node) -> bool:
+        return any(_readers(node, backward, ours)) and not _is_remade(node, backward, ours)
+
+    reasons = {sample: _why_whole(sample, gradients, backward, ours) for sample in samples}
     for sample, reason in reasons.items():
         if reason is not None:
             whole[sample] = reason
@@ -92,28 +82,24 @@ def narrow_activations(graph: Graph, samples: Sequence[Sample], backward: set[No
             continue
         key = (sample.activation, sample.lines)
         if key not in copies:
-            copies[key] = _copy(graph, *key)
+            copies[key] = narrow_copy(graph, *key, held)
         sample.product.update_arg(sample.axis, copies[key])
         sample.product.update_arg(2, sample.narrow_positions)
     return whole
 
 
-def _copy(graph: Graph, activation: Operand, lines: Node) -> Node:
-    with graph.inserting_after(_later(activation.node, lines)):
-        whole = materialize(graph, activation, like=activation.node)
-    with graph.inserting_after(_later(whole, lines)):
-        return call(graph, aten.index.Tensor, whole, [None, lines], like=activation.node)
-
-
-def _why_whole(sample: Sample, backward: set[Node], ours: set[Node]) -> str | None:
+def _why_whole(sample: Sample, gradients: set[Node], backward: set[Node], ours: set[Node]) -> str | None:
     activation = sample.activation
-    if activation.node in backward:
+    if activation.node in gradients:
         return "it is made in the backward pass"
+    root = activation.node
+    while root.target in VIEWS:
+        root = root.all_input_nodes[0]
     width = _size(activation.node.meta["val"].shape[0 if activation.transposed else 1])
     kept = _size(sample.lines.meta["val"].shape[0])
-    if width is not None and kept is not None and kept > WIDE * width:
+    if width is not None and kept is not None and kept > WIDE * width and not _is_remade(root, backward, ours):
         return "the blocks need nearly all of its columns"
-    keeper = _keeper(activation.node, backward, ours)
+    keeper = _keeper(root, backward, ours)
     return f"{keeper.target} keeps it for the backward pass anyway" if keeper is not None else None
 
 
@@ -123,40 +109,37 @@ def _size(size: int | torch.SymInt) -> int | None:
     return None if hint is None else int(hint)
 
 
-def _keeper(activation: Node, backward: set[Node], ours: set[Node]) -> Node | None:
-    """What makes the backward half hold all of `activation`, whatever we do."""
-    root = activation
-    while root.target in _VIEWS:
-        root = root.all_input_nodes[0]
+def _keeper(root: Node, backward: set[Node], ours: set[Node]) -> Node | None:
+    """What makes the backward half hold all of an activation, a view of `root`, whatever we do."""
     for reader in _readers(root, backward, ours):
-        if not _is_pointwise(reader) or not _is_remade(root, backward, ours):
+        if not is_pointwise(reader) or not _is_remade(root, backward, ours):
             return reader
     return None
 
 
 def _value_key(node: Node) -> object:
     """Equal for views that hold the same values in the same order."""
-    if node.target not in _VIEWS:
+    if node.target not in VIEWS:
         return node
     source, *rest = node.args
     assert isinstance(source, Node)
     # The sizes of a reshape may be nodes of their own, one for each layer; their values tell.
-    how = rest if node.target not in _RESHAPES else tuple(node.meta["val"].shape)
+    how = rest if node.target not in RESHAPES else tuple(node.meta["val"].shape)
     return node.target, str(how), _value_key(source)
 
 
 def _readers(node: Node, backward: set[Node], ours: set[Node]) -> Iterator[Node]:
     """Nodes of the backward half, `ours` apart, that read `node` or a view of it."""
     for user in node.users:
-        if user.target in _VIEWS:
+        if user.target in VIEWS:
             yield from _readers(user, backward, ours)
         elif user in backward and user not in ours:
             yield user
 
 
-def _is_remade(node: Node, backward: set[Node], ours: set[Node], depth: int = 20) -> bool:
+def _is_remade(node: Node, backward: set[Node], ours: set[Node], depth: int = DEPTH) -> bool:
     """Whether the backward half can make `node` again, pointwise, from what it holds anyway."""
-    if node.op != "call_function" or depth == 0 or not (_is_pointwise(node) or node.target in _VIEWS | _CASTS):
+    if node.op != "call_function" or depth == 0 or not (is_pointwise(node) or node.target in VIEWS | CASTS):
         return False
     return all(
         source.op == "placeholder"
@@ -164,15 +147,3 @@ def _is_remade(node: Node, backward: set[Node], ours: set[Node], depth: int = 20
         or _is_remade(source, backward, ours, depth - 1)
         for source in node.all_input_nodes
     )
-
-
-def _is_pointwise(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _CASTS
-
-
-def _later(first: Node, second: Node) -> Node:
-    later = second if first < second else first
-    # Inputs of the graph stay together in front.
-    while later.op == "placeholder" and later.next.op == "placeholder":
-        later = later.next
-    return later

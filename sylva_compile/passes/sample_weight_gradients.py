@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 
 from sylva_compile.kernels.gather_blocks import gather_blocks
 from sylva_compile.kernels.sddmm import sddmm
-from sylva_compile.passes.edit import apply_scales, call, materialize, tangent_dependents
+from sylva_compile.passes.edit import apply_scales, call, materialize
 from sylva_compile.passes.match_weight_gradient import Term, match_weight_gradient
 from sylva_compile.passes.merge_products import merge_products
 from sylva_compile.passes.narrow_activations import Sample, narrow_activations, unify_activations
@@ -75,7 +75,7 @@ def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[Outcome], No
     # The dense products are gone from here on: what still reads an activation needs it for something else.
     graph.eliminate_dead_code()
     samples = unify_activations(samples)
-    whole = narrow_activations(graph, samples, tangent_dependents(graph))
+    whole = narrow_activations(graph, samples)
     merge_products(graph, [sample.product for sample in samples])
     graph.eliminate_dead_code()
     graph.lint()

@@ -10,12 +10,13 @@ from torch.fx.node import map_arg
 
 
 class Joint:
-    """A graph under construction, and the real tensors that its placeholders stand for."""
+    """A graph under construction, the real tensors that its placeholders stand for, and what the forward half needs."""
 
     def __init__(self) -> None:
         self.graph = Graph()
         self.mode = FakeTensorMode()
         self.values: list[Tensor] = []
+        self.forward: list[Node] = []
 
     def input(self, name: str, value: Tensor, desc: object = None) -> Node:
         """A placeholder; one of the backward half is to be named `tangents_*`, as AOTAutograd does."""
@@ -35,9 +36,9 @@ class Joint:
         return node
 
     def output(self, *results: Node | None, descs: list[object] | None = None) -> None:
-        """End the graph."""
-        node = self.graph.output(tuple(results))
-        node.meta["desc"] = descs or [None] * len(results)
+        """End the graph, with what is in `forward` besides `results`."""
+        node = self.graph.output((*results, *self.forward))
+        node.meta["desc"] = [*(descs or [None] * len(results)), *[None] * len(self.forward)]
 
     def run(self) -> list[Tensor]:
         """What the graph as it is now computes from the real tensors."""

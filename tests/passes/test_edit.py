@@ -3,7 +3,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from sylva_compile.passes.edit import apply_scales, call, materialize, tangent_dependents
+from sylva_compile.passes.edit import apply_scales, backward_half, call, materialize, tangent_dependents
 from sylva_compile.passes.match_weight_gradient import Operand, Scale
 
 if TYPE_CHECKING:
@@ -86,3 +86,5 @@ def test_tangent_dependents_are_the_backward_half(joint: "Joint") -> None:
     joint.output(forward, after)
     assert tangent_dependents(joint.graph) >= {tangent, backward, after}
     assert not tangent_dependents(joint.graph) & {x, forward, cosine}
+    # The cosine is of use to the backward alone, but needs no gradient.
+    assert backward_half(joint.graph) == {tangent, cosine, backward, after}

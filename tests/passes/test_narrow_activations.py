@@ -33,6 +33,7 @@ class Layer:
 
     def mark(self, x: Node) -> Node:
         """The gradient of the weight's blocks, for inputs `x [T, N]`."""
+        self.joint.forward.append(x)
         product = self.joint.call(aten.mm.default, self.joint.call(aten.t.default, self.gy), x)
         return self.joint.call(gather_blocks._opoverload, product, self.positions, self.lines, self.narrow, B, 1)
 
@@ -93,6 +94,32 @@ class TestOneCopyForAll:
         x = joint.call(aten.neg.default, joint.input("primals_1", normal(T, N, seed=1)))
         rewrite(joint, *(layer.mark(x) for layer in layers))
         assert copies(joint) == 2
+
+
+class TestWide:
+    """Blocks that need every column of an activation."""
+
+    everything = torch.ones(M // B, N // B).nonzero().t()
+
+    def layer(self, joint: "Joint") -> Layer:
+        layer = Layer(joint)
+        layer.positions, layer.narrow = (joint.input(f"primals_{name}", self.everything) for name in "pq")
+        layer.lines = joint.input("primals_all", torch.arange(N))
+        return layer
+
+    def test_is_read_whole(self, joint: "Joint") -> None:
+        layer = self.layer(joint)
+        x = joint.call(aten.cumsum.default, joint.input("primals_1", normal(T, N, seed=1)), 0)
+        [outcome] = rewrite(joint, layer.mark(x))
+        assert "nearly all" in str(outcome.whole)
+
+    def test_is_copied_where_it_can_be_made_again(self, joint: "Joint") -> None:
+        # Read as it is, it would be saved, beside what it is made from.
+        layer = self.layer(joint)
+        before = joint.call(aten.cumsum.default, joint.input("primals_1", normal(T, N, seed=1)), 0)
+        later = joint.call(aten.mul.Tensor, joint.input("tangents_9", normal(T, N, seed=9)), before)
+        [outcome] = rewrite(joint, layer.mark(joint.call(aten.exp.default, before)), later)
+        assert outcome.narrowed
 
 
 class TestKeptAnyway:
@@ -161,6 +188,18 @@ class TestKeptAnyway:
         outcomes: list[Outcome] = []
         sample_weight_gradients_pass(joint.graph, report=outcomes.append)
         assert "keeps it" in str(outcomes[0].whole)
+
+    def test_what_a_derivative_is_made_from_is_held(self, joint: "Joint") -> None:
+        # The derivative depends on no gradient, but only the backward needs it.
+        layer = Layer(joint)
+        before = self.product_of_inputs(joint)
+        derivative = joint.call(aten.cos.default, before)
+        later = joint.call(aten.mul.Tensor, joint.input("tangents_9", normal(T, N, seed=9)), derivative)
+        x = joint.call(aten.sin.default, before)
+        [outcome] = rewrite(joint, layer.mark(x), later)
+        assert outcome.narrowed
+        [copy] = joint.graph.find_nodes(op="call_function", target=aten.index.Tensor)
+        assert copy.args[0] is before
 
     @pytest.mark.parametrize("operator", [aten.sum.default, aten.neg.default])
     def test_a_narrow_copy_is_no_keeper(self, joint: "Joint", operator: Any) -> None:

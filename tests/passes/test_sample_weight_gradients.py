@@ -288,9 +288,11 @@ class TestNarrowing:
     def test_the_forward_half_cuts_the_activation_down(self, joint: "Joint", axis: int) -> None:
         site = Site(joint, axis=axis)
         operands = site.use()
-        hidden = joint.call(aten.neg.default, operands[axis])
+        hidden = joint.call(aten.cumsum.default, operands[axis], 0)
         lhs, rhs = (hidden, operands[1]) if axis == 0 else (operands[0], hidden)
-        check_sampled(joint, site, site.product(lhs, rhs), -site.dense[0])
+        values = [value.double() for value in joint.values[-2:]]
+        values[axis] = values[axis].cumsum(0)
+        check_sampled(joint, site, site.product(lhs, rhs), values[0].t() @ values[1])
         index = self.narrow_index(joint)
         assert index.args == (hidden, [None, site.lines])
         assert index.meta["val"].shape == (T, len(lines_of(POSITIONS, axis)[0]))
