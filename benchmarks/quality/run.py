@@ -13,6 +13,7 @@ from huggingface.co, or from folders. The model "small-gpt2" is pre-trained firs
 import argparse
 import copy
 import functools
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cost import beside_floor
 from grid import Grid, Run, best_learning_rate
 from methods import METHODS, Budgeted
 from rows import Rows
 from tasks import Batch, Data, Sizes, TaskError, head_of, on
 from torch import nn
 from traces import Scores, block_scores
-from training import floor_ms, train
+from training import optimizer_of, train
 from transformers.utils import logging as transformers_logging
 
 import sylva_compile
@@ -39,6 +41,8 @@ from report import RESULTS, machine
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 FOLDER = RESULTS / "quality"
+COST_BATCHES = 12
+"""So many, spread over the training, time a step beside the frozen floor."""
 
 
 class Runner:
@@ -58,7 +62,7 @@ class Runner:
         data = self.data(run)
         model = self.model(run)
         batches = [batch for epoch in range(settings.epochs) for batch in self.batches(run, 1000 * run.seed + epoch)]
-        floor = floor_ms(model, batches[:3])
+        floor = copy.deepcopy(model)
         budget = Budgeted(settings.scope, settings.sparsity, settings.block_size)
         torch.manual_seed(run.seed)
         ready = METHODS[run.options["kind"]].prepare(
@@ -71,21 +75,32 @@ class Runner:
                 else settings.compile
             )
             ready.model.compile(backend=backend)
+            floor.compile(backend=settings.compile)
         trainable = sum(parameter.numel() for parameter in ready.model.parameters() if parameter.requires_grad)
-        trained = train(ready, batches, run.learning_rate, settings.head_learning_rate)
+        optimizer = optimizer_of(ready, run.learning_rate, settings.head_learning_rate)
+        trained = train(ready, batches, optimizer)
         task = run.about()
+
+        def judged(part: Any) -> dict[str, Any]:
+            if math.isfinite(trained.loss):
+                return task.evaluate(ready.model, part, 4 * settings.batch)
+            # What would be said of a model of NaN is of no use, and writing with it may not even end.
+            further = {"further": dict.fromkeys(task.further, math.nan)} if task.further else {}
+            return {"metric": math.nan, "loss": math.nan, **further}
+
+        few = batches[:: -(-len(batches) // COST_BATCHES)]
         return {
             **task.provenance(self.folder, settings.model),
-            "validation": task.evaluate(ready.model, data.validation, 4 * settings.batch),
-            "test": task.evaluate(ready.model, data.test, 4 * settings.batch),
+            "validation": judged(data.validation),
+            "test": judged(data.test),
             "trainable": trainable,
             "head": sum(parameter.numel() for parameter in head_of(ready.model)),
             "steps": len(batches),
             **asdict(trained),
-            "floor_ms": floor,
             "checkpoint_bytes": ready.checkpoint(),
             "trace_seconds": ready.trace_seconds,
             "trace_bytes": ready.trace_bytes,
+            "beside_floor": beside_floor(floor, ready, optimizer, few, settings.compile != "none")._asdict(),
             "seconds": time.perf_counter() - started,
         }
 
@@ -120,7 +135,8 @@ class Runner:
                 batches = [
                     batch for epoch in range(epochs) for batch in self.batches(run, 1000 * run.seed + 500 + epoch)
                 ]
-                train(ready, batches[: s.head_steps], s.head_learning_rate, s.head_learning_rate)
+                optimizer = optimizer_of(ready, s.head_learning_rate, s.head_learning_rate)
+                train(ready, batches[: s.head_steps], optimizer)
                 model.requires_grad_(True)
             self._models[key] = model
         return copy.deepcopy(self._models[key])

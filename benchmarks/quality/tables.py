@@ -131,7 +131,7 @@ def _cost(lines: Sequence[Line]) -> str:
     table = [
         [
             line.run.method,
-            f"{statistics.median(r['result']['step_ms'] / r['result']['floor_ms'] for r in line.rows):.2f}",
+            _over_floor(line),
             *(_mebibytes(line, name) for name in ("peak_bytes", "saved_bytes", "state_bytes", "checkpoint_bytes")),
             f"{line.middle('trace_seconds'):.0f}",
             _mebibytes(line, "trace_bytes"),
@@ -139,6 +139,12 @@ def _cost(lines: Sequence[Line]) -> str:
         for line in lines
     ]
     return _table(head, table)
+
+
+def _over_floor(line: Line) -> str:
+    """Median over seeds of a step's time by the floor's; nothing where a row has none measured on the same batches."""
+    found = [row["result"].get("beside_floor") for row in line.rows]
+    return "" if None in found else f"{statistics.median(each['step_ms'] / each['floor_ms'] for each in found):.2f}"
 
 
 def _mebibytes(line: Line, name: str) -> str:

@@ -1,6 +1,7 @@
 """Training, the same for every method and task."""
 
 import functools
+import math
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ class Trained:
     """What a training was like.
 
     Attributes:
-        loss: mean over the last tenth of the steps.
+        loss: mean over the last tenth of the steps; NaN or infinite where the training diverged.
         step_ms: median of forward pass, backward pass and optimizer step.
         state_bytes: of the optimizer.
         saved_bytes: that the first batch's forward pass saved for the backward.
@@ -38,20 +39,25 @@ class Trained:
     peak_bytes: int
 
 
-def train(ready: Ready, batches: Sequence[Batch], learning_rate: float, head_learning_rate: float) -> Trained:
+def optimizer_of(ready: Ready, learning_rate: float, head_learning_rate: float) -> torch.optim.Optimizer:
+    """A fresh optimizer of all that a method trains, the head among it."""
+    ids = {id(parameter) for parameter in ready.trained}
+    groups: list[dict[str, Any]] = [{"params": ready.trained, "lr": learning_rate}]
+    head = [p for p in head_of(ready.model) if p.requires_grad and id(p) not in ids]
+    if head:
+        groups.append({"params": head, "lr": head_learning_rate})
+    return ready.optimizer(groups)
+
+
+def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Trained:
     """Take a step a batch, with a linear warm-up over a tenth of them and a linear decay to zero.
 
+    A loss that is not finite ends the training.
+
     Raises:
-        ArithmeticError: the loss is not finite.
         AssertionError: something that should learn gets no gradient.
     """
-    head = [parameter for parameter in head_of(ready.model) if parameter.requires_grad]
-    ids = {id(parameter) for parameter in ready.trained}
-    groups = [{"params": ready.trained, "lr": learning_rate}]
-    rest = [parameter for parameter in head if id(parameter) not in ids]
-    if rest:
-        groups.append({"params": rest, "lr": head_learning_rate})
-    optimizer = ready.optimizer(groups)
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     schedule = get_linear_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
     ready.model.train()
     losses: list[float] = []
@@ -68,14 +74,12 @@ def train(ready: Ready, batches: Sequence[Batch], learning_rate: float, head_lea
             loss = ready.model(**batch).loss
         loss.backward()
         if at == 0:
-            _check_gradients([*ready.trained, *rest])
+            _check_gradients(learning)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
-        if not torch.isfinite(loss):
-            raise ArithmeticError(f"the loss is {losses[-1]} at step {at + 1}; use a lower learning rate")
 
     for at, batch in enumerate(batches):
         # The first step also compiles, and makes the optimizer's state.
@@ -86,6 +90,8 @@ def train(ready: Ready, batches: Sequence[Batch], learning_rate: float, head_lea
             peak = held + added
         else:
             step(at, batch)
+        if not math.isfinite(losses[-1]):
+            break
     last = losses[-max(1, len(losses) // 10) :]
     return Trained(
         loss=statistics.mean(last),
@@ -94,24 +100,6 @@ def train(ready: Ready, batches: Sequence[Batch], learning_rate: float, head_lea
         saved_bytes=saved,
         peak_bytes=peak,
     )
-
-
-def floor_ms(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Median time of a forward and backward pass of the frozen model, the backward going down to the embeddings."""
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
-    model.requires_grad_(False)
-    seconds = []
-    for batch in batches:
-        inputs = model.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
-        rest = {name: value for name, value in batch.items() if name != "input_ids"}
-        started = time.perf_counter()
-        model(inputs_embeds=inputs, **rest).loss.backward()
-        if inputs.is_cuda:
-            torch.cuda.synchronize(inputs.device)
-        seconds.append(time.perf_counter() - started)
-    for parameter, flag in zip(model.parameters(), wanted, strict=True):
-        parameter.requires_grad_(flag)
-    return statistics.median(seconds) * 1e3
 
 
 def _counting_saved(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:

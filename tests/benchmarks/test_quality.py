@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from tasks.base import HEAD
 from tasks.classification import COLA, SST2, load_model
 from torch import Tensor, nn
 from traces import Scores, block_scores, budget_elements, choose
-from training import train
+from training import optimizer_of, train
 
 import sylva_compile
 from sylva_compile.scope import weights_in_scope
@@ -88,7 +89,7 @@ class TestMethods:
         kind = METHODS[options["kind"]]
         ready = kind.prepare(model, options, BUDGET, lambda options: scores, 0)
         before = {key: value.clone() for key, value in ready.model.state_dict().items()}
-        trained = train(ready, [batch() for _ in range(4)], 1e-2, 1e-2)
+        trained = train(ready, [batch() for _ in range(4)], optimizer_of(ready, 1e-2, 1e-2))
         after = ready.model.state_dict()
         changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
         heads = {key for key in changed if key.rsplit(".", 2)[-2] in HEAD}
@@ -233,9 +234,9 @@ def fake_result(run: Run) -> dict[str, Any]:
     # The larger learning rate is better where the head is, the smaller one elsewhere.
     good = (run.learning_rate > 5e-3) == (run.method == "head")
     part = {"metric": 0.9 if good else 0.8, "loss": 0.1 + run.seed}
-    # As a row of before peaks were measured.
+    # As a row of before peaks were measured, and steps beside the floor.
     numbers = dict.fromkeys(
-        ("trainable", "step_ms", "floor_ms", "saved_bytes", "state_bytes", "checkpoint_bytes", "trace_seconds"), 1.0
+        ("trainable", "step_ms", "saved_bytes", "state_bytes", "checkpoint_bytes", "trace_seconds"), 1.0
     )
     return {"validation": part, "test": part, "seconds": 0.0, **numbers, "trainable": 10}
 
@@ -377,6 +378,7 @@ class TestTables:
         assert text.count("| full |") == 4
         for row in Rows(rows).read().values():
             assert row["result"]["peak_bytes"] > row["result"]["saved_bytes"]
+            assert 0 < row["result"]["beside_floor"]["floor_ms"] < row["result"]["beside_floor"]["step_ms"]
             assert (row["result"]["trace_bytes"] > 0) == (row["run"]["method"] == "random")
         assert "sparsity 0.8" in text
         assert text.strip() in capsys.readouterr().out
@@ -401,7 +403,20 @@ class TestTables:
         text = tables.markdown(grid, lines)
         assert "| head | 10 | 0.01 | 90.0 ± 0.0 | 0.600 ± 0.707 | +0.0 ± 0.0 | 2 |" in text
         # Rows of before peaks were measured have no figure for them.
-        assert "| head | 1.00 |  | 0.0 | 0.0 | 0.0 | 1 |  |" in text
+        assert "| head |  |  | 0.0 | 0.0 | 0.0 | 1 |  |" in text
+
+    def test_a_learning_rate_that_diverges_is_a_row_and_no_end(self, tmp_path: Path, data: Path) -> None:
+        methods = '{ full = { kind = "full" }, head = { kind = "head" } }'
+        rates = "[1e-3, 1e30]"
+        path = grid_file(tmp_path, tasks="{ sst2 = {} }", methods=methods, learning_rates=rates, seeds="[0]")
+        rows = quality.main(["--grid", str(path), "--data", str(data), "--results", str(tmp_path / "rows")])
+        found = {(row["run"]["method"], row["run"]["learning_rate"]): row for row in Rows(rows).read().values()}
+        assert len(found) == 4
+        lost = found["full", 1e30]["result"]
+        assert not math.isfinite(lost["loss"])
+        assert math.isnan(lost["test"]["metric"])
+        assert math.isnan(lost["validation"]["loss"])
+        assert {line.learning_rate for line in tables.lines_of(Grid.read(path), Rows(rows))} == {1e-3}
 
     def test_text_between_comments_is_replaced_alone(self) -> None:
         text = "a\n<!-- quality small: begin -->\nold\n<!-- end -->\nb\n"

@@ -1,0 +1,70 @@
+"""The time of a method's training step beside the floor: the frozen model, there and back."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from methods import Ready
+from tasks import Batch
+from tasks.base import device_of
+from torch import nn
+
+
+class Cost(NamedTuple):
+    """Medians over batches, in milliseconds.
+
+    Attributes:
+        floor_ms: of a forward and backward pass of the frozen model, the backward going down to the embeddings.
+        step_ms: of a forward and backward pass and the optimizer's step.
+    """
+
+    floor_ms: float
+    step_ms: float
+
+
+def beside_floor(
+    floor: nn.Module, ready: Ready, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], warm_up: bool
+) -> Cost:
+    """Let the frozen model and the method take turns, batch by batch.
+
+    Args:
+        floor: the model as it was before the method; frozen here.
+        ready: the model to step.
+        optimizer: of it.
+        batches: few, and of the lengths that training saw.
+        warm_up: take all batches once before those that count; a compiler needs that.
+    """
+    floor.requires_grad_(False).train()
+    ready.model.train()
+
+    def there_and_back(batch: Batch) -> None:
+        inputs = floor.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
+        rest = {name: value for name, value in batch.items() if name != "input_ids"}
+        floor(inputs_embeds=inputs, **rest).loss.backward()
+
+    def step(batch: Batch) -> None:
+        ready.model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    device = device_of(floor)
+    times: list[tuple[float, float]] = []
+    for _ in range(2 if warm_up else 1):
+        times = [(_milliseconds(there_and_back, each, device), _milliseconds(step, each, device)) for each in batches]
+    floors, steps = zip(*times, strict=True)
+    return Cost(statistics.median(floors), statistics.median(steps))
+
+
+def _milliseconds(work: Callable[[Batch], Any], batch: Batch, device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    work(batch)
+    _wait(device)
+    return 1e3 * (time.perf_counter() - started)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
