@@ -25,7 +25,7 @@ class Cost(NamedTuple):
 
 
 def beside_floor(
-    floor: nn.Module, ready: Ready, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], warm_up: bool
+    floor: nn.Module, ready: Ready, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], warm_up: int
 ) -> Cost:
     """Let the frozen model and the method take turns, batch by batch.
 
@@ -34,7 +34,7 @@ def beside_floor(
         ready: the model to step.
         optimizer: of it.
         batches: few, and of the lengths that training saw.
-        warm_up: take all batches once before those that count; a compiler needs that.
+        warm_up: so many of them are taken once before all count; a compiler must have seen their lengths.
     """
     floor.requires_grad_(False).train()
     ready.model.train()
@@ -50,10 +50,13 @@ def beside_floor(
         optimizer.zero_grad()
 
     device = device_of(floor)
-    times: list[tuple[float, float]] = []
-    for _ in range(2 if warm_up else 1):
-        times = [(_milliseconds(there_and_back, each, device), _milliseconds(step, each, device)) for each in batches]
-    floors, steps = zip(*times, strict=True)
+
+    def times(batch: Batch) -> tuple[float, float]:
+        return _milliseconds(there_and_back, batch, device), _milliseconds(step, batch, device)
+
+    for batch in batches[:warm_up]:
+        times(batch)
+    floors, steps = zip(*map(times, batches), strict=True)
     return Cost(statistics.median(floors), statistics.median(steps))
 
 

@@ -34,6 +34,7 @@ from training import optimizer_of, train
 from transformers.utils import logging as transformers_logging
 
 import sylva_compile
+from sylva_compile.scope import weights_in_scope
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from peak import peak_above
@@ -64,6 +65,7 @@ class Runner:
         batches = [batch for epoch in range(settings.epochs) for batch in self.batches(run, 1000 * run.seed + epoch)]
         floor = copy.deepcopy(model)
         budget = Budgeted(settings.scope, settings.sparsity, settings.block_size)
+        weights = list(weights_in_scope(model, settings.scope).values())
         torch.manual_seed(run.seed)
         ready = METHODS[run.options["kind"]].prepare(
             model, run.options, budget, lambda options: self.scores(run, options), run.seed
@@ -89,6 +91,7 @@ class Runner:
             return {"metric": math.nan, "loss": math.nan, **further}
 
         few = batches[:: -(-len(batches) // COST_BATCHES)]
+        warm_up = 1 if settings.compile == "none" else len(few)
         return {
             **task.provenance(self.folder, settings.model),
             "validation": judged(data.validation),
@@ -100,7 +103,8 @@ class Runner:
             "checkpoint_bytes": ready.checkpoint(),
             "trace_seconds": ready.trace_seconds,
             "trace_bytes": ready.trace_bytes,
-            "beside_floor": beside_floor(floor, ready, optimizer, few, settings.compile != "none")._asdict(),
+            "nonzero": sum(int(weight.count_nonzero()) for weight in weights) / sum(w.numel() for w in weights),
+            "beside_floor": beside_floor(floor, ready, optimizer, few, warm_up)._asdict(),
             "seconds": time.perf_counter() - started,
         }
 

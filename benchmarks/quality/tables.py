@@ -37,6 +37,11 @@ class Line:
             found = [each[name] for each in found]
         return found
 
+    def values_if_any(self, name: str) -> list[float]:
+        """A result of every seed; none where a row is older than its measurement."""
+        found = [row["result"].get(name) for row in self.rows]
+        return [] if None in found else found
+
     def middle(self, name: str) -> float:
         """Median over seeds."""
         return statistics.median(self.values(name))
@@ -128,6 +133,8 @@ def _cost(lines: Sequence[Line]) -> str:
         "trace, s",
         "trace, MiB",
     ]
+    # What multiplication by these weights costs where zeros are skipped; all of it for methods that prune nothing.
+    pruned = any(value < 0.999 for line in lines for value in line.values_if_any("nonzero"))
     table = [
         [
             line.run.method,
@@ -135,10 +142,15 @@ def _cost(lines: Sequence[Line]) -> str:
             *(_mebibytes(line, name) for name in ("peak_bytes", "saved_bytes", "state_bytes", "checkpoint_bytes")),
             f"{line.middle('trace_seconds'):.0f}",
             _mebibytes(line, "trace_bytes"),
+            *([_percent(line.values_if_any("nonzero"))] if pruned else []),
         ]
         for line in lines
     ]
-    return _table(head, table)
+    return _table([*head, "weights left, %"] if pruned else head, table)
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{100 * statistics.median(values):.1f}" if values else ""
 
 
 def _over_floor(line: Line) -> str:
@@ -148,10 +160,9 @@ def _over_floor(line: Line) -> str:
 
 
 def _mebibytes(line: Line, name: str) -> str:
-    """Median over seeds; nothing where a row is older than its measurement."""
-    if any(name not in row["result"] for row in line.rows):
-        return ""
-    return f"{line.middle(name) / 2**20:.1f}"
+    """Median over seeds."""
+    found = line.values_if_any(name)
+    return f"{statistics.median(found) / 2**20:.1f}" if found else ""
 
 
 def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:

@@ -378,7 +378,8 @@ class TestTables:
         assert text.count("| full |") == 4
         for row in Rows(rows).read().values():
             assert row["result"]["peak_bytes"] > row["result"]["saved_bytes"]
-            assert 0 < row["result"]["beside_floor"]["floor_ms"] < row["result"]["beside_floor"]["step_ms"]
+            assert min(row["result"]["beside_floor"].values()) > 0
+            assert row["result"]["nonzero"] > 0.99
             assert (row["result"]["trace_bytes"] > 0) == (row["run"]["method"] == "random")
         assert "sparsity 0.8" in text
         assert text.strip() in capsys.readouterr().out
@@ -404,6 +405,21 @@ class TestTables:
         assert "| head | 10 | 0.01 | 90.0 ± 0.0 | 0.600 ± 0.707 | +0.0 ± 0.0 | 2 |" in text
         # Rows of before peaks were measured have no figure for them.
         assert "| head |  |  | 0.0 | 0.0 | 0.0 | 1 |  |" in text
+        assert "weights left" not in text
+
+    def test_what_pruning_leaves_is_shown_where_somebody_prunes(
+        self, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        left = {"head": 1.0, "random": 0.05}
+        monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run) | {"nonzero": left[run.method]})
+        path = grid_file(tmp_path)
+        rows = quality.main(["--grid", str(path), "--data", str(data), "--results", str(tmp_path / "rows")])
+        grid = Grid.read(path)
+        lines = tables.lines_of(grid, Rows(rows))
+        text = tables.markdown(grid, lines)
+        assert "| 5.0 |" in text
+        assert "| 100.0 |" in text
+        assert "weights left" not in tables.markdown(grid, [line for line in lines if line.run.method == "head"])
 
     def test_a_learning_rate_that_diverges_is_a_row_and_no_end(self, tmp_path: Path, data: Path) -> None:
         methods = '{ full = { kind = "full" }, head = { kind = "head" } }'
