@@ -50,14 +50,14 @@ def _ratio(value: int | None, floor: int | None) -> str:
 def step_table() -> str:
     """Time of a step on the CPU, at the default shapes; a dash for what an older result did not measure."""
     row = newest("step", device="cpu", hidden=1024, tokens=1024, block_size=64, sparsity=0.98)
-    floor = row["results"]["frozen"].get("saved_bytes")
+    floor = row["results"]["frozen"]
     rows = [
         [
             VARIANTS[name],
             _count(found["trainable"]),
             f"{found['step_ms']['median']:.0f}",
             f"{found['of_floor']:.3f}",
-            _ratio(found.get("saved_bytes"), floor),
+            *(_ratio(found.get(name), floor.get(name)) for name in ("saved_bytes", "peak_bytes")),
             f"{found['compile_s']:.1f}" if "compile_s" in found else "–",
             _count(found.get("break_even_steps")),
         ]
@@ -68,7 +68,8 @@ def step_table() -> str:
         "trainable",
         "ms",
         "of the floor",
-        "saved bytes, of the floor",
+        "saved, of the floor",
+        "peak, of the floor",
         "compiling, s",
         "won back after",
     ]
