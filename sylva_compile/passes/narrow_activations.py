@@ -65,15 +65,11 @@ def unify_activations(samples: Sequence[Sample]) -> list[Sample]:
 
 def narrow_activations(graph: Graph, samples: Sequence[Sample]) -> dict[Sample, str]:
     """Let `samples` read narrow copies where that can win; returns the others, with the reason."""
-    gradients, backward = tangent_dependents(graph), backward_half(graph)
-    ours = {sample.product for sample in samples}
+    gradients = tangent_dependents(graph)
+    backward = _Backward(backward_half(graph) - {sample.product for sample in samples})
     copies: dict[tuple[Operand, Node], Node] = {}
     whole: dict[Sample, str] = {}
-
-    def held(node: Node) -> bool:
-        return any(_readers(node, backward, ours)) and not _is_remade(node, backward, ours)
-
-    reasons = {sample: _why_whole(sample, gradients, backward, ours) for sample in samples}
+    reasons = {sample: _why_whole(sample, gradients, backward) for sample in samples}
     for sample, reason in reasons.items():
         if reason is not None:
             whole[sample] = reason
@@ -82,13 +78,13 @@ def narrow_activations(graph: Graph, samples: Sequence[Sample]) -> dict[Sample, 
             continue
         key = (sample.activation, sample.lines)
         if key not in copies:
-            copies[key] = narrow_copy(graph, *key, held)
+            copies[key] = narrow_copy(graph, *key, backward.holds)
         sample.product.update_arg(sample.axis, copies[key])
         sample.product.update_arg(2, sample.narrow_positions)
     return whole
 
 
-def _why_whole(sample: Sample, gradients: set[Node], backward: set[Node], ours: set[Node]) -> str | None:
+def _why_whole(sample: Sample, gradients: set[Node], backward: "_Backward") -> str | None:
     activation = sample.activation
     if activation.node in gradients:
         return "it is made in the backward pass"
@@ -97,9 +93,9 @@ def _why_whole(sample: Sample, gradients: set[Node], backward: set[Node], ours: 
         root = root.all_input_nodes[0]
     width = _size(activation.node.meta["val"].shape[0 if activation.transposed else 1])
     kept = _size(sample.lines.meta["val"].shape[0])
-    if width is not None and kept is not None and kept > WIDE * width and not _is_remade(root, backward, ours):
+    if width is not None and kept is not None and kept > WIDE * width and not backward.can_make(root):
         return "the blocks need nearly all of its columns"
-    keeper = _keeper(root, backward, ours)
+    keeper = backward.keeper(root)
     return f"{keeper.target} keeps it for the backward pass anyway" if keeper is not None else None
 
 
@@ -107,14 +103,6 @@ def _size(size: int | torch.SymInt) -> int | None:
     """The size, or that of the example where it may vary: the choice is one of speed alone, so nothing guards it."""
     hint = size if isinstance(size, int) else size.node.hint
     return None if hint is None else int(hint)
-
-
-def _keeper(root: Node, backward: set[Node], ours: set[Node]) -> Node | None:
-    """What makes the backward half hold all of an activation, a view of `root`, whatever we do."""
-    for reader in _readers(root, backward, ours):
-        if not is_pointwise(reader) or not _is_remade(root, backward, ours):
-            return reader
-    return None
 
 
 def _value_key(node: Node) -> object:
@@ -128,22 +116,40 @@ def _value_key(node: Node) -> object:
     return node.target, str(how), _value_key(source)
 
 
-def _readers(node: Node, backward: set[Node], ours: set[Node]) -> Iterator[Node]:
-    """Nodes of the backward half, `ours` apart, that read `node` or a view of it."""
-    for user in node.users:
-        if user.target in VIEWS:
-            yield from _readers(user, backward, ours)
-        elif user in backward and user not in ours:
-            yield user
+class _Backward:
+    """What the backward half of a joint graph holds, and what it can make of that."""
 
+    def __init__(self, nodes: set[Node]) -> None:
+        """Of its `nodes`, without the sampled products: what these hold is what is being decided."""
+        self._nodes = nodes
+        self._made: dict[tuple[Node, int], bool] = {}
 
-def _is_remade(node: Node, backward: set[Node], ours: set[Node], depth: int = DEPTH) -> bool:
-    """Whether the backward half can make `node` again, pointwise, from what it holds anyway."""
-    if node.op != "call_function" or depth == 0 or not (is_pointwise(node) or node.target in VIEWS | CASTS):
-        return False
-    return all(
-        source.op == "placeholder"
-        or any(_readers(source, backward, ours))
-        or _is_remade(source, backward, ours, depth - 1)
-        for source in node.all_input_nodes
-    )
+    def keeper(self, root: Node) -> Node | None:
+        """What makes it hold all of an activation, a view of `root`, whatever we do."""
+        for reader in self._readers(root):
+            if not is_pointwise(reader) or not self.can_make(root):
+                return reader
+        return None
+
+    def holds(self, node: Node) -> bool:
+        """Whether it reads all of `node` and must get it from the forward."""
+        return any(self._readers(node)) and not self.can_make(node)
+
+    def can_make(self, node: Node, depth: int = DEPTH) -> bool:
+        """Whether it can make `node` again, pointwise, from what it holds anyway."""
+        if node.op != "call_function" or depth == 0 or not (is_pointwise(node) or node.target in VIEWS | CASTS):
+            return False
+        if (node, depth) not in self._made:
+            self._made[node, depth] = all(
+                source.op == "placeholder" or any(self._readers(source)) or self.can_make(source, depth - 1)
+                for source in node.all_input_nodes
+            )
+        return self._made[node, depth]
+
+    def _readers(self, node: Node) -> Iterator[Node]:
+        """Its nodes that read `node` or a view of it."""
+        for user in node.users:
+            if user.target in VIEWS:
+                yield from self._readers(user)
+            elif user in self._nodes:
+                yield user

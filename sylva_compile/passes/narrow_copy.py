@@ -93,8 +93,9 @@ class _Narrowing:
         if None in operands.values() or not all(source in direct for source in operands):
             return None
         narrow = {source: self._operand(source, kind, depth - 1) for source, kind in operands.items()}
-        args = map_arg(node.args, narrow.__getitem__)
-        return self._call(node.target, *args, kwargs=map_arg(node.kwargs, narrow.__getitem__))
+        args, kwargs = map_arg((node.args, node.kwargs), narrow.__getitem__)
+        # A layout that four dimensions can have is none for two.
+        return self._call(node.target, *args, kwargs={k: v for k, v in kwargs.items() if k != "memory_format"})
 
     def _kind(self, source: Node) -> str | None:
         """How an operand of a pointwise operator relates to rows and columns; None if in none of the simple ways."""

@@ -77,6 +77,12 @@ class TestGoesThrough:
         x = joint.input("primals_1", normal(T, N))
         assert check(joint, joint.call(aten._to_copy.default, x, dtype=torch.bfloat16)) == [x]
 
+    def test_a_layout_of_images(self, joint: "Joint") -> None:
+        x = joint.input("primals_1", normal(1, B, S, N))
+        copy = joint.call(aten.clone.default, x, memory_format=torch.channels_last)
+        [cut] = check(joint, joint.call(aten.reshape.default, joint.call(aten.neg.default, copy), [T, N]))
+        assert cut.args[0] is x
+
     def test_what_is_read_twice_is_copied_once(self, joint: "Joint") -> None:
         x = joint.input("primals_1", normal(T, N))
         sine = joint.call(aten.sin.default, x)
