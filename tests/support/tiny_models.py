@@ -49,7 +49,8 @@ def tiny(architecture: str, *, length: int = 10, layers: int = 2) -> Case:
         config.use_cache = False
         model = GPT2LMHeadModel(config)
     elif architecture == "t5":
-        config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=layers, num_heads=4, vocab_size=VOCABULARY)
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": layers, "num_decoder_layers": 1, "num_heads": 4}
+        config = T5Config(**sizes, vocab_size=VOCABULARY)
         config.decoder_start_token_id, config.dropout_rate, config.use_cache = 0, 0.0, False
         model = T5ForConditionalGeneration(config)
     elif architecture == "roberta":
