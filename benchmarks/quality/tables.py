@@ -171,6 +171,9 @@ def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    # No column for what nobody measured.
+    kept = [at for at in range(len(head)) if any(row[at] for row in rows)]
+    head, rows = [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
