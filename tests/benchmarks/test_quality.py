@@ -3,11 +3,12 @@
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cost
 import pytest
 import run as quality
 import tables
@@ -363,6 +364,28 @@ def test_a_compiled_run_comes_to_the_same(data: Path) -> None:
     assert compiled["saved_bytes"] < plain["saved_bytes"]
 
 
+def test_a_step_and_the_floor_take_turns_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    floor, model, batches = load_model("tiny", 0), load_model("tiny", 0), [batch() for _ in range(3)]
+    start = [parameter.clone() for parameter in floor.parameters()]
+    ready = METHODS["full"].prepare(model, {}, BUDGET, lambda options: chance_scores(model), 0)
+    turns: list[tuple[str, int]] = []
+
+    def timed(work: Callable[[Any], Any], each: dict[str, Tensor], device: torch.device) -> float:
+        work(each)
+        turns.append((work.__name__, next(at for at, known in enumerate(batches) if known is each)))
+        return float(len(turns))
+
+    monkeypatch.setattr(cost, "_milliseconds", timed)
+    found = cost.beside_floor(floor, ready, optimizer_of(ready, 1e-3, 1e-3), batches, 1)
+    both = ("there_and_back", "step")
+    assert turns == [(name, at) for at in (0, 0, 1, 2) for name in both]
+    # The warm-up, which took 1 and 2, does not count.
+    assert found == (5.0, 6.0)
+    assert all(parameter.grad is None for parameter in floor.parameters())
+    assert all(map(torch.equal, floor.parameters(), start))
+    assert not all(map(torch.equal, model.parameters(), start))
+
+
 class TestTables:
     def test_a_grid_from_runs_to_tables(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         methods = (
@@ -378,7 +401,7 @@ class TestTables:
         assert text.count("| full |") == 4
         for row in Rows(rows).read().values():
             assert row["result"]["peak_bytes"] > row["result"]["saved_bytes"]
-            assert min(row["result"]["beside_floor"].values()) > 0
+            assert set(row["result"]["beside_floor"]) == {"floor_ms", "step_ms"}
             assert row["result"]["nonzero"] > 0.99
             assert (row["result"]["trace_bytes"] > 0) == (row["run"]["method"] == "random")
         assert "sparsity 0.8" in text

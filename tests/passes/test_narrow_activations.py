@@ -201,6 +201,20 @@ class TestKeptAnyway:
         [copy] = joint.graph.find_nodes(op="call_function", target=aten.index.Tensor)
         assert copy.args[0] is before
 
+    @pytest.mark.parametrize("remade", [True, False])
+    def test_a_copy_is_made_from_what_cannot_be_made_again(self, joint: "Joint", remade: bool) -> None:
+        # The backward reads `middle`: that it has it from the forward goes without saying only if it cannot make it.
+        layer = Layer(joint)
+        before = self.product_of_inputs(joint)
+        middle = joint.call(aten.silu.default, before)
+        x = joint.call(aten.exp.default, middle)
+        tangent = joint.input("tangents_9", normal(T, N, seed=9))
+        read = [middle, before] if remade else [middle]
+        [outcome] = rewrite(joint, layer.mark(x), *(joint.call(aten.mul.Tensor, tangent, node) for node in read))
+        assert outcome.narrowed
+        [copy] = joint.graph.find_nodes(op="call_function", target=aten.index.Tensor)
+        assert copy.args[0] is read[-1]
+
     @pytest.mark.parametrize("operator", [aten.sum.default, aten.neg.default])
     def test_a_narrow_copy_is_no_keeper(self, joint: "Joint", operator: Any) -> None:
         """Two weights with lines of their own do not keep the activation for each other."""
