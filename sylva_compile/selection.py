@@ -1,6 +1,6 @@
 """From block scores to masks: exact counts, one budget a weight or one for all, a limit on input columns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +10,9 @@ from torch import Tensor
 from sylva_compile.errors import ArgumentError
 
 Allocation = Literal["layer", "global"]
+
+Choose = Callable[[str, int, Tensor], Tensor]
+"""Takes a weight's name, how many blocks, and which are allowed; returns a `bool` map of so many of these."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,17 @@ class Budget:
         return max(1, int((1 - self.sparsity) * total + 0.5 + 1e-9))
 
 
-def select_blocks(scores: Mapping[str, Tensor], budget: Budget, input_axes: Mapping[str, int]) -> dict[str, Tensor]:
+def select_blocks(
+    scores: Mapping[str, Tensor], budget: Budget, input_axes: Mapping[str, int], choose: Choose | None = None
+) -> dict[str, Tensor]:
     """Choose blocks by score.
 
     Args:
         scores: weight name to scores over its block grid, as the weight is stored; higher is better.
         budget: how many.
         input_axes: weight name to the axis of its grid that the inputs meet.
+        choose: chooses within a weight once the scores have told how many blocks it gets, and in which columns; None:
+            the highest scores are taken.
 
     Returns:
         Weight name to `bool` block map. Exactly the wanted number is taken; ties go to the earlier position.
@@ -60,13 +67,18 @@ def select_blocks(scores: Mapping[str, Tensor], budget: Budget, input_axes: Mapp
             raise ArgumentError(
                 f"{name}: block scores are not finite; raise damping, or look for overflow in the model."
             )
+
+    def highest(name: str, count: int, allowed: Tensor) -> Tensor:
+        return _best(scores[name].masked_fill(~allowed, -torch.inf).flatten(), count).view(allowed.shape)
+
+    choose = choose or highest
     if budget.allocation == "layer":
         maps = {}
         for name, score in scores.items():
             wanted = budget.blocks(score.numel())
             allowed = _allowed(score, wanted, budget, input_axes[name])
             _check_room(name, int(allowed.sum()), wanted, budget)
-            maps[name] = _best(score.masked_fill(~allowed, -torch.inf).flatten(), wanted).view(score.shape)
+            maps[name] = choose(name, wanted, allowed)
         return maps
     share = {name: budget.blocks(score.numel()) for name, score in scores.items()}
     wanted = budget.blocks(sum(score.numel() for score in scores.values()))
@@ -74,7 +86,8 @@ def select_blocks(scores: Mapping[str, Tensor], budget: Budget, input_axes: Mapp
     _check_room("all weights", int(sum(allowed.sum() for allowed in allowed_of.values())), wanted, budget)
     flat = [score.masked_fill(~allowed_of[name], -torch.inf).flatten() for name, score in scores.items()]
     chosen = _best(torch.cat(flat), wanted).split([part.numel() for part in flat])
-    return {name: part.view(score.shape) for part, (name, score) in zip(chosen, scores.items(), strict=True)}
+    counts = [int(part.sum()) for part in chosen]
+    return {name: choose(name, count, allowed_of[name]) for name, count in zip(scores, counts, strict=True)}
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

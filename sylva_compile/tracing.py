@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from numbers import Real
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from sylva_compile.masks import BlockMask, Masks, base_fingerprint, check_block_
 from sylva_compile.memory import TraceEstimate, check_fits, estimate_bytes
 from sylva_compile.observation import Progress, observe, observed
 from sylva_compile.scope import Scope, input_axes, unwrap, weights_in_scope
-from sylva_compile.selection import Allocation, Budget, select_blocks
+from sylva_compile.selection import Allocation, Budget, Choose, select_blocks
 
 Method = Literal["sylva", "kfac", "fisher", "magnitude", "random"]
 
@@ -45,7 +45,7 @@ def trace_and_mask(
     rank: int = 8,
     num_samples: int = 1024,
     method: Method = "sylva",
-    score: Score = "gain",
+    score: Score = "joint",
     allocation: Allocation = "layer",
     column_budget: float | None = None,
     damping: float | None = None,
@@ -69,14 +69,16 @@ def trace_and_mask(
             name, or a list of module-name endings; as PEFT's `target_modules`.
         sparsity: share of each weight's blocks that stays frozen, in [0, 1).
         block_size: b, at least 8.
-        num_partitions: depth K of the hierarchical factors (`score="paper"` with "sylva").
+        num_partitions: depth K of the hierarchical factors ("sylva"; `score="gain"` does without).
         rank: rank r of their off-diagonal parts.
         num_samples: sequences to trace over all ranks; a loader that ends early is used up, and the log says so.
         method: "sylva", "kfac" (exact dense factors), "fisher" (squared gradients), "magnitude" or "random".
-        score: for "sylva" and "kfac": "gain", half a block's Newton decrement, or "paper", eqn 19 and 20.
+        score: for "sylva" and "kfac": "joint", blocks chosen one after another, each for what those before it have
+            left to win; "gain", what each could win alone, half its Newton decrement; "paper", eqn 19 and 20.
         allocation: "layer" (every weight keeps its share) or "global" (the best blocks of all weights).
         column_budget: at most this fraction of a weight's input block columns holds blocks; None: no limit.
-        damping: fraction of a factor's mean diagonal that is added to it; None: 0.1 for "gain", 1e-3 for "paper".
+        damping: fraction of a factor's mean diagonal that is added to it; None: 1e-3 for "paper", 0.1 for
+            the others.
         loss_fn: `loss_fn(model, batch) -> scalar`, for batches that are no mappings or models without `.loss`.
         process_group: every rank traces its share of the samples, and all end with the same masks.
         progress: show a progress bar.
@@ -102,6 +104,7 @@ def trace_and_mask(
     _check_choices(method, score, num_partitions, rank, num_samples, damping, checkpoint_every)
     weights, axes = _weights_to_trace(model, scope, block_size)
     scores: dict[str, Tensor] = {}
+    choose: Choose | None = None
     if method in _WITHOUT_DATA:
         with torch.random.fork_rng(devices=[]):
             for name, weight in weights.items():
@@ -138,8 +141,11 @@ def trace_and_mask(
         if process_group is not None:
             estimators.combine(process_group)
             done = _of_all_ranks(done, process_group)
-        scores = {name: estimators.take_scores(name) for name in observed(weights, done)}
-    maps = select_blocks(scores, budget, axes)
+        take, choose = (
+            (estimators.scores, estimators.take_joint_map) if choice.is_joint else (estimators.take_scores, None)
+        )
+        scores = {name: take(name) for name in observed(weights, done)}
+    maps = select_blocks(scores, budget, axes, choose)
     if process_group is not None:
         maps = _agree(maps, process_group)
     blocks = {name: BlockMask.from_block_map(chosen, weights[name].shape, block_size) for name, chosen in maps.items()}
@@ -172,7 +178,7 @@ def estimate(
     num_partitions: int = 4,
     rank: int = 8,
     method: Literal["sylva", "kfac", "fisher"] = "sylva",
-    score: Score = "gain",
+    score: Score = "joint",
     gradient_device: torch.device | str | None = None,
 ) -> TraceEstimate:
     """What `trace_and_mask` with these arguments will hold in memory beside the model, in bytes; prints as a table.
@@ -233,8 +239,8 @@ def _check_choices(
 ) -> None:
     if method not in _METHODS:
         raise ArgumentError(f"method={method!r}; use one of {', '.join(_METHODS)}.")
-    if score not in ("gain", "paper"):
-        raise ArgumentError(f"score={score!r}; use 'gain' or 'paper'.")
+    if score not in get_args(Score):
+        raise ArgumentError(f"score={score!r}; use 'joint', 'gain' or 'paper'.")
     _check_count("num_samples", num_samples, 1)
     _check_count("checkpoint_every", checkpoint_every, 1)
     _check_count("num_partitions", num_partitions, 0)

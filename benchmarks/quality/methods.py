@@ -1,6 +1,7 @@
 """The ways to fine-tune that are compared. Each makes a model ready, and says what it trains."""
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class Ready:
     trained: list[nn.Parameter]
     checkpoint: Callable[[], int]
     optimizer: Callable[[Groups], torch.optim.Optimizer] = field(
-        default=lambda groups: torch.optim.AdamW(groups, weight_decay=0.0)
+        default=lambda groups: torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     )
     trace_seconds: float = 0.0
     trace_bytes: int = 0
@@ -192,8 +193,10 @@ def prepare_adapter(model: nn.Module, options: Mapping[str, Any], budget: Budget
 def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
     """Trainable blocks inside frozen weights. With `prune`, the rest of those weights is zeroed."""
     scores = traced(options)
+    started = time.perf_counter()
     rules = Budget(budget.sparsity, options.get("allocation", "layer"), options.get("column_budget"))
     maps = choose(scores, rules, options.get("pattern", "blocks"))
+    seconds = scores.seconds + time.perf_counter() - started
     masks = sylva_compile.Masks.from_block_maps(model, maps, budget.block_size)
     if options.get("prune", False):
         with torch.no_grad():
@@ -206,7 +209,7 @@ def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgete
         masks.parameters(),
         lambda: _adapter_bytes(model),
         sylva_compile.AdamW,
-        trace_seconds=scores.seconds,
+        trace_seconds=seconds,
         trace_bytes=scores.peak_bytes,
         masks=masks,
     )
@@ -237,7 +240,7 @@ def check_options(options: Mapping[str, Any]) -> str | None:
     if kind == "blocks":
         allowed = {
             "trace": ("sylva", "kfac", "fisher", "magnitude", "random"),
-            "score": ("gain", "paper"),
+            "score": ("gain", "joint", "paper"),
             "pattern": PATTERNS,
             "allocation": ("layer", "global"),
         }

@@ -14,7 +14,7 @@ from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.kernels.blocks import grid_shape
 from sylva_compile.observation import observe
 from sylva_compile.scope import input_axes, weights_in_scope
-from sylva_compile.selection import Budget, select_blocks
+from sylva_compile.selection import Budget, Choose, select_blocks
 
 Pattern = Literal["blocks", "columns", "rectangle"]
 PATTERNS = ("blocks", "columns", "rectangle")
@@ -29,12 +29,14 @@ class Scores:
         axes: weight name to the axis that the inputs meet.
         seconds: of the trace.
         peak_bytes: that the trace held at one time beside the model, where somebody measured them.
+        jointly: what chooses blocks of a weight together, for scores that do.
     """
 
     by_weight: dict[str, Tensor]
     axes: dict[str, int]
     seconds: float
     peak_bytes: int = 0
+    jointly: Choose | None = None
 
 
 def block_scores(
@@ -54,7 +56,7 @@ def block_scores(
     started = time.perf_counter()
     weights = weights_in_scope(model, scope)
     axes = input_axes(model, weights)
-    method = how["method"]
+    method, jointly = how["method"], None
     if method == "magnitude":
         found = {name: magnitude_scores(weight, block_size) for name, weight in weights.items()}
     elif method == "random":
@@ -67,8 +69,9 @@ def block_scores(
         )
         estimators = Estimators(weights, axes, choice)
         done = observe(model, weights, estimators, batches, num_samples=samples)
-        found = {name: estimators.take_scores(name) for name in weights if name in done.seen}
-    return Scores(found, axes, time.perf_counter() - started)
+        found = {name: estimators.scores(name) for name in weights if name in done.seen}
+        jointly = estimators.joint_map if choice.is_joint else None
+    return Scores(found, axes, time.perf_counter() - started, jointly=jointly)
 
 
 def choose(scores: Scores, budget: Budget, pattern: Pattern = "blocks") -> dict[str, Tensor]:
@@ -77,7 +80,7 @@ def choose(scores: Scores, budget: Budget, pattern: Pattern = "blocks") -> dict[
     Columns and rectangles come in large pieces; what one weight has too little or too much, the next one makes up for.
     """
     if pattern == "blocks":
-        return select_blocks(scores.by_weight, budget, scores.axes)
+        return select_blocks(scores.by_weight, budget, scores.axes, scores.jointly)
     maps: dict[str, Tensor] = {}
     owed = 0
     for name, score in scores.by_weight.items():

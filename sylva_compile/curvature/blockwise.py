@@ -45,6 +45,10 @@ class BlockCovariance(Covariance):
         """Not to be had."""
         raise NotImplementedError("diagonal blocks alone give no products; gather whole factors for this score")
 
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Not to be had."""
+        raise NotImplementedError("diagonal blocks alone give no columns; gather whole factors for this score")
+
     def inverse_diagonal(self, damping: float) -> Tensor:
         """Not to be had."""
         raise NotImplementedError("diagonal blocks alone give no inverse; gather whole factors for this score")

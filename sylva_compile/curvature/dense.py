@@ -39,6 +39,10 @@ class DenseCovariance(Covariance):
         """`B · X` for X `[d, c]`."""
         return self.matrix @ lines
 
+    def columns(self, start: int, stop: int) -> Tensor:
+        """A view of them."""
+        return self.matrix[:, start:stop]
+
     def inverse_diagonal(self, damping: float) -> Tensor:
         """Diagonal of `(B + λ I)⁻¹`, `[d]`, from the dense inverse."""
         size = self.matrix.shape[0]

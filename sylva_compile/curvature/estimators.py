@@ -26,7 +26,7 @@ class EstimatorChoice:
 
     Attributes:
         method: "sylva", "kfac" or "fisher".
-        score: "gain" or "paper"; "fisher" has but one.
+        score: "gain", "joint" or "paper"; "fisher" has but one.
         block_size: b.
         depth: splits K of hierarchical factors.
         rank: r of hierarchical factors.
@@ -42,6 +42,11 @@ class EstimatorChoice:
     damping: float | None
     gradient_device: torch.device | None = None
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether `Estimators.take_joint_map` chooses."""
+        return self.method != "fisher" and self.score == "joint"
+
     def new_factor(self, queue: UpdateQueue[OnlineHierarchy] | None = None) -> NewFactor:
         """What makes a Kronecker factor: "gain" reads diagonal blocks alone, so "sylva" keeps no more for it.
 
@@ -56,7 +61,7 @@ class EstimatorChoice:
 
     def group_bytes(self, device: torch.device) -> int:
         """What updates that wait for others take on `device` at most."""
-        return group_bytes(device) if self.method == "sylva" and self.score == "paper" else 0
+        return group_bytes(device) if self.method == "sylva" and self.score != "gain" else 0
 
 
 class Estimators:
@@ -108,11 +113,44 @@ class Estimators:
         for estimator in self._estimators.values():
             estimator.combine(group)
 
+    def scores(self, name: str) -> Tensor:
+        """Scores of the weight's blocks, `[ceil/b, ceil/b]` in its stored orientation."""
+        return self._turned(name, self._estimators[name].block_scores(self._block_size))
+
     def take_scores(self, name: str) -> Tensor:
-        """Scores of the weight's blocks, `[ceil/b, ceil/b]` in its stored orientation; its statistics are dropped."""
-        found = self._estimators.pop(name).block_scores(self._block_size)
+        """The same; the weight's statistics are dropped."""
+        found = self.scores(name)
+        self._forget(name)
+        return found
+
+    def joint_map(self, name: str, count: int, allowed: Tensor) -> Tensor:
+        """`count` of the `allowed` blocks, each chosen for what those before it have left to win.
+
+        Args:
+            name: of a weight whose score is "joint".
+            count: how many.
+            allowed: `bool`, as the weight is stored.
+
+        Returns:
+            `bool`, as the weight is stored.
+        """
+        estimator = self._estimators[name]
+        assert isinstance(estimator, Kfac)
+        return self._turned(name, estimator.joint_map(self._block_size, count, self._turned(name, allowed)))
+
+    def take_joint_map(self, name: str, count: int, allowed: Tensor) -> Tensor:
+        """The same; the weight's statistics are dropped."""
+        found = self.joint_map(name, count, allowed)
+        self._forget(name)
+        return found
+
+    def _turned(self, name: str, grid: Tensor) -> Tensor:
+        """Outputs by inputs to the stored orientation, and back."""
+        return grid if self._axes[name] == 1 else grid.t()
+
+    def _forget(self, name: str) -> None:
+        del self._estimators[name]
         self._inputs.forget(name)
-        return found if self._axes[name] == 1 else found.t()
 
     def state(self) -> dict[str, Tensor]:
         """Everything gathered, between two batches; the tensors themselves, not copies."""

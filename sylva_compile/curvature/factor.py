@@ -18,6 +18,10 @@ class Covariance(ABC):
         """`B · X` for X `[d, c]`."""
 
     @abstractmethod
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns of B from `start` up to `stop`, `[d, stop - start]`."""
+
+    @abstractmethod
     def inverse_diagonal(self, damping: float) -> Tensor:
         """Diagonal of `(B + λ I)⁻¹`, `[d]`; λ is `damping` times the mean diagonal of B, more if B needs it."""
 

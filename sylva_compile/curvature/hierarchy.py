@@ -124,6 +124,12 @@ class Hierarchy(Covariance):
             result = result + (basis @ inner).flatten(-4, -2)
         return self.layout.gather(result, result.dim() - 2)
 
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns of B from `start` up to `stop`, `[*, d, stop - start]`; they cost as much as a product."""
+        lines = self.leaves.new_zeros(*self.leaves.shape[:-3], self.layout.size, stop - start)
+        lines[..., start:stop, :] = torch.eye(stop - start, dtype=lines.dtype, device=lines.device)
+        return self.matmul(lines)
+
     def diagonal_blocks(self, block_size: int) -> Tensor:
         """The b x b blocks on the diagonal, `[*, ceil(d/b), b, b]`, zero beyond d; they may cross leaves."""
         layout, device = self.layout, self.leaves.device

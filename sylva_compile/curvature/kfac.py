@@ -7,12 +7,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
 from sylva_compile.curvature.base import Curvature, live_tokens
-from sylva_compile.curvature.factor import NewFactor
+from sylva_compile.curvature.factor import Covariance, NewFactor
 from sylva_compile.curvature.importance import GAIN_DAMPING, PAPER_DAMPING, gain_scores, importance, paper_scores
 from sylva_compile.curvature.input_factors import InputFactors
+from sylva_compile.curvature.joint import choose_jointly
 from sylva_compile.kernels.blocks import block_dtype
 
-Score = Literal["gain", "paper"]
+Score = Literal["gain", "joint", "paper"]
 
 
 class Kfac(Curvature):
@@ -42,7 +43,7 @@ class Kfac(Curvature):
             outputs: m.
             inputs: n.
             new_factor: makes A and G.
-            score: "gain" or "paper".
+            score: "gain", "joint" or "paper".
             damping: fraction of a factor's mean diagonal; None: the score's own.
             shared: where A is kept, for weights that may share it. The caller ends its batches and combines it over
                 ranks. None: A belongs to this weight alone.
@@ -89,14 +90,11 @@ class Kfac(Curvature):
             self.inputs.combine(group)
 
     def block_scores(self, block_size: int) -> Tensor:
-        """See `sylva_compile.curvature.importance`."""
-        scale = self.tokens.clamp(min=1).reciprocal()
-        a, g = self.inputs.factor(self.reader).mean(scale), self.g.mean(scale)
-        gradient = self.gradient.to(scale.device).double() * scale
-        if self.score == "gain":
-            damping = GAIN_DAMPING if self.damping is None else self.damping
+        """See `sylva_compile.curvature.importance`; of "joint", what each block could win alone."""
+        gradient, a, g = self._means()
+        if self.score != "paper":
             blocks = (a.diagonal_blocks(block_size), g.diagonal_blocks(block_size))
-            return gain_scores(gradient, *blocks, damping).cpu()
+            return gain_scores(gradient, *blocks, self._gain_damping()).cpu()
         damping = PAPER_DAMPING if self.damping is None else self.damping
         outputs, inputs = importance(
             gradient,
@@ -106,3 +104,17 @@ class Kfac(Curvature):
             g.inverse_diagonal(damping),
         )
         return paper_scores(outputs, inputs, block_size).cpu()
+
+    def joint_map(self, block_size: int, count: int, allowed: Tensor) -> Tensor:
+        """See `sylva_compile.curvature.joint`: a map with `count` of the `allowed` blocks."""
+        gradient, a, g = self._means()
+        return choose_jointly(gradient, a, g, block_size, self._gain_damping(), count, allowed)
+
+    def _gain_damping(self) -> float:
+        return GAIN_DAMPING if self.damping is None else self.damping
+
+    def _means(self) -> tuple[Tensor, Covariance, Covariance]:
+        """Γ, A and G in float64, beside the weight."""
+        scale = self.tokens.clamp(min=1).reciprocal()
+        a, g = self.inputs.factor(self.reader).mean(scale), self.g.mean(scale)
+        return self.gradient.to(scale.device).double() * scale, a, g

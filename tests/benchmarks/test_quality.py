@@ -172,10 +172,12 @@ class TestPatterns:
         assert float(outer[chosen].sum()) == pytest.approx(best)
 
 
-def test_scores_apart_from_the_choice_give_the_masks_of_trace_and_mask() -> None:
+@pytest.mark.parametrize("score", ["joint", "gain", "paper"])
+def test_scores_apart_from_the_choice_give_the_masks_of_trace_and_mask(score: str) -> None:
     model, batches = load_model("tiny", 0), [batch() for _ in range(2)]
-    how: dict[str, Any] = {"method": "sylva", "num_partitions": 1, "rank": 2}
-    scores = block_scores(model, batches, scope=SCOPE, block_size=8, samples=16, seed=0, score="gain", **how)
+    how: dict[str, Any] = {"method": "sylva", "score": score, "num_partitions": 1, "rank": 2}
+    scores = block_scores(model, batches, scope=SCOPE, block_size=8, samples=16, seed=0, **how)
+    choose(scores, Budget(0.9))  # one trace serves several budgets
     maps = choose(scores, Budget(0.7))
     masks = sylva_compile.trace_and_mask(
         model, batches, scope=SCOPE, block_size=8, sparsity=0.7, num_samples=16, progress=False, **how
