@@ -34,6 +34,7 @@ from variants import llama
 import sylva_compile
 
 OURS = {
+    "sylva, joint": {"method": "sylva", "score": "joint"},
     "sylva, gain": {"method": "sylva", "score": "gain"},
     "sylva, paper": {"method": "sylva", "score": "paper"},
     "kfac": {"method": "kfac", "score": "paper"},

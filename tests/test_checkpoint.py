@@ -63,6 +63,7 @@ class TestGoingOn:
         ("options", "group_bytes"),
         [
             ({"method": "sylva"}, 0),
+            ({"method": "sylva", "score": "gain"}, 0),
             ({"method": "sylva", "score": "paper"}, 0),
             # Updates that wait for others, of all factors or of a few at a time.
             ({"method": "sylva", "score": "paper", "rank": 2}, 2**30),
@@ -76,13 +77,13 @@ class TestGoingOn:
     ) -> None:
         monkeypatch.setattr(update_queue, "GROUP_BYTES_ON_CPU", group_bytes)
         scores: list[list[Tensor]] = []
-        take = sylva_compile.curvature.estimators.Estimators.take_scores
+        compute = sylva_compile.curvature.estimators.Estimators.scores
 
         def record(self: Any, name: str) -> Tensor:
-            scores[-1].append(take(self, name))
+            scores[-1].append(compute(self, name))
             return scores[-1][-1]
 
-        monkeypatch.setattr(sylva_compile.curvature.estimators.Estimators, "take_scores", record)
+        monkeypatch.setattr(sylva_compile.curvature.estimators.Estimators, "scores", record)
         path = tmp_path / "trace.safetensors"
         with pytest.raises(KeyboardInterrupt):
             trace(broken_off(batches(), 5), path, **options)

@@ -32,7 +32,8 @@ def loss(model: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("method", "score"), [("sylva", "gain"), ("sylva", "paper"), ("kfac", "gain"), ("fisher", "gain")]
+    ("method", "score"),
+    [("sylva", "joint"), ("sylva", "gain"), ("sylva", "paper"), ("kfac", "gain"), ("fisher", "gain")],
 )
 def test_the_estimate_is_what_is_held_but_for_shared_factors(method: Any, score: Any) -> None:
     model = Attention()
@@ -61,7 +62,7 @@ def test_updates_that_wait_are_counted_where_they_may(monkeypatch: pytest.Monkey
         row.input_factor + row.output_factor + row.gradient for row in hierarchies.weights.values()
     )
     assert hierarchies.at_least()[CPU] < 2**20
-    assert sylva_compile.estimate(Attention(), block_size=16).at_most()[CPU] < 2**20
+    assert sylva_compile.estimate(Attention(), score="gain", block_size=16).at_most()[CPU] < 2**20
 
 
 def test_gradients_elsewhere_are_counted_there() -> None:
@@ -99,7 +100,7 @@ def test_a_trace_that_may_not_fit_runs_with_a_warning(
     assert "may not fit" in caplog.text
 
 
-@pytest.mark.parametrize("score", ["gain", "paper"])
+@pytest.mark.parametrize("score", ["gain", "joint", "paper"])
 def test_scoring_takes_no_more_than_estimated(score: Any) -> None:
     model = nn.Sequential(nn.Linear(600, 900, bias=False))
     weights = dict(model.named_parameters())
@@ -107,7 +108,10 @@ def test_scoring_takes_no_more_than_estimated(score: Any) -> None:
     held = Estimators(weights, {"0.weight": 1}, choice)
     held.update("0.weight", torch.randn(50, 600), torch.randn(50, 900))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        held.take_scores("0.weight")
+        if score == "joint":
+            held.take_joint_map("0.weight", 20, torch.ones(29, 19, dtype=torch.bool))
+        else:
+            held.take_scores("0.weight")
     level = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":

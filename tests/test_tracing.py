@@ -105,7 +105,7 @@ class TestWhatIsSeen:
             "labels": torch.cat([case.batch["labels"], torch.full((4, 6), -100)], 1),
             "attention_mask": torch.cat([torch.ones(4, 10), torch.zeros(4, 6)], 1).long(),
         }
-        for method, score in (("kfac", "gain"), ("kfac", "paper"), ("sylva", "gain")):
+        for method, score in (("kfac", "gain"), ("kfac", "paper"), ("kfac", "joint"), ("sylva", "gain")):
             masks = [
                 sylva_compile.trace_and_mask(case.model, [b], method=method, score=score, num_samples=4, **OPTIONS)
                 for b in (case.batch, padded)
@@ -120,8 +120,8 @@ class TestWhatIsSeen:
 
     def test_sylva_gain_equals_exact_kfac_gain(self) -> None:
         model, data = small(), batches()
-        first = sylva_compile.trace_and_mask(model, data, loss_fn=regression, method="sylva", **OPTIONS)
-        second = sylva_compile.trace_and_mask(model, data, loss_fn=regression, method="kfac", **OPTIONS)
+        first = sylva_compile.trace_and_mask(model, data, loss_fn=regression, method="sylva", score="gain", **OPTIONS)
+        second = sylva_compile.trace_and_mask(model, data, loss_fn=regression, method="kfac", score="gain", **OPTIONS)
         assert dict(first) == dict(second)
 
     def test_a_weight_that_the_loss_does_not_reach_is_left_out(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -278,7 +278,14 @@ class TestMethods:
         with torch.no_grad():
             teacher[0].weight[16:32, 48:64] += torch.randn(16, 16)
             data = [(x, teacher(x)) for x in (torch.randn(64, 64) for _ in range(4))]
-        for method, score in (("sylva", "gain"), ("kfac", "gain"), ("kfac", "paper"), ("fisher", "gain")):
+        for method, score in (
+            ("sylva", "joint"),
+            ("sylva", "gain"),
+            ("kfac", "joint"),
+            ("kfac", "gain"),
+            ("kfac", "paper"),
+            ("fisher", "gain"),
+        ):
             masks = sylva_compile.trace_and_mask(
                 model,
                 data,
@@ -314,7 +321,7 @@ class TestArguments:
             ({"block_size": 4}, "8 or more"),
             ({"block_size": 64}, "larger than every dimension"),
             ({"method": "magic"}, "use one of sylva"),
-            ({"score": "best"}, "'gain' or 'paper'"),
+            ({"score": "best"}, "'joint', 'gain' or 'paper'"),
             ({"allocation": "equal"}, "'layer' or 'global'"),
             ({"column_budget": 0.0}, "column_budget"),
             ({"num_samples": 0}, "num_samples"),

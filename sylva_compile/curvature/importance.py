@@ -1,4 +1,4 @@
-"""Block scores from a weight's Kronecker factors: the paper's importance and the block gain.
+"""Block scores from a weight's Kronecker factors: the paper's importance and the block gain (see `joint` for the rest).
 
 Notation of the paper: inputs `x [T, n]`, output gradients `gy [T, m]`, `A = E[x xᵀ]`, `G = E[gy gyᵀ]`, mean gradient
 `Γ [m, n]` with columns `γ_j` and rows `γ_k`. The curvature of the weight is taken as `G ⊗ A` (K-FAC).

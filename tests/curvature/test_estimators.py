@@ -15,7 +15,14 @@ from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.curvature.input_factors import InputFactors
 
 F64 = torch.float64
-CHOICES = [("sylva", "gain"), ("sylva", "paper"), ("kfac", "gain"), ("kfac", "paper"), ("fisher", "gain")]
+CHOICES = [
+    ("sylva", "gain"),
+    ("sylva", "joint"),
+    ("sylva", "paper"),
+    ("kfac", "gain"),
+    ("kfac", "paper"),
+    ("fisher", "gain"),
+]
 
 
 class TestScores:
@@ -23,7 +30,7 @@ class TestScores:
         st.integers(9, 50),
         st.integers(9, 50),
         st.integers(0, 3),
-        st.sampled_from(["gain", "paper"]),
+        st.sampled_from(["gain", "joint", "paper"]),
         st.integers(0, 99),
     )
     @settings(deadline=None, max_examples=20)
@@ -65,6 +72,39 @@ class TestScores:
         for name in weights:
             one.update(name, *batch_of(30, 10, 20, 0))
         assert torch.equal(one.take_scores("linear"), one.take_scores("conv1d").t())
+
+
+class TestJointMap:
+    @given(st.integers(9, 50), st.integers(9, 50), st.integers(0, 3), st.integers(0, 99))
+    @settings(deadline=None, max_examples=20)
+    def test_equals_that_of_dense_factors_at_full_rank(self, m: int, n: int, depth: int, seed: int) -> None:
+        allowed = torch.rand(-(-m // 8), -(-n // 8), generator=torch.Generator().manual_seed(seed)) < 0.7
+        count = int(allowed.sum()) // 2
+        maps = []
+        for method in ("sylva", "kfac"):
+            one = estimators("w", m, n, method, "joint", depth=depth)
+            for at, tokens in enumerate((1, 40, 25)):
+                one.update("w", *batch_of(tokens, m, n, seed + at))
+                one.end_batch()
+            maps.append(one.joint_map("w", count, allowed))
+        assert torch.equal(*maps)
+        assert int(maps[0].sum()) == count
+
+    def test_a_transposed_weight_gives_a_transposed_map(self) -> None:
+        weights = {"linear": torch.empty(40, 20, dtype=F64), "conv1d": torch.empty(20, 40, dtype=F64)}
+        one = Estimators(weights, {"linear": 1, "conv1d": 0}, EstimatorChoice("sylva", "joint", 8, 2, 8, None))
+        for name in weights:
+            one.update(name, *batch_of(30, 40, 20, 0))
+        allowed = torch.ones(5, 3, dtype=torch.bool)
+        allowed[0] = False
+        maps = one.joint_map("linear", 4, allowed), one.joint_map("conv1d", 4, allowed.t())
+        assert torch.equal(maps[0], maps[1].t())
+        assert not bool(maps[0][0].any())
+
+    def test_taken_maps_free_their_statistics(self) -> None:
+        one = estimators("qk", 20, 24, "sylva", "joint")
+        one.take_joint_map("q", 2, torch.ones(3, 3, dtype=torch.bool))
+        assert not any("/q/" in name for name in one.state())
 
 
 class TestState:
