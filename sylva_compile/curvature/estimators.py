@@ -18,6 +18,7 @@ from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac, Score
 from sylva_compile.curvature.online import OnlineHierarchy, update_together
 from sylva_compile.curvature.update_queue import UpdateQueue, group_bytes
+from sylva_compile.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,17 @@ class Estimators:
 
         Returns:
             `bool`, as the weight is stored.
+
+        Raises:
+            ArgumentError: the curvature is not positive, and damping does not make it so.
         """
         estimator = self._estimators[name]
         assert isinstance(estimator, Kfac)
-        return self._turned(name, estimator.joint_map(self._block_size, count, self._turned(name, allowed)))
+        try:
+            found = estimator.joint_map(self._block_size, count, self._turned(name, allowed))
+        except ArithmeticError as error:
+            raise ArgumentError(f"{name}: no joint choice ({error}); raise damping, or use score='gain'.") from error
+        return self._turned(name, found)
 
     def take_joint_map(self, name: str, count: int, allowed: Tensor) -> Tensor:
         """The same; the weight's statistics are dropped."""

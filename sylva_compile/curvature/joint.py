@@ -39,7 +39,7 @@ def choose_jointly(
         `bool [ceil(m/b), ceil(n/b)]` on the CPU, true for `count` blocks; of equals, the first.
 
     Raises:
-        ArithmeticError: the gradient of the model overflows; damping was too low for factors that are not positive.
+        ArithmeticError: the gradient of the model overflows; damping is too low for factors that are not positive.
     """
     (m, n), b = gradient.shape, block_size
     mb, nb = grid_shape(gradient.shape, b)
@@ -54,7 +54,7 @@ def choose_jointly(
         norms.masked_fill_(~free, -torch.inf)
         row, column = divmod(int(norms.argmax()), nb)
         if not bool(torch.isfinite(norms[row, column])):
-            raise ArithmeticError("the quadratic model of a weight has no bounded steps; raise damping")
+            raise ArithmeticError("the quadratic model has no bounded steps")
         free[row, column] = False
         step = left[row * b : (row + 1) * b, column * b : (column + 1) * b].clone()
         left.addmm_(outputs.columns(row), step @ inputs.columns(column).t(), alpha=-1.0)

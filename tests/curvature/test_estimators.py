@@ -13,6 +13,7 @@ from torch.multiprocessing import spawn
 import sylva_compile
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.curvature.input_factors import InputFactors
+from sylva_compile.errors import ArgumentError
 
 F64 = torch.float64
 CHOICES = [
@@ -100,6 +101,12 @@ class TestJointMap:
         maps = one.joint_map("linear", 4, allowed), one.joint_map("conv1d", 4, allowed.t())
         assert torch.equal(maps[0], maps[1].t())
         assert not bool(maps[0][0].any())
+
+    def test_what_cannot_be_chosen_is_an_error_that_says_what_to_do(self) -> None:
+        one = estimators("w", 16, 16, "kfac", "joint")
+        one.update("w", torch.ones(4, 16, dtype=F64), torch.full((4, 16), 1e200, dtype=F64))
+        with pytest.raises(ArgumentError, match=r"^w: .*raise damping, or use score='gain'"):
+            one.take_joint_map("w", 1, torch.ones(2, 2, dtype=torch.bool))
 
     def test_taken_maps_free_their_statistics(self) -> None:
         one = estimators("qk", 20, 24, "sylva", "joint")
