@@ -8,10 +8,7 @@ of one run. Prints tables and writes them with machine and versions to benchmark
 Agreement is Jaccard's: blocks chosen by both over blocks chosen by either, over all weights. The exact masks it is
 measured against are those of the same damping and number of samples; in brackets, those of the same damping and all
 samples. For the gain `trace_and_mask` gathers diagonal blocks, which are exact; here they are read out of hierarchies.
-
-A joint choice that differs early differs from there on, so masks that agree little may be equally good. What masks of
-all samples are good for stands in the last column: of the Newton decrement of the whole weights, under exact factors
-with damping 0.1, the share that training all chosen blocks together would win.
+A joint choice that differs early differs from there on: masks that agree little need not be worse.
 """
 
 import argparse
@@ -34,13 +31,11 @@ from sylva_compile.curvature.factor import NewFactor
 from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.curvature.online import OnlineHierarchy
-from sylva_compile.kernels.blocks import grid_shape
 from sylva_compile.observation import Progress, observe
 from sylva_compile.scope import input_axes, weights_in_scope
 from sylva_compile.selection import Budget, select_blocks
 
 Maps = dict[str, Tensor]
-GAIN_DAMPING = 0.1
 
 
 class Panel:
@@ -149,7 +144,7 @@ def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args
         m, n = weight.shape if axes[name] == 1 else reversed(weight.shape)
         panels[name] = Panel(weight, m, n, name, shared)
     listener = Panels(panels, shared)
-    settings = [("paper", damping) for damping in args.dampings] + [("gain", GAIN_DAMPING), ("joint", GAIN_DAMPING)]
+    settings = [("paper", damping) for damping in args.dampings] + [("gain", 0.1), ("joint", 0.1)]
     sizes = list(itertools.product(args.block_sizes, args.sparsities))
     maps: dict[tuple[Any, ...], Maps] = {}
     total = sum(len(batch["labels"]) for batch in batches)
@@ -175,7 +170,7 @@ def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args
     start = time.perf_counter()
     observe(model, weights, listener, batches, num_samples=total, after_batch=stop_by)
     listener.seconds["run"] = time.perf_counter() - start
-    rows: list[dict[str, Any]] = []
+    rows = []
     for (score, damping), (block, sparsity), which in itertools.product(settings, sizes, kinds):
         mine = [maps[which, score, damping, block, sparsity, count] for count in stops]
         exact = [maps["exact", score, damping, block, sparsity, count] for count in stops]
@@ -190,16 +185,6 @@ def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args
                 "all": [jaccard(one, exact[-1]) for one in mine],
             }
         )
-    for block, sparsity in sizes:
-        alike = [row for row in rows if (row["block"], row["sparsity"]) == (block, sparsity)]
-        masks = [maps[row["factors"], row["score"], row["damping"], block, sparsity, stops[-1]] for row in alike]
-        chance = {name: torch.rand(grid_shape(weight.shape, block)) for name, weight in weights.items()}
-        masks.append(select_blocks(chance, Budget(sparsity), axes))
-        chosen_by_chance = {"score": "chance", "damping": 0.0, "factors": "", "same": [], "all": []}
-        rows.append(chosen_by_chance | {"block": block, "sparsity": sparsity})
-        alike.append(rows[-1])
-        for row, won in zip(alike, shares_won(panels, axes, block, masks), strict=True):
-            row["won"] = won
     held = {
         which: factors.nbytes + sum(panel.estimators[which].g.nbytes for panel in panels.values())
         for which, factors in shared.items()
@@ -220,43 +205,6 @@ def turned(grid: Tensor, axis: int) -> Tensor:
     return grid if axis == 1 else grid.t()
 
 
-def shares_won(panels: dict[str, Panel], axes: dict[str, int], block: int, masks: list[Maps]) -> list[float]:
-    """Newton decrements of several masks, each added up over all weights, by that of the whole weights."""
-    won, whole = [0.0] * len(masks), 0.0
-    for name, panel in panels.items():
-        exact = panel.estimators["exact"]
-        a, g, tokens = exact.inputs.factor(name), exact.g, exact.tokens.float()
-        assert isinstance(a, DenseFactor) and isinstance(g, DenseFactor)
-        model = (exact.gradient / tokens, damped(a.total / tokens), damped(g.total / tokens))
-        whole += newton_decrement(*model, torch.ones_like(exact.gradient))
-        for at, mask in enumerate(masks):
-            blocks = turned(mask[name], axes[name]).float()
-            elements = blocks.repeat_interleave(block, 0).repeat_interleave(block, 1)
-            won[at] += newton_decrement(*model, elements[: exact.gradient.shape[0], : exact.gradient.shape[1]])
-    return [each / whole for each in won]
-
-
-def damped(factor: Tensor) -> Tensor:
-    """B + λ I."""
-    return factor + GAIN_DAMPING * factor.diagonal().mean() * torch.eye(len(factor))
-
-
-def newton_decrement(gradient: Tensor, a: Tensor, g: Tensor, elements: Tensor) -> float:
-    """`½ Γ_Sᵀ ((G ⊗ A)_SS)⁻¹ Γ_S` for the elements S where `elements [m, n]` is 1, by conjugate gradients."""
-    right = gradient * elements
-    step, left = torch.zeros_like(right), right.clone()
-    along, size = left.clone(), left.square().sum()
-    start = size
-    while size > 1e-6 * start:
-        image = (g @ along @ a) * elements
-        length = size / (along * image).sum()
-        step += length * along
-        left -= length * image
-        size, before = left.square().sum(), size
-        along = left + size / before * along
-    return 0.5 * float((right * step).sum())
-
-
 def online_hierarchy(depth: int, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> OnlineHierarchy:
     """A factor of depth K and rank r."""
     return OnlineHierarchy(size, depth, rank, dtype=dtype, device=device)
@@ -266,12 +214,11 @@ def show(name: str, table: dict[str, Any]) -> None:
     """Print one model's table."""
     print(f"\n{name}: Jaccard with exact masks of as many samples (of all samples)")
     head = f"{'score':6s} {'damping':>7s} {'b':>3s} {'sparsity':>8s} {'factors':10s}"
-    print(head + "".join(f"{count:>14d}" for count in table["samples"]) + "     won")
+    print(head + "".join(f"{count:>14d}" for count in table["samples"]))
     for row in table["rows"]:
         cells = "".join(f"{same:7.3f}({late:.3f})" for same, late in zip(row["same"], row["all"], strict=True))
-        cells = cells or " " * 14 * len(table["samples"])
         left = f"{row['score']:6s} {row['damping']:7g} {row['block']:3d} {row['sparsity']:8.2f} {row['factors']:10s}"
-        print(f"{left}{cells}{row['won']:8.3f}")
+        print(left + cells)
     for which, count in table["factor_bytes"].items():
         print(f"{which:10s} factors {count / 2**20:8.1f} MiB   updates {table['update_seconds'][which]:7.1f} s")
 
