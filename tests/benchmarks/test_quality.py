@@ -469,7 +469,7 @@ class TestTables:
         with pytest.raises(ValueError, match="put them there"):
             tables.quoted(text, "long")
 
-    @pytest.mark.parametrize("name", ["small", "longer"])
+    @pytest.mark.parametrize("name", ["small", "cola", "longer"])
     def test_the_readme_quotes_the_rows_that_are_kept(self, name: str) -> None:
         grid = Grid.read(GRIDS / f"{name}.toml")
         lines = tables.lines_of(grid, Rows(quality.FOLDER / f"{name}.jsonl"))
