@@ -9,7 +9,7 @@ from torch import Tensor
 from sylva_compile.curvature.dense import DenseCovariance
 from sylva_compile.curvature.hierarchy import Hierarchy
 from sylva_compile.curvature.importance import diagonal_blocks, gain_scores
-from sylva_compile.curvature.joint import choose_jointly
+from sylva_compile.curvature.joint import _Whitened, choose_jointly
 
 F64 = torch.float64
 
@@ -136,6 +136,24 @@ def test_truncated_factors_that_are_not_positive_still_give_so_many(seed: int, r
     a, g = (Hierarchy.from_dense(covariance(40, seed + at, tokens=12), 3, rank) for at in (0, 1))
     found = choose_jointly(random(40, 40, seed=seed), a, g, 4, damping, 60, everything(40, 40, 4))
     assert int(found.sum()) == 60
+
+
+class TestWhitened:
+    def test_columns_of_a_positive_matrix_are_exact(self) -> None:
+        matrix = covariance(38, 0, tokens=12)
+        whole = _Whitened(DenseCovariance(matrix), 38, 4, 1e-3)
+        found = torch.cat([whole.columns(block) for block in range(10)], dim=1)
+        damped = torch.eye(40, dtype=F64)
+        damped[:38, :38] = matrix + 1e-3 * matrix.diagonal().mean() * torch.eye(38, dtype=F64)
+        expected = whole.rows(whole.rows(damped).t()).t()
+        torch.testing.assert_close(found[:38, :38], expected[:38, :38])
+        assert not bool(found[38:, :36].any())
+
+    def test_what_truncation_makes_too_large_is_cut(self) -> None:
+        indefinite = torch.eye(8, dtype=F64)
+        indefinite[0, 4] = indefinite[4, 0] = -3.0
+        found = _Whitened(DenseCovariance(indefinite), 8, 4, 1e-3).columns(0)
+        assert found[4].tolist() == [-1.0, 0.0, 0.0, 0.0]
 
 
 def test_steps_without_bound_are_an_error() -> None:
