@@ -1,14 +1,17 @@
-"""Everything that wants a GPU, one part a call, each within ten minutes; from a checkout, without a network.
+"""Everything that wants a GPU, one part a call, each within five minutes; from a checkout, without a network.
 
     python benchmarks/gpu.py                               all parts
     python benchmarks/gpu.py correctness sddmm graphs      some of them
     python benchmarks/gpu.py tune                          measures the table of launches anew; not among "all"
 
 correctness     the kernel and whole compiled steps in every dtype against float64, before anything is timed
-sddmm           the kernel against its roofline and a GEMM of as many FLOPs
 graphs          mode="reduce-overhead": gradients equal those without CUDA graphs, over several steps
+training        trace, compile, train, save and load: the same losses as the uncompiled twin's
+sddmm           the kernel against its roofline and a GEMM of as many FLOPs
 step-2048       the training step at the shapes of a LLaMA-7B layer, bfloat16, 2,048 tokens
 step-8192       the same with 8,192 tokens
+optimizer       the optimizer's step with write-through at LLaMA-7B's 224 weights
+trace           what a trace costs beside the passes it watches, at the width of LLaMA-7B
 updates         hierarchies of many layers updated one by one and together, sizes of BERT and of LLaMA-7B
 
 Needs torch, triton and transformers; PEFT for the LoRA variants, without which they are left out.
@@ -16,17 +19,25 @@ Needs torch, triton and transformers; PEFT for the LoRA variants, without which 
 
 import argparse
 import copy
+import itertools
+import os
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import grouped_updates
+import optimizer_step
 import sddmm
 import step
 import torch
+import trace_cost
 from torch import Tensor, nn
+from variants import llama
 
 import sylva_compile
 
@@ -54,26 +65,30 @@ def masks_of(model: nn.Module, block: int) -> sylva_compile.Masks:
 
 
 def correctness() -> None:
-    """Kernel and compiled step against float64."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for block in (16, 24, 32, 64, 128):
-            for tokens, size, share in ((1, 100, 1.0), (300, 500, 0.3), (5000, 1024, 0.02)):
-                sddmm.check(*sddmm.operands(tokens, size, block, share, dtype, "cuda"), block)
-            model = small(dtype)
-            exact_model = copy.deepcopy(model).double()
-            masks = masks_of(model, block)
-            exact_masks = sylva_compile.Masks(masks, model=exact_model)
-            backend = sylva_compile.backend(masks, on_miss="error")
-            exact_masks.embed()
-            x = torch.randn(3, 70, 200, device="cuda").to(dtype)
-            found = gradients(torch.compile(model, backend=backend), masks, x)
-            exact = gradients(exact_model, exact_masks, x.double())
-            allowed = 16 * max(torch.finfo(dtype).eps, 1e-7)
-            for name, gradient in found.items():
-                error = float((gradient.double() - exact[name]).norm() / exact[name].norm())
-                assert error < allowed, f"{dtype}, b={block}, {name}: relative error {error:.1e}"
-            torch._dynamo.reset()
-        print(f"correctness: {dtype} passes")
+    """Kernel and compiled step against float64; compiling takes longest, so many processes share the work."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    with ProcessPoolExecutor(min(10, os.cpu_count() or 1), get_context("spawn")) as processes:
+        for said in processes.map(check, *zip(*itertools.product(dtypes, (16, 24, 32, 64, 128)), strict=True)):
+            print(said)
+
+
+def check(dtype: torch.dtype, block: int) -> str:
+    """One dtype and one block size. Raises AssertionError where an error is more than rounding."""
+    for tokens, size, share in ((1, 100, 1.0), (300, 500, 0.3), (5000, 1024, 0.02)):
+        sddmm.check(*sddmm.operands(tokens, size, block, share, dtype, "cuda"), block)
+    model = small(dtype)
+    exact_model = copy.deepcopy(model).double()
+    masks = masks_of(model, block)
+    exact_masks = sylva_compile.Masks(masks, model=exact_model)
+    backend = sylva_compile.backend(masks, on_miss="error")
+    exact_masks.embed()
+    x = torch.randn(3, 70, 200, device="cuda").to(dtype)
+    found = gradients(torch.compile(model, backend=backend), masks, x)
+    exact = gradients(exact_model, exact_masks, x.double())
+    assert set(found) == set(exact) == set(masks)
+    worst = max(float((found[name].double() - exact[name]).norm() / exact[name].norm()) for name in masks)
+    assert worst < 16 * max(torch.finfo(dtype).eps, 1e-7), f"{dtype}, b={block}: relative error {worst:.1e}"
+    return f"correctness: {dtype}, b={block}: relative error of the step's gradients {worst:.1e}"
 
 
 def graphs() -> None:
@@ -93,6 +108,40 @@ def graphs() -> None:
     print(f"graphs: {len(inputs)} steps under reduce-overhead equal those without")
 
 
+def training() -> None:
+    """A small Llama from trace to adapter, compiled; its uncompiled twin takes the same steps."""
+    torch.manual_seed(0)
+    compiled = llama(256, 688, 2).to("cuda")
+    ids = torch.randint(0, 1024, (8, 64), device="cuda")
+    loader = [{"input_ids": ids, "labels": ids}] * 12
+    started = time.perf_counter()
+    masks = sylva_compile.trace_and_mask(compiled, loader, sparsity=0.9, block_size=32, num_samples=64, progress=False)
+    print(f"training: traced in {time.perf_counter() - started:.1f} s")
+    compiled.requires_grad_(False)
+    twin, untouched = copy.deepcopy(compiled), copy.deepcopy(compiled)
+    twin_masks = sylva_compile.Masks(masks, model=twin)
+    compiled.compile(backend=sylva_compile.backend(masks, on_miss="error"))
+    losses: list[list[float]] = []
+    for model, own in ((compiled, masks), (twin, twin_masks)):
+        own.embed()
+        optimizer = sylva_compile.AdamW(own.parameters(), lr=1e-3)
+        losses.append([])
+        for batch in loader:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
+    assert losses[0][-1] < losses[0][0] - 0.01, losses[0]
+    with tempfile.TemporaryDirectory() as folder:
+        sylva_compile.save_adapter(compiled, folder)
+        sylva_compile.load_adapter(untouched, folder)
+    for name in masks:
+        torch.testing.assert_close(untouched.get_parameter(f"{name}_blocks"), compiled.get_parameter(f"{name}_blocks"))
+    print(f"training: compiled and uncompiled losses agree, {losses[0][0]:.4f} to {losses[0][-1]:.4f}; adapter loads")
+
+
 def kernel() -> None:
     """The kernel at the shapes of a LLaMA-7B layer."""
     for tokens in ("2048", "8192"):
@@ -101,14 +150,17 @@ def kernel() -> None:
 
 
 def steps(tokens: str) -> None:
-    """A training step of one layer, at 2% beside LoRA and full fine-tuning, at 1% and 5% beside the floor."""
-    for block in ("64", "128"):
-        for sparsity in ("0.98", "0.99", "0.95"):
-            names = [] if sparsity == "0.98" else ["--names", "frozen", "sylva"]
-            options = ["--device", "cuda", "--tokens", tokens, "--block-size", block, "--sparsity", sparsity]
-            step.main([*LAYER, *options, *names, "--repeats", "30"])
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
+    """A training step of one layer, at 2% of the blocks: beside LoRA and full fine-tuning, then beside the floor."""
+    for block, names in (("64", []), ("128", ["--names", "frozen", "sylva"])):
+        step.main([*LAYER, "--device", "cuda", "--tokens", tokens, "--block-size", block, *names, "--repeats", "40"])
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def trace() -> None:
+    """Two layers as wide as LLaMA-7B's."""
+    shape = ["--hidden", "4096", "--batch", "2", "--length", "1024", "--dtype", "bfloat16"]
+    trace_cost.main(["--device", "cuda", *shape, "--memory-hidden", "0", "--rounds", "1", "--batches", "6"])
 
 
 def updates() -> None:
@@ -119,10 +171,13 @@ def updates() -> None:
 
 PARTS = {
     "correctness": correctness,
-    "sddmm": kernel,
     "graphs": graphs,
+    "training": training,
+    "sddmm": kernel,
     "step-2048": lambda: steps("2048"),
     "step-8192": lambda: steps("8192"),
+    "optimizer": lambda: optimizer_step.main(["--device", "cuda"]),
+    "trace": trace,
     "updates": updates,
 }
 
@@ -137,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in options.parts or PARTS:
         started = time.perf_counter()
         sddmm.tune() if name == "tune" else PARTS[name]()
-        print(f"{name}: {time.perf_counter() - started:.0f} s")
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,9 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
+    """Of the checkout; a copy without its history is told by SYLVA_COMMIT."""
+    if "SYLVA_COMMIT" in os.environ:
+        return os.environ["SYLVA_COMMIT"]
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=True

@@ -51,26 +51,33 @@ class Times(NamedTuple):
     after: float
 
 
+def _now() -> float:
+    """Seconds, once the device has nothing left to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Stamped:
     """Batches that note when each is asked for."""
 
     def __init__(self, batches: list[Batch]) -> None:
         """Of `batches`, four or more."""
-        self.batches, self.stamps = batches, [time.perf_counter()]
+        self.batches, self.stamps = batches, [_now()]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
-            self.stamps.append(time.perf_counter())
+            self.stamps.append(_now())
             yield batch
 
     def times(self) -> Times:
         """After a run over all of them. Nobody asks when the last batch is done: it is taken for an ordinary one."""
         start, _, *stamps = self.stamps
         seconds = [later - earlier for earlier, later in itertools.pairwise(stamps)]
-        return Times(seconds, stamps[0] - start, time.perf_counter() - stamps[-1] - statistics.median(seconds))
+        return Times(seconds, stamps[0] - start, _now() - stamps[-1] - statistics.median(seconds))
 
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:
@@ -141,8 +148,9 @@ if importlib.util.find_spec("kronfluence") is not None:
 def made(options: argparse.Namespace, layers: int, hidden: int) -> tuple[nn.Module, list[Batch]]:
     """A randomly initialised Llama and random batches."""
     torch.manual_seed(0)
-    model = llama(hidden, hidden * 11 // 4, layers).eval()
-    ids = torch.randint(0, model.config.vocab_size, (options.batches, options.batch, options.length))
+    model = llama(hidden, hidden * 11 // 4, layers).eval().to(options.device, getattr(torch, options.dtype))
+    shape = (options.batches, options.batch, options.length)
+    ids = torch.randint(0, model.config.vocab_size, shape, device=options.device)
     return model, [{"input_ids": each, "labels": each} for each in ids]
 
 
@@ -209,6 +217,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=3, help="%(default)s")
     parser.add_argument("--memory-hidden", type=int, default=2048, help="for the memory; 0: no memory (%(default)s)")
     parser.add_argument("--memory-layers", type=int, default=8, help="for the memory (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cuda: leave the memory out (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="%(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="%(default)s")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args(argv)
