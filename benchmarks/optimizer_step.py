@@ -15,7 +15,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,8 @@ def masks_for(model: nn.Module, block_size: int, sparsity: float) -> Masks:
     return Masks.from_block_maps(model, maps, block_size)
 
 
-def variants(masks: Masks, lr: float) -> list[Variant]:
-    """Each way to step, from the same values and with the same gradients."""
+def variants(masks: Masks, lr: float, names: Sequence[str] = VARIANTS) -> list[Variant]:
+    """Ours and those of `names`, from the same values and with the same gradients."""
     ours = masks.parameters()
     assert masks.model is not None
     sites = list(embedding.sites(masks.model).values())
@@ -85,6 +85,8 @@ def variants(masks: Masks, lr: float) -> list[Variant]:
         nn.init.normal_(blocks, std=0.02)
         blocks.grad = torch.randn_like(blocks)
     for name in VARIANTS[1:]:
+        if name not in names:
+            continue
         own = [nn.Parameter(blocks.detach().clone()) for blocks in ours]
         for mine, blocks in zip(own, ours, strict=True):
             mine.grad = blocks.grad
@@ -152,13 +154,20 @@ def assert_equal_results(made: list[Variant], masks: Masks) -> None:
 
 
 def measure(
-    layers: int, hidden: int, mlp: int, block_size: int, sparsity: float, device: str, repeats: int
+    layers: int,
+    hidden: int,
+    mlp: int,
+    block_size: int,
+    sparsity: float,
+    device: str,
+    repeats: int,
+    names: Sequence[str] = VARIANTS,
 ) -> dict[str, Any]:
     """Quantiles of the step time of each variant, and the bandwidth that ours reaches."""
     torch.manual_seed(0)
     model = Weights(shapes_of_llama(layers, hidden, mlp), device)
     masks = masks_for(model, block_size, sparsity)
-    made = variants(masks, lr=1e-3)
+    made = variants(masks, 1e-3, names)
     assert_equal_results(made, masks)
     sites = list(embedding.sites(model).values())
     streams = torch.ones(2, STREAMED, device=device)
@@ -223,6 +232,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--sparsity", type=float, default=0.98, help="%(default)s")
     parser.add_argument("--device", default="cpu", help="%(default)s")
     parser.add_argument("--repeats", type=int, default=15, help="%(default)s")
+    parser.add_argument("--names", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="beside ours (all)")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args(argv)
     settings = {key: value for key, value in vars(options).items() if key != "no_write"}

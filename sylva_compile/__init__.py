@@ -6,8 +6,7 @@ from sylva_compile.errors import SylvaError
 from sylva_compile.masks import BlockMask, Masks
 from sylva_compile.optim import AdamW
 from sylva_compile.tracing import estimate, trace_and_mask
-
-__version__ = "0.1.0"
+from sylva_compile.version import __version__
 
 __all__ = [
     "AdamW",

@@ -4,7 +4,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
 
@@ -25,6 +24,7 @@ from sylva_compile.memory import TraceEstimate, check_fits, estimate_bytes
 from sylva_compile.observation import Progress, observe, observed
 from sylva_compile.scope import Scope, input_axes, unwrap, weights_in_scope
 from sylva_compile.selection import Allocation, Budget, Choose, select_blocks
+from sylva_compile.version import __version__
 
 Method = Literal["sylva", "kfac", "fisher", "magnitude", "random"]
 
@@ -161,7 +161,7 @@ def trace_and_mask(
         "allocation": allocation,
         "column_budget": column_budget,
         "damping": damping,
-        "versions": {"torch": torch.__version__, "sylva-compile": version("sylva-compile")},
+        "versions": {"torch": torch.__version__, "sylva-compile": __version__},
         "base": base_fingerprint(weights[name] for name in blocks),
     }
     masks = Masks(blocks, model=model, config=config)

@@ -183,7 +183,8 @@ class TestKernel:
         before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         try:
-            check(random(9, 40, torch.float32, 0), random(9, 40, torch.float32, 1), torch.tensor([[0], [1]]), 16, 1e-3)
+            # A GPU cuts both operands to ten bits after the first.
+            check(random(9, 40, torch.float32, 0), random(9, 40, torch.float32, 1), torch.tensor([[0], [1]]), 16, 2e-3)
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
 
