@@ -86,6 +86,32 @@ def step_table() -> str:
     return f"{markdown(columns, rows)}\n\n{note}"
 
 
+def gpu_table() -> str:
+    """Time and peak of a step of one LLaMA-7B layer on a GPU, at two batch sizes."""
+    at = {
+        tokens: newest("step", device="cuda", hidden=4096, tokens=tokens, block_size=64, sparsity=0.98)
+        for tokens in (2048, 8192)
+    }
+    rows = []
+    for name in at[2048]["results"]:
+        row = [VARIANTS[name], _count(at[2048]["results"][name]["trainable"])]
+        for found in at.values():
+            ours, floor = found["results"][name], found["results"]["frozen"]
+            row += [f"{ours['step_ms']['median']:.1f}", f"{ours['of_floor']:.3f}"]
+            row += [_ratio(ours.get(key), floor.get(key)) for key in ("saved_bytes", "peak_bytes")]
+        rows.append(row)
+    columns = ["variant", "trainable"]
+    for tokens in at:
+        columns += [f"{tokens:,} tokens: ms", "of the floor", "saved, of it", "peak, of it"]
+    machine = at[2048]["machine"]
+    shares = " and ".join(f"{found['results']['sylva']['sddmm_of_floor']:.1%}" for found in at.values())
+    note = (
+        f"SDDMM alone takes {shares} of the floor. Measured on one {machine['gpu']}, torch "
+        f"{machine['versions']['torch']}, Triton {machine['versions']['triton']}, {at[2048]['date'][:10]}."
+    )
+    return f"{markdown(columns, rows)}\n\n{note}"
+
+
 def saved_table() -> str:
     """Bytes saved for the backward, at the default shapes."""
     row = newest("saved_activations", hidden=512, layers=4, tokens=1024, block_size=64)
@@ -102,7 +128,7 @@ def saved_table() -> str:
     return markdown(["variant", "trainable", "MiB", "of the floor"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"step": step_table, "saved activations": saved_table}
+TABLES: dict[str, Callable[[], str]] = {"step on a GPU": gpu_table, "step": step_table, "saved activations": saved_table}
 
 
 def rendered(text: str) -> str:

@@ -2,7 +2,7 @@
 
 Nothing in a step waits for the device, and what changes from step to step (counts, learning rates held in tensors, the
 scale, whether to skip) is read on the device, so that a step can be captured in a CUDA graph once a few steps have made
-the states and tables. This has been compiled for GPUs and run in Triton's interpreter, on no GPU yet.
+the states and tables.
 """
 
 import importlib.util
