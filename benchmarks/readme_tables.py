@@ -128,7 +128,11 @@ def saved_table() -> str:
     return markdown(["variant", "trainable", "MiB", "of the floor"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"step on a GPU": gpu_table, "step": step_table, "saved activations": saved_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "step on a GPU": gpu_table,
+    "step": step_table,
+    "saved activations": saved_table,
+}
 
 
 def rendered(text: str) -> str:

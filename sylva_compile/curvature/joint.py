@@ -12,6 +12,8 @@ In coordinates in which the damped diagonal blocks of both factors are identitie
 step takes one product of `[m, b]` and `[b, n]`. A choice of k blocks costs `2·k·b·m·n` operations.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,9 +54,12 @@ def choose_jointly(
         # Twice the gains: squared norms of the tiles. Summed as a product, at half the time of a sum over strides.
         norms = (torch.mul(left, left, out=squares).view(-1, b) @ ones).view(mb, b, nb).sum(1)
         norms.masked_fill_(~free, -torch.inf)
-        row, column = divmod(int(norms.argmax()), nb)
-        if not bool(torch.isfinite(norms[row, column])):
+        highest, place = norms.view(-1).max(0)
+        # One wait for the device a block.
+        found, at = torch.stack([highest, place.to(highest.dtype)]).tolist()
+        if not math.isfinite(found):
             raise ArithmeticError("the quadratic model has no bounded steps")
+        row, column = divmod(int(at), nb)
         free[row, column] = False
         step = left[row * b : (row + 1) * b, column * b : (column + 1) * b].clone()
         left.addmm_(outputs.columns(row), step @ inputs.columns(column).t(), alpha=-1.0)

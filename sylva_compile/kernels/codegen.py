@@ -200,10 +200,10 @@ def triton_source(program: Program) -> str:
     lines += [f"    return {_tuple([symbol.name for symbol in program.results])}", "", "", "@triton.jit"]
     lines += ["def step_kernel(table_, gradients_, hyper_, tiles_, scale_, skip_, seed_, TILE_: tl.constexpr):"]
     body = [
-        f"row_, index_ = parts.find_tile(table_, tiles_, {table_width(rule)}, TILE_)",
+        f"row_, start_, index_ = parts.find_tile(table_, tiles_, {table_width(rule)}, TILE_)",
         "gradient_ = tl.load(gradients_ + tl.load(tiles_ + 2 * tl.program_id(0)))",
         "if (gradient_ != 0) & (tl.load(skip_) == 0):",
-        "    inside_ = parts.within_matrix(row_, index_)",
+        "    inside_ = parts.within_matrix(row_, start_, index_, TILE_)",
         f"    hyper_ += parts.column(row_, parts.HYPER) * {len(hyper)}",
         "    t = parts.load_step(row_)",
         *([f"    {_tuple(scalars)} = scalars(hyper_, t)"] if scalars else []),
@@ -212,7 +212,7 @@ def triton_source(program: Program) -> str:
         "    g *= tl.load(scale_).to(tl.float32)",
         *(f"    {name} = parts.load_state(row_, {k}, index_, inside_)" for k, name in enumerate(states)),
         f"    {_tuple(['p', *states])} = update({', '.join(['p', 'g', *states, *scalars])})",
-        "    parts.store_parameter(row_, index_, inside_, p)",
+        "    parts.store_parameter(row_, start_, index_, inside_, p, TILE_)",
         *(f"    parts.store_state(row_, {k}, index_, inside_, {name}, seed_, t)" for k, name in enumerate(states)),
     ]
     return "\n".join([*lines, *(f"    {line}" for line in body), ""])

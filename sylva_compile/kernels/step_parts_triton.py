@@ -1,7 +1,7 @@
 """What every rule's Triton kernel shares: finding a tile, loads and stores of any dtype, write-through, rounding.
 
 The hand-written twin of `step_cpu.cpp`. The same source runs on the CPU under `TRITON_INTERPRET=1`, which must be set
-before this module is imported. It has been compiled for GPUs and run in that interpreter, on no GPU yet.
+before this module is imported.
 """
 
 import triton
@@ -56,30 +56,35 @@ def column(row, number):
 
 @triton.jit
 def find_tile(table, tiles, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """The row of this program's tile, and the indices of the tile's elements in the parameter."""
+    """The row of this program's tile, its first element, and the indices of its elements in the parameter."""
     tile = tiles + 2 * tl.program_id(0)
-    return table + tl.load(tile) * WIDTH, tl.load(tile + 1) + tl.arange(0, TILE)
+    start = tl.load(tile + 1)
+    return table + tl.load(tile) * WIDTH, start, start + tl.arange(0, TILE)
 
 
 @triton.jit
-def _place(row, index):
-    """The row and column of the dense weight where element `index` of its blocks sits."""
+def _place(row, start, TILE: tl.constexpr):
+    """The row and column of the dense weight where each element of the tile sits."""
     b = column(row, BLOCK)
-    block = index // (b * b)
-    within = index - block * b * b
-    inside = index < column(row, COUNT)
-    positions = column(row, POSITIONS).to(tl.pointer_type(tl.int64))
-    top = tl.load(positions + block, mask=inside, other=0) * b
-    left = tl.load(positions + column(row, BLOCKS) + block, mask=inside, other=0) * b
-    return top + within // b, left + within % b
+    block = start // (b * b)
+    # Divisions of 64 bits an element would take longer than the memory. A block that a program of SDDMM holds is small.
+    side = b.to(tl.int32)
+    local = (start - block * b * b).to(tl.int32) + tl.arange(0, TILE)
+    further = local // (side * side)
+    within = local - further * side * side
+    inside = start + tl.arange(0, TILE) < column(row, COUNT)
+    positions = column(row, POSITIONS).to(tl.pointer_type(tl.int64)) + block
+    top = tl.load(positions + further, mask=inside, other=0) * b
+    left = tl.load(positions + column(row, BLOCKS) + further, mask=inside, other=0) * b
+    return top + within // side, left + within % side
 
 
 @triton.jit
-def within_matrix(row, index):
+def within_matrix(row, start, index, TILE: tl.constexpr):
     """Which elements of the tile are there and, of blocks, do not reach over the dense weight's edge."""
     inside = index < column(row, COUNT)
     if column(row, DENSE) != 0:
-        at_row, at_col = _place(row, index)
+        at_row, at_col = _place(row, start, TILE)
         inside = inside & (at_row < column(row, ROWS)) & (at_col < column(row, COLS))
     return inside
 
@@ -113,11 +118,11 @@ def _store(address, code, index, inside, value):
 
 
 @triton.jit
-def store_parameter(row, index, inside, value):
+def store_parameter(row, start, index, inside, value, TILE: tl.constexpr):
     """The new values, and for blocks the dense weight's elements too."""
     _store(column(row, PARAM), column(row, PARAM_TYPE), index, inside, value)
     if column(row, DENSE) != 0:
-        at_row, at_col = _place(row, index)
+        at_row, at_col = _place(row, start, TILE)
         offset = at_row * column(row, ROW_STRIDE) + at_col * column(row, COL_STRIDE)
         # What the parameter holds now is what is rounded: it may itself be narrower than float32.
         _store(column(row, DENSE), column(row, DENSE_TYPE), offset, inside, value)
@@ -167,7 +172,7 @@ def store_state(row, NUMBER: tl.constexpr, index, inside, value, seed, t):
 @triton.jit
 def squares_kernel(table, gradients, tiles, sums, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """The sum of squares of each tile's gradient, in float64; not finite where an element is not."""
-    row, index = find_tile(table, tiles, WIDTH, TILE)
+    row, _start, index = find_tile(table, tiles, WIDTH, TILE)
     gradient = tl.load(gradients + tl.load(tiles + 2 * tl.program_id(0)))
     total = tl.full((), 0.0, tl.float64)
     if gradient != 0:
