@@ -1,7 +1,6 @@
 """The ways to fine-tune that are compared. Each makes a model ready, and says what it trains."""
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from tasks import head_of, heads_of
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from traces import PATTERNS, Scores, budget_elements, choose
+from traces import PATTERNS, Scores, budget_elements, choose_once
 
 import sylva_compile
 from sylva_compile.scope import input_axes, weights_in_scope
@@ -155,6 +154,7 @@ class Adapter(nn.Module):
         nn.init.normal_(self.down.weight, std=1e-2)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
+        self.to(layer.weight.device)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`[..., n]` to `[..., m]`."""
@@ -193,10 +193,8 @@ def prepare_adapter(model: nn.Module, options: Mapping[str, Any], budget: Budget
 def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
     """Trainable blocks inside frozen weights. With `prune`, the rest of those weights is zeroed."""
     scores = traced(options)
-    started = time.perf_counter()
     rules = Budget(budget.sparsity, options.get("allocation", "layer"), options.get("column_budget"))
-    maps = choose(scores, rules, options.get("pattern", "blocks"))
-    seconds = scores.seconds + time.perf_counter() - started
+    maps, seconds = choose_once(scores, rules, options.get("pattern", "blocks"))
     masks = sylva_compile.Masks.from_block_maps(model, maps, budget.block_size)
     if options.get("prune", False):
         with torch.no_grad():
@@ -209,7 +207,7 @@ def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgete
         masks.parameters(),
         lambda: _adapter_bytes(model),
         sylva_compile.AdamW,
-        trace_seconds=seconds,
+        trace_seconds=scores.seconds + seconds,
         trace_bytes=scores.peak_bytes,
         masks=masks,
     )

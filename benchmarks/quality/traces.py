@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,7 @@ class Scores:
         seconds: of the trace.
         peak_bytes: that the trace held at one time beside the model, where somebody measured them.
         jointly: what chooses blocks of a weight together, for scores that do.
+        chosen: choices that were made before, and the seconds that each took.
     """
 
     by_weight: dict[str, Tensor]
@@ -37,6 +38,7 @@ class Scores:
     seconds: float
     peak_bytes: int = 0
     jointly: Choose | None = None
+    chosen: dict[tuple[Budget, Pattern], tuple[dict[str, Tensor], float]] = field(default_factory=dict)
 
 
 def block_scores(
@@ -72,6 +74,15 @@ def block_scores(
         found = {name: estimators.scores(name) for name in weights if name in done.seen}
         jointly = estimators.joint_map if choice.is_joint else None
     return Scores(found, axes, time.perf_counter() - started, jointly=jointly)
+
+
+def choose_once(scores: Scores, budget: Budget, pattern: Pattern) -> tuple[dict[str, Tensor], float]:
+    """What `choose` says and the seconds that it took; runs that differ in learning rate share them."""
+    if (budget, pattern) not in scores.chosen:
+        started = time.perf_counter()
+        maps = choose(scores, budget, pattern)
+        scores.chosen[budget, pattern] = maps, time.perf_counter() - started
+    return scores.chosen[budget, pattern]
 
 
 def choose(scores: Scores, budget: Budget, pattern: Pattern = "blocks") -> dict[str, Tensor]:

@@ -14,13 +14,13 @@ import run as quality
 import tables
 import torch
 from grid import Grid, GridError, Run, Settings, best_learning_rate
-from methods import METHODS, Budgeted, check_options
+from methods import METHODS, Adapter, Budgeted, check_options
 from rows import Rows
 from tasks import Sizes
 from tasks.base import HEAD
 from tasks.classification import COLA, SST2, load_model
 from torch import Tensor, nn
-from traces import Scores, block_scores, budget_elements, choose
+from traces import Scores, block_scores, budget_elements, choose, choose_once
 from training import optimizer_of, train
 
 import sylva_compile
@@ -129,6 +129,10 @@ class TestMethods:
             # One rank of LoRA; blocks of one width of all columns, 48 rows.
             assert abs(found - wanted) <= max(per_rank / 2, 8 * 48), name
 
+    def test_an_adapter_is_where_its_layer_is(self) -> None:
+        adapter = Adapter(nn.Linear(4, 4, device="meta"), 2)
+        assert {parameter.device.type for parameter in adapter.parameters()} == {"meta"}
+
     def test_an_adapter_starts_as_no_change(self) -> None:
         model, inputs = load_model("tiny", 0).eval(), batch()
         expected = model(**inputs).logits
@@ -170,6 +174,20 @@ class TestPatterns:
             for columns in itertools.combinations(range(6), width)
         )
         assert float(outer[chosen].sum()) == pytest.approx(best)
+
+    def test_learning_rates_share_a_choice_and_budgets_do_not(self) -> None:
+        asked: list[int] = []
+
+        def jointly(name: str, count: int, allowed: Tensor) -> Tensor:
+            asked.append(count)
+            return allowed & (torch.arange(allowed.numel()).view_as(allowed) < count)
+
+        scores = Scores({"a": torch.rand(5, 6)}, {"a": 1}, 0.0, jointly=jointly)
+        first, seconds = choose_once(scores, Budget(0.8), "blocks")
+        again, same = choose_once(scores, Budget(0.8), "blocks")
+        assert first is again and seconds == same
+        other, _ = choose_once(scores, Budget(0.5), "blocks")
+        assert asked == [6, 15] == [int(first["a"].sum()), int(other["a"].sum())]
 
 
 @pytest.mark.parametrize("score", ["joint", "gain", "paper"])
