@@ -3,7 +3,8 @@
     python benchmarks/quality/tables.py --grid benchmarks/quality/grids/small.toml
 
 prints the tables and writes them to benchmarks/results/quality/<grid>.md, and a plot for each varied setting beside it.
-With --readme it also puts them into README.md, between the comments that name the grid.
+With --readme it also puts them into README.md, between the comments that name the grid; where the first of these says
+"quality small without costs: begin", without the table of costs.
 """
 
 import argparse
@@ -62,15 +63,15 @@ def lines_of(grid: Grid, rows: Rows) -> list[Line]:
     return lines
 
 
-def markdown(grid: Grid, lines: Sequence[Line]) -> str:
-    """Two tables for every task and every variation: quality, and cost."""
+def markdown(grid: Grid, lines: Sequence[Line], costs: bool = True) -> str:
+    """Tables for every task and every variation: quality, and, with `costs`, what it cost."""
     parts = []
     for task in grid.tasks:
         for settings in grid.variations(task):
             # Methods that a varied setting does not touch have one run for all its values.
             shown = [line for line in lines if line.run.task == task and _belongs(line, settings)]
             if shown:
-                parts += [_title(grid, task, settings), _quality(shown), _cost(shown)]
+                parts += [_title(grid, task, settings), _quality(shown), *([_cost(shown)] if costs else [])]
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
@@ -214,13 +215,19 @@ def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def quoted(text: str, grid: str, tables: str | None = None) -> str:
-    """What `text` says between its comments for `grid`; with `tables`, `text` with that said there instead."""
-    pattern = re.compile(rf"(<!-- quality {re.escape(grid)}: begin -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+def quoted(text: str, grid: Grid, lines: Sequence[Line]) -> str:
+    """`text` with the tables of `lines` between its comments for `grid`.
+
+    Raises ValueError where `text` has no such comments.
+    """
+    pattern = re.compile(
+        rf"(<!-- quality {re.escape(grid.name)}(?P<bare> without costs)?: begin -->\n)(?P<said>.*?)(<!-- end -->)",
+        re.DOTALL,
+    )
     found = pattern.search(text)
     if found is None:
-        raise ValueError(f"no '<!-- quality {grid}: begin -->' and '<!-- end -->' in the text; put them there")
-    return found[2] if tables is None else pattern.sub(lambda match: match[1] + tables + match[3], text)
+        raise ValueError(f"no '<!-- quality {grid.name}: begin -->' and '<!-- end -->' in the text; put them there")
+    return text[: found.start("said")] + markdown(grid, lines, found["bare"] is None) + text[found.end("said") :]
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -238,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     for name in grid.vary:
         plot(grid, lines, name, options.results / f"{grid.name}_{name}.png")
     if options.readme:
-        README.write_text(quoted(README.read_text(), grid.name, tables))
+        README.write_text(quoted(README.read_text(), grid, lines))
     return tables
 
 

@@ -480,15 +480,25 @@ class TestTables:
         assert {line.learning_rate for line in tables.lines_of(Grid.read(path), Rows(rows))} == {1e-3}
 
     def test_text_between_comments_is_replaced_alone(self) -> None:
+        grid = Grid.read(GRIDS / "small.toml")
+        lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
         text = "a\n<!-- quality small: begin -->\nold\n<!-- end -->\nb\n"
-        new = tables.quoted(text, "small", "new\n")
-        assert new == text.replace("old", "new")
-        assert tables.quoted(new, "small") == "new\n"
+        assert tables.quoted(text, grid, lines) == text.replace("old\n", tables.markdown(grid, lines))
+        bare = text.replace("small:", "small without costs:")
+        assert tables.quoted(bare, grid, lines) == bare.replace("old\n", tables.markdown(grid, lines, costs=False))
         with pytest.raises(ValueError, match="put them there"):
-            tables.quoted(text, "long")
+            tables.quoted(text.replace("small", "long"), grid, lines)
 
-    @pytest.mark.parametrize("name", ["small", "cola", "longer"])
+    def test_costs_can_be_left_out(self) -> None:
+        grid = Grid.read(GRIDS / "small.toml")
+        lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
+        both, quality_alone = tables.markdown(grid, lines), tables.markdown(grid, lines, costs=False)
+        assert both.startswith(quality_alone.rstrip())
+        assert "checkpoint" in both and "checkpoint" not in quality_alone
+
+    @pytest.mark.parametrize("name", ["small", "long", "cola_all"])
     def test_the_readme_quotes_the_rows_that_are_kept(self, name: str) -> None:
         grid = Grid.read(GRIDS / f"{name}.toml")
         lines = tables.lines_of(grid, Rows(quality.FOLDER / f"{name}.jsonl"))
-        assert tables.quoted(tables.README.read_text(), name) == tables.markdown(grid, lines)
+        text = tables.README.read_text()
+        assert tables.quoted(text, grid, lines) == text

@@ -102,6 +102,27 @@ def test_is_the_cpus(kind: type[GeneratedOptimizer], options: dict[str, Any], mo
 
 
 @needs_triton
+@pytest.mark.parametrize("b", [24, 80])
+def test_tiles_begin_in_the_middle_of_blocks(b: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert b * b % TILE and TILE % (b * b)
+    weights = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        model = nn.Linear(170, 200, bias=False).to(device, torch.bfloat16)
+        masks = Masks(random_masks(model, ["weight"], b, 0.5), model=model)
+        if weights:
+            monkeypatch.setattr(launches, "CpuLaunch", TritonLaunch)
+        optimizer = SGD(masks.parameters(), lr=0.1)
+        for blocks in masks.parameters():
+            blocks.grad = torch.randn(blocks.shape).to(blocks)
+        optimizer.step()
+        assert_invariant(model, masks)
+        weights.append(model.weight.detach().cpu())
+    # One rounding apart at most: the C++ compiler may fuse a product and a sum.
+    torch.testing.assert_close(*weights, rtol=8e-3, atol=1e-6)
+
+
+@needs_triton
 def test_a_step_with_infinity_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "CpuLaunch", TritonLaunch)
     parameter = nn.Parameter(torch.randn(5000, device=DEVICE))
