@@ -47,7 +47,7 @@ def paper_scores(outputs: Tensor, inputs: Tensor, block_size: int) -> Tensor:
 
 
 def gain_scores(gradient: Tensor, a_blocks: Tensor, g_blocks: Tensor, damping: float) -> Tensor:
-    """What training each block alone could win, to second order: half its Newton decrement.
+    """What training each block alone could win on a token, to second order: half its Newton decrement.
 
         ½ tr(Γ_Bᵀ (G_BB + λ_G I)⁻¹ Γ_B (A_BB + λ_A I)⁻¹) = ½ ‖L⁻¹ Γ_B M⁻ᵀ‖²,   L Lᵀ = G_BB + λ_G I,  M Mᵀ = A_BB + λ_A I
 

@@ -90,11 +90,16 @@ class Kfac(Curvature):
             self.inputs.combine(group)
 
     def block_scores(self, block_size: int) -> Tensor:
-        """See `sylva_compile.curvature.importance`; of "joint", what each block could win alone."""
+        """See `sylva_compile.curvature.importance`; of "joint", what each block could win alone.
+
+        The gain is a token's, and weights see different numbers of tokens: of a classifier's last layer only the one
+        that it reads has a gradient. Times the number of tokens it is what the block could win on all of them, which
+        compares between weights.
+        """
         gradient, a, g = self._means()
         if self.score != "paper":
             blocks = (a.diagonal_blocks(block_size), g.diagonal_blocks(block_size))
-            return gain_scores(gradient, *blocks, self._gain_damping()).cpu()
+            return (self.tokens * gain_scores(gradient, *blocks, self._gain_damping())).cpu()
         damping = PAPER_DAMPING if self.damping is None else self.damping
         outputs, inputs = importance(
             gradient,

@@ -60,7 +60,7 @@ def test_gain_of_one_block_with_its_kronecker_product_written_out() -> None:
     g += 0.1 * g.diagonal().mean() * torch.eye(6)
     curvature = torch.kron(g[4:, 4:].contiguous(), a[4:, 4:].contiguous())
     vector = gradient[4:, 4:].flatten()
-    expected = 0.5 * vector @ torch.linalg.inv(curvature) @ vector
+    expected = tokens * 0.5 * vector @ torch.linalg.inv(curvature) @ vector
     torch.testing.assert_close(estimator.block_scores(4)[1, 1], expected)
 
 

@@ -28,7 +28,7 @@ class Data:
         return a, g, gradient
 
     def gains(self, b: int, damping: float) -> Tensor:
-        """½ g_Bᵀ ((G_BB + λ_G I) ⊗ (A_BB + λ_A I))⁻¹ g_B, block by block, with the Kronecker product written out."""
+        """½ s_Bᵀ (T (G_BB + λ_G I) ⊗ (A_BB + λ_A I))⁻¹ s_B for the sums s over T tokens, the product written out."""
         a, g, gradient = self.factors()
         m, n = gradient.shape
         a = a + damping * a.diagonal().mean() * torch.eye(n, dtype=torch.float64)
@@ -38,8 +38,8 @@ class Data:
             for c in range(out.shape[1]):
                 rows, cols = slice(r * b, (r + 1) * b), slice(c * b, (c + 1) * b)
                 curvature = torch.kron(g[rows, rows].contiguous(), a[cols, cols].contiguous())
-                step = torch.linalg.solve(curvature, gradient[rows, cols].flatten())
-                out[r, c] = 0.5 * gradient[rows, cols].flatten() @ step
+                total = len(self.x) * gradient[rows, cols].flatten()
+                out[r, c] = 0.5 * total @ torch.linalg.solve(len(self.x) * curvature, total)
         return out
 
     def papers(self, b: int, damping: float) -> Tensor:
