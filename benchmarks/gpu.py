@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, one part a call, each within five minutes; from a checkout, without a network.
+"""Everything that wants a GPU, in parts; from a checkout, without a network.
 
     python benchmarks/gpu.py                               all parts
     python benchmarks/gpu.py correctness sddmm graphs      some of them
