@@ -18,7 +18,7 @@ from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac, Score
 from sylva_compile.curvature.online import OnlineHierarchy, update_together
 from sylva_compile.curvature.update_queue import UpdateQueue, group_bytes
-from sylva_compile.errors import ArgumentError
+from sylva_compile.errors import ArgumentError, TraceError
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,16 @@ class Estimators:
             estimator.combine(group)
 
     def scores(self, name: str) -> Tensor:
-        """Scores of the weight's blocks, `[ceil/b, ceil/b]` in its stored orientation."""
-        return self._turned(name, self._estimators[name].block_scores(self._block_size))
+        """Scores of the weight's blocks, `[ceil/b, ceil/b]` in its stored orientation.
+
+        Raises:
+            TraceError: the curvature of the weight is not finite, or not positive whatever the damping.
+        """
+        try:
+            found = self._estimators[name].block_scores(self._block_size)
+        except ArithmeticError as error:
+            raise TraceError(f"{name}: no scores ({error}); scale its inputs, or leave it out of scope.") from error
+        return self._turned(name, found)
 
     def take_scores(self, name: str) -> Tensor:
         """The same; the weight's statistics are dropped."""

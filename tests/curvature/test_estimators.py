@@ -13,7 +13,7 @@ from torch.multiprocessing import spawn
 import sylva_compile
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.curvature.input_factors import InputFactors
-from sylva_compile.errors import ArgumentError
+from sylva_compile.errors import ArgumentError, TraceError
 
 F64 = torch.float64
 CHOICES = [
@@ -51,6 +51,17 @@ class TestScores:
         one = estimators("w", 20, 12, method, score)
         one.update("w", torch.ones(4, 12, dtype=F64), torch.zeros(4, 20, dtype=F64))
         assert not bool(one.take_scores("w").any())
+
+    @pytest.mark.parametrize(("method", "score"), [("sylva", "gain"), ("kfac", "joint"), ("kfac", "paper")])
+    def test_activations_whose_squares_overflow_are_an_error_that_names_the_weight(
+        self, method: str, score: str
+    ) -> None:
+        one = estimators("w", 20, 12, method, score)
+        inputs, gradients = batch_of(30, 20, 12, 0)
+        one.update("w", 1e200 * inputs, gradients)
+        one.end_batch()
+        with pytest.raises(TraceError, match=r"^w: no scores .* leave it out of scope\.$"):
+            one.take_scores("w")
 
     def test_at_low_rank_scores_are_finite_and_agree_roughly(self) -> None:
         scores = []
