@@ -39,8 +39,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
     Args:
         model: an embedded model.
         directory: made if missing; an adapter that is there already is replaced in one step.
-        modules_to_save: endings of module names whose parameters are stored whole beside the blocks, such as
-            `["classifier"]` for a head that was trained densely (PEFT's word for the same).
+        modules_to_save: endings of module names whose parameters and buffers are stored whole beside the blocks, such
+            as `["classifier"]` for a head that was trained densely (PEFT's word for the same).
 
     Raises:
         AdapterError: the model carries no blocks, values are not finite, blocks and dense weights disagree, or a
@@ -76,9 +76,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
             "dtype": str(site.weight.dtype).removeprefix("torch."),
             "base": checksum(site.base_weight()),
         }
-    extras = _extras(model, modules_to_save, set(sites))
-    for name, parameter in extras.items():
-        tensors[f"{name}/whole"] = parameter.detach().cpu().contiguous()
+    extras = _extras(model, modules_to_save, sites)
+    for name, value in extras.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise AdapterError(f"{name} holds NaN or infinity; go back to the last good state before saving.")
+        tensors[f"{name}/whole"] = value.detach().cpu().contiguous()
     _warn_of_loss(model, sites, extras)
     content = serialize(tensors)
     digest = hashlib.sha256(content).hexdigest()
@@ -89,7 +91,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
         "tensors": name_on_disk,
         "sha256": digest,
         "weights": weights,
-        "modules_to_save": {name: checksum(parameter) for name, parameter in extras.items()},
+        "modules_to_save": {name: checksum(value) for name, value in extras.items()},
     }
     directory = Path(directory)
     write_file(directory / name_on_disk, content)
@@ -124,25 +126,26 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     )
     parameters = named_weights(model)
     _check_base(config, parameters, embedding.sites(model), directory)
+    whole = _named_tensors(model)
     extras = {name: tensors[f"{name}/whole"] for name in config["modules_to_save"]}
-    for name, value in extras.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            found = tuple(parameters[name].shape) if name in parameters else "missing"
-            raise AdapterError(
-                f"{directory} stores {name} {tuple(value.shape)}, {found} here; build the model as in training."
-            )
+    _check_extras(extras, whole, {id(parameters[name]): name for name in masks}, directory)
+    before = model.__dict__.get(_REPLACED, {})
+    _check_replaced(before, whole)
+    # A tensor that has several names is kept once, under the first.
+    first_names = {id(tensor): name for name, tensor in reversed(whole.items())}
+    values = {first_names[id(whole[name])]: value for name, value in extras.items()}
     masks.embed(model)
     with torch.no_grad():
         for name, site in embedding.sites(model).items():
             site.blocks.copy_(tensors[f"{name}/blocks"])
             site.write()
         replaced = model.__dict__.setdefault(_REPLACED, {})
-        for name in replaced.keys() - extras.keys():
+        for name in replaced.keys() - values.keys():
             # The adapter that was loaded before replaced this one; this adapter was trained beside the base's.
-            parameters[name].copy_(replaced.pop(name))
-        for name, value in extras.items():
-            replaced.setdefault(name, parameters[name].detach().to("cpu", copy=True))
-            parameters[name].copy_(value)
+            whole[name].copy_(replaced.pop(name))
+        for name, value in values.items():
+            replaced.setdefault(name, whole[name].detach().to("cpu", copy=True))
+            whole[name].copy_(value)
     return masks
 
 
@@ -157,33 +160,83 @@ def unload_adapter(model: nn.Module) -> None:
 
     Masked weights are again what they were before `embed`, and so are modules that an adapter replaced whole. Ordinary
     classes and `requires_grad` come back too. A model without blocks is left alone.
+
+    Raises:
+        AdapterError: a module that the adapter replaced was itself replaced or changed its shape since.
+        EmbeddingError: a base is not known any more. Nothing is changed in either case.
     """
     model = unwrap(model)
+    _check_replaced(model.__dict__.get(_REPLACED, {}), _named_tensors(model))
     embedding.unembed(model, restore=True)
+    whole = _named_tensors(model)
     with torch.no_grad():
         for name, value in model.__dict__.pop(_REPLACED, {}).items():
-            named_weights(model)[name].copy_(value)
+            whole[name].copy_(value)
 
 
-def _extras(model: nn.Module, endings: Sequence[str], masked: set[str]) -> dict[str, nn.Parameter]:
-    extras: dict[str, nn.Parameter] = {}
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and every buffer of a state dict, by its plain name; shared ones under each of their names."""
+    found: dict[str, Tensor] = dict(named_weights(model))
+    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer
+    return found
+
+
+def _check_extras(
+    extras: Mapping[str, Tensor], whole: Mapping[str, Tensor], masked: Mapping[int, str], directory: Path
+) -> None:
+    for name, value in extras.items():
+        found = whole.get(name)
+        if found is None or (found.shape, found.dtype) != (value.shape, value.dtype):
+            here = "missing" if found is None else f"{tuple(found.shape)} of {found.dtype}"
+            raise AdapterError(
+                f"{directory} stores {name} {tuple(value.shape)} of {value.dtype}, {here} here; "
+                "build the model as in training."
+            )
+        if id(found) in masked:
+            raise AdapterError(
+                f"{directory} stores {name} whole, which is {masked[id(found)]} with its blocks here; "
+                "build the model as in training, where they were two."
+            )
+
+
+def _check_replaced(replaced: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError where what an adapter replaced cannot be put back."""
+    for name, value in replaced.items():
+        found = whole.get(name)
+        if found is None or found.shape != value.shape:
+            here = "gone" if found is None else f"{tuple(found.shape)}"
+            raise AdapterError(
+                f"{name} was {tuple(value.shape)} when an adapter replaced its values, and is {here} now; put the "
+                "module back first, or call merge_adapter(model) to keep the values."
+            )
+
+
+def _extras(model: nn.Module, endings: Sequence[str], sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """What is stored whole, each tensor once: parameters and buffers of the named modules that carry no blocks."""
+    extras: dict[str, Tensor] = {}
+    whole = _named_tensors(model)
+    taken = {id(tensor) for site in sites.values() for tensor in (site.weight, site.blocks)}
     if isinstance(endings, str):
         raise AdapterError(f"modules_to_save={endings!r} is a string; give a list of module-name endings.")
     for ending in endings:
         found = [name for name, _ in model.named_modules() if name == ending or name.endswith("." + ending)]
         if not found:
             raise AdapterError(f"modules_to_save names {ending!r}, which no module ends in; see model.named_modules().")
-        for module in found:
-            for name, parameter in model.get_submodule(module).named_parameters():
-                full = plain_name(f"{module}.{name}" if module else name)
-                if full not in masked and not full.endswith(embedding.SUFFIX):
-                    extras[full] = parameter
+        for module in map(plain_name, found):
+            inside = {name: tensor for name, tensor in whole.items() if not module or name.startswith(f"{module}.")}
+            for name, tensor in inside.items():
+                if id(tensor) not in taken:
+                    taken.add(id(tensor))
+                    extras[name] = tensor
     return extras
 
 
-def _warn_of_loss(model: nn.Module, sites: Mapping[str, Site], extras: Mapping[str, nn.Parameter]) -> None:
+def _warn_of_loss(model: nn.Module, sites: Mapping[str, Site], extras: Mapping[str, Tensor]) -> None:
     kept = {id(parameter) for site in sites.values() for parameter in (site.blocks, site.weight)}
-    kept |= {id(parameter) for parameter in extras.values()}
+    kept |= {id(tensor) for tensor in extras.values()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:
         log.warning(

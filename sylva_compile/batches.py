@@ -1,5 +1,6 @@
 """What a loader's batches are to the tracer: tensors to move and to count, and a loss."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,17 +14,28 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """`batch` with every tensor in it on `device`."""
-    move = getattr(batch, "to", None)
-    if isinstance(batch, Tensor):
-        return batch.to(device)
+    """`batch` with every tensor in it on `device`; mappings, lists and tuples are new ones of the same kind."""
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return _like(batch, {key: to_device(value, device) for key, value in batch.items()})
+    move = getattr(batch, "to", None)
+    if move is not None:
+        return move(device)
     # A named tuple wants its values one by one.
     make = getattr(type(batch), "_make", type(batch) if type(batch) in (list, tuple) else None)
-    if make is not None:
-        return make(to_device(value, device) for value in batch)
-    return move(device) if move is not None else batch
+    return batch if make is None else make(to_device(value, device) for value in batch)
+
+
+def _like(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """`values` in a mapping such as `batch`: a tokeniser's `BatchEncoding` has attributes that a `dict` has not."""
+    if type(batch) is dict:
+        return values
+    try:
+        made: Any = copy.copy(batch)
+        made.update(values)
+    except Exception:
+        # No mapping that can be copied and changed.
+        return values
+    return made  # type: ignore[no-any-return]
 
 
 def tensors_of(batch: Any) -> Iterator[Tensor]:

@@ -31,13 +31,25 @@ def load(source: str, *, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         flags: more flags for the compiler.
 
     Raises:
-        NativeCompilerError: there is no C++ compiler, or it refuses the source.
+        NativeCompilerError: there is no C++ compiler, it refuses the source, or what it makes cannot be kept or loaded.
     """
     compiler = _compiler()
     command = (compiler, *_FLAGS, *flags)
     key = "\0".join([*command, _version(compiler), _processor(), source])
-    path = cached(key, ".so", functools.partial(_compile, command, source, name))
-    return ctypes.CDLL(str(path))
+    try:
+        path = cached(key, ".so", functools.partial(_compile, command, source, name))
+    except OSError as error:
+        raise NativeCompilerError(
+            f"{name} can be kept nowhere: {error}. Set SYLVA_COMPILE_CACHE_DIR to a directory with room."
+        ) from error
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        # The next process builds it anew.
+        path.unlink(missing_ok=True)
+        raise NativeCompilerError(
+            f"{name} cannot be loaded: {error}. Check CXX, and that {path.parent} lets programs run."
+        ) from error
 
 
 def _compiler() -> str:
@@ -54,7 +66,10 @@ def _compiler() -> str:
 @functools.cache
 def _version(compiler: str) -> str:
     """What the compiler says of itself."""
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise NativeCompilerError(f"{compiler} does not run: {error}. Check CXX.") from error
 
 
 @functools.cache

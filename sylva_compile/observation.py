@@ -129,7 +129,8 @@ def observe(
                     break
                 batch = to_device(batch, device)
                 sequences = count_sequences(batch)
-                loss = loss_of(compiled, batch, loss_fn)
+                # Containers of its own: a loss_fn that takes its labels out of the batch leaves them to who asks next.
+                loss = loss_of(compiled, to_device(batch, device), loss_fn)
                 _check_loss(model, loss, batch, loss_fn, weights)
                 # The loss is a mean over the batch; its sum over sequences is what adds up over batches.
                 gradients = torch.autograd.grad(loss * sequences, list(weights.values()), allow_unused=True)
@@ -192,7 +193,9 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
     devices = {parameter.device for parameter in flags if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:
-            model.eval()
+            # Not by model.eval(): some layers merge weights there, and would not find back to the same bits.
+            for module in modes:
+                module.training = False
             for module in compiled:
                 module._compiled_call_impl = None
             for parameter in flags:

@@ -52,14 +52,22 @@ def input_axes(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int
     return {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
 
 
+_CLASSIFIERS = ("score", "classifier", "qa_outputs")
+"""What the models of transformers call the head of a classifier."""
+
+
 def _output_head(model: nn.Module) -> nn.Module | None:
+    """The language-model head or the classifier of a model of transformers; None of others."""
     get = getattr(model, "get_output_embeddings", None)
+    if get is None:
+        return None
     try:
-        head = get() if get is not None else None
+        head = get()
     except (AttributeError, NotImplementedError):
         # Encoders without a language-model head answer this way.
         head = None
-    return head if isinstance(head, nn.Module) else None
+    heads = (head, *(getattr(model, name, None) for name in _CLASSIFIERS))
+    return next((head for head in heads if isinstance(head, nn.Module)), None)
 
 
 def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
@@ -72,7 +80,8 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     head = _output_head(model)
     layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if scope == "all-linear":
-        chosen = {name: module for name, module in layers.items() if module is not head}
+        inside = set() if head is None else set(head.modules())
+        chosen = {name: module for name, module in layers.items() if module not in inside}
     elif isinstance(scope, str):
         try:
             pattern = re.compile(scope)

@@ -1,6 +1,8 @@
 """`trace_and_mask`: run a model over some batches, estimate the curvature of every weight, choose its blocks."""
 
 import functools
+import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +21,7 @@ from sylva_compile.curvature.baselines import magnitude_scores, random_scores
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.curvature.kfac import Score
 from sylva_compile.errors import ArgumentError, EmbeddingError, TraceError
+from sylva_compile.kernels.blocks import grid_shape
 from sylva_compile.masks import BlockMask, Masks, base_fingerprint, check_block_fits, check_block_size
 from sylva_compile.memory import TraceEstimate, check_fits, estimate_bytes
 from sylva_compile.observation import Progress, observe, observed
@@ -65,7 +68,8 @@ def trace_and_mask(
     Args:
         model: the model to fine-tune, in memory, not yet embedded.
         loader: batches; None with "magnitude" and "random". A mapping is called as `model(**batch).loss`.
-        scope: "all-linear" (every Linear and Conv1D but the output head), a regular expression for the whole module
+        scope: "all-linear" (every Linear and Conv1D but the language-model head or, in models of transformers, the
+            classifier), a regular expression for the whole module
             name, or a list of module-name endings; as PEFT's `target_modules`.
         sparsity: share of each weight's blocks that stays frozen, in [0, 1).
         block_size: b, at least 8.
@@ -103,6 +107,10 @@ def trace_and_mask(
     budget = Budget(sparsity, allocation, column_budget)
     _check_choices(method, score, num_partitions, rank, num_samples, damping, checkpoint_every)
     weights, axes = _weights_to_trace(model, scope, block_size)
+    if column_budget is not None:
+        # A budget without room is refused here, not after the trace.
+        grids = {name: torch.zeros(grid_shape(weight.shape, block_size)) for name, weight in weights.items()}
+        select_blocks(grids, budget, axes)
     scores: dict[str, Tensor] = {}
     choose: Choose | None = None
     if method in _WITHOUT_DATA:
@@ -263,6 +271,7 @@ def _identity(
     return {
         "set of weights": sorted(weights),
         "base model": base_fingerprint(value for value in values if value.device.type != "meta"),
+        "configuration": _configuration(model),
         "method": choice.method,
         "score": choice.score,
         "block_size": choice.block_size,
@@ -271,6 +280,15 @@ def _identity(
         "number of processes": ranks,
         "process": rank,
     }
+
+
+def _configuration(model: nn.Module) -> str:
+    """What a model of transformers says of itself, such as its number of heads, but for where it came from."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    if to_dict is None:
+        return ""
+    said = {key: value for key, value in to_dict().items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _on_every_rank(work: Callable[[], _Result], group: ProcessGroup) -> _Result:

@@ -1,8 +1,10 @@
 """Adapters: bit for bit there and back, and never onto another base."""
 
 import copy
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +140,119 @@ def test_what_an_adapter_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCa
     model.body[2].bias.requires_grad_(False)
     sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
     assert not caplog.text
+
+
+class Normed(nn.Module):
+    """A head with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(16, 16)
+        self.head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 16)
+        self.body = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 16, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.table(ids)))
+
+
+class TestModulesToSave:
+    def test_running_statistics_belong_to_the_module(self, tmp_path: Path) -> None:
+        model = Normed()
+        base = copy.deepcopy(model)
+        fresh = copy.deepcopy(model)
+        random_masks(model, ["body.weight"], 8, 0.5).embed()
+        for _ in range(5):
+            model(3 * torch.randn(8, 16) + 5)
+        sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
+        sylva_compile.load_adapter(fresh, tmp_path)
+        assert same(fresh, model)
+        sylva_compile.unload_adapter(fresh)
+        assert same(fresh, base)
+
+    def test_a_head_that_is_not_finite_is_not_saved(self, tmp_path: Path) -> None:
+        _, model, _ = trained()
+        with torch.no_grad():
+            model.head.bias[0] = torch.nan
+        with pytest.raises(AdapterError, match=r"head\.bias holds NaN"):
+            sylva_compile.save_adapter(model, tmp_path / "out", modules_to_save=["head"])
+        assert not (tmp_path / "out").exists()
+
+    def test_a_head_of_another_dtype_is_not_rounded(self, tmp_path: Path) -> None:
+        base, model, _ = trained()
+        sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
+        base.head.to(torch.bfloat16)
+        before = copy.deepcopy(base)
+        with pytest.raises(AdapterError, match=r"torch\.bfloat16 here"):
+            sylva_compile.load_adapter(base, tmp_path)
+        assert same(base, before)
+
+    def test_a_tied_tensor_is_stored_once(self, tmp_path: Path) -> None:
+        model = Tied()
+        base, fresh = copy.deepcopy(model), copy.deepcopy(model)
+        random_masks(model, ["body.weight"], 8, 0.5).embed()
+        with torch.no_grad():
+            model.table.weight.add_(1)
+        sylva_compile.save_adapter(model, tmp_path / "both", modules_to_save=["table", "head"])
+        sylva_compile.save_adapter(model, tmp_path / "head", modules_to_save=["head"])
+        # The second finds the tensor replaced by the first under its other name.
+        for name in ("both", "head"):
+            sylva_compile.load_adapter(fresh, tmp_path / name)
+            assert same(fresh, model)
+        sylva_compile.unload_adapter(fresh)
+        assert same(fresh, base)
+
+    def test_the_other_name_of_a_masked_weight_is_masked(self, tmp_path: Path) -> None:
+        model = Tied()
+        base, fresh = copy.deepcopy(model), copy.deepcopy(model)
+        masks = random_masks(model, ["table.weight"], 8, 0.5)
+        with torch.no_grad():
+            masks.parameters()[0].add_(1)
+        sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
+        sylva_compile.load_adapter(fresh, tmp_path)
+        assert same(fresh, model)
+        sylva_compile.unload_adapter(fresh)
+        assert same(fresh, base)
+
+    def test_two_tensors_that_are_one_here(self, tmp_path: Path) -> None:
+        model = Tied()
+        fresh = copy.deepcopy(model)
+        model.head.weight = nn.Parameter(model.table.weight.detach().clone())
+        random_masks(model, ["table.weight"], 8, 0.5).embed()
+        sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
+        with pytest.raises(AdapterError, match=r"stores head\.weight whole, which is table\.weight with its blocks"):
+            sylva_compile.load_adapter(fresh, tmp_path)
+        assert type(fresh.table) is nn.Embedding
+
+    @pytest.mark.parametrize("load_another", [False, True])
+    def test_a_head_that_was_replaced_since(self, tmp_path: Path, load_another: bool) -> None:
+        base, model, _ = trained()
+        sylva_compile.save_adapter(model, tmp_path / "with", modules_to_save=["head"])
+        sylva_compile.save_adapter(model, tmp_path / "without")
+        sylva_compile.load_adapter(base, tmp_path / "with")
+        old, base.head = base.head, nn.Linear(30, 7)
+        before = copy.deepcopy(base.state_dict())
+        act: Any = sylva_compile.unload_adapter
+        if load_another:
+            act = functools.partial(sylva_compile.load_adapter, directory=tmp_path / "without")
+        with pytest.raises(AdapterError, match=r"head\.weight was \(3, 30\) .* is \(7, 30\) now"):
+            act(base)
+        assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+        base.head = old
+        sylva_compile.unload_adapter(base)
+        assert not torch.equal(base.head.weight, model.head.weight)
 
 
 class TestFiles:

@@ -1,10 +1,14 @@
 """Batches of any make: tensors are moved wherever they are, and everything else stays."""
 
+from collections import OrderedDict
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+from transformers import BatchEncoding
 
 from sylva_compile.batches import count_sequences, tensors_of, to_device
 
@@ -21,6 +25,22 @@ class TestToDevice:
         moved = to_device(batch, torch.device("meta"))
         assert type(moved) is type(batch)
         assert [tensor.device.type for tensor in tensors_of(moved)] == ["meta", "meta"]
+
+    @pytest.mark.parametrize("kind", [OrderedDict, BatchEncoding])
+    def test_mappings_keep_their_kind_and_the_loader_keeps_its_batch(self, kind: Any) -> None:
+        batch = kind({"ids": torch.zeros(3, 2), "text": "a"})
+        moved = to_device(batch, torch.device("meta"))
+        assert type(moved) is kind
+        assert (moved["ids"].device.type, moved["text"]) == ("meta", "a")
+        assert batch["ids"].device.type == "cpu"
+
+    def test_a_mapping_that_nobody_can_change(self) -> None:
+        moved = to_device(MappingProxyType({"ids": torch.zeros(3, 2)}), torch.device("meta"))
+        assert moved["ids"].device.type == "meta"
+
+    def test_what_knows_how_to_move_moves_itself(self) -> None:
+        moved = to_device(pack_sequence([torch.zeros(3, 2)]), torch.device("meta"))
+        assert (moved.data.device.type, moved.batch_sizes.device.type) == ("meta", "cpu")
 
     def test_other_values_stay(self) -> None:
         batch = {"text": ["a", "b"], "number": 3, "nothing": None}

@@ -160,6 +160,23 @@ class TestRefusals:
         torch.nn.init.normal_(model[2].weight)
         self.check(path, "another base model", model=model, scope=["0"])
 
+    def test_another_configuration(self, tmp_path: Path) -> None:
+        """Values may be the same and mean another model: the number of heads is in no tensor."""
+
+        class Config:
+            def __init__(self, heads: int) -> None:
+                self.heads, self._name_or_path = heads, f"from here {heads}"
+
+            def to_dict(self) -> dict[str, Any]:
+                return vars(self)
+
+        path, model = tmp_path / "trace.safetensors", model_of()
+        model.config = Config(2)
+        with pytest.raises(KeyboardInterrupt):
+            trace(broken_off(batches(), 5), path, model)
+        model.config = Config(4)
+        self.check(path, "another configuration", model=model)
+
     def test_another_rank(self, interrupted: Path) -> None:
         self.check(interrupted, "another rank", rank=4)
 

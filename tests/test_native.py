@@ -65,6 +65,36 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.M
         native.load(ANSWER, name="answer")
 
 
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("\x7fELF nonsense", "does not run: .* Check CXX"),
+        ('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = "-o" ] && echo text > "$2"; shift; done\n', "cannot be loaded"),
+    ],
+)
+def test_a_compiler_that_half_works(
+    script: str, message: str, tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(NativeCompilerError, match=message) as caught:
+        native.load(ANSWER, name="answer")
+    assert "\n" not in str(caught.value)
+    # What cannot be loaded is not taken for sound the next time.
+    assert not list(directory.glob("*.so"))
+
+
+def test_a_disk_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "cached", full)
+    with pytest.raises(NativeCompilerError, match=r"No space left.*SYLVA_COMPILE_CACHE_DIR"):
+        native.load(ANSWER, name="answer")
+
+
 def test_an_error_of_the_compiler_is_shown_in_one_line(directory: Path) -> None:
     with pytest.raises(NativeCompilerError, match=r"refuses broken: .*error") as caught:
         native.load("this is no C++", name="broken")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import two_ranks
 from tiny_models import ARCHITECTURES, tiny
 from torch import Tensor, nn
@@ -241,6 +242,18 @@ class TestLeftAsFound:
         assert model.training
         assert [p.requires_grad for p in model.parameters()] == [True, True, False, True]
 
+    def test_layers_that_merge_their_weights_when_evaluated(self) -> None:
+        class Merging(nn.Linear):
+            def train(self, mode: bool = True) -> "Merging":
+                with torch.no_grad():
+                    self.weight.add_(0.1 if not mode else -0.1)
+                return super().train(mode)
+
+        model = nn.Sequential(Merging(40, 50), nn.Linear(50, 30))
+        before = model[0].weight.detach().clone()
+        sylva_compile.trace_and_mask(model, batches(), loss_fn=regression, scope=["1"], **OPTIONS)
+        assert torch.equal(model[0].weight, before)
+
     def test_compilations_of_the_trace_do_not_stay(self) -> None:
         model, data = small(), batches()
         for _ in range(12):
@@ -361,6 +374,26 @@ class TestArguments:
         ]
         assert len(trace(model, method="random", scope=["q_proj", "mlp.up_proj"], **OPTIONS)) == 4
 
+    @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "RobertaForTokenClassification"])
+    def test_all_linear_leaves_the_classifier_out(self, kind: str) -> None:
+        family = kind.partition("For")[0]
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+        )
+        masks = sylva_compile.trace_and_mask(getattr(transformers, kind)(config), method="random", **OPTIONS)
+        assert len(masks) >= 6
+        assert not any("classifier" in name for name in masks)
+
+    def test_a_column_budget_without_room_is_refused_before_the_trace(self) -> None:
+        def not_asked() -> Any:
+            raise AssertionError("the loader was asked")
+            yield
+
+        with pytest.raises(ArgumentError, match="leaves room for"):
+            sylva_compile.trace_and_mask(
+                small(), not_asked(), loss_fn=regression, **OPTIONS | {"sparsity": 0.25, "column_budget": 0.5}
+            )
+
     def test_an_embedded_model(self) -> None:
         model = small()
         sylva_compile.trace_and_mask(model, method="random", **OPTIONS).embed()
@@ -405,6 +438,12 @@ class TestBadData:
             model[2].bias[3] = torch.nan
         self.trace(model, batches())
         assert "leave layer 2" in self.message
+
+    def test_a_loss_that_takes_its_targets_out_of_the_batch(self) -> None:
+        data = [{"inputs": torch.randn(8, 40), "targets": torch.full((8, 30), torch.nan)}]
+        self.trace(small(), data, lambda m, b: (m(b["inputs"]) - b.pop("targets")).square().mean())
+        assert "leave the loss function" in self.message
+        assert "targets" in data[0]
 
     def test_gradients_that_are_not_finite(self) -> None:
         self.trace(small(), batches(), lambda m, b: (m(b[0]).square().sum() * 0).sqrt())

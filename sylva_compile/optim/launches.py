@@ -29,7 +29,7 @@ class Launches:
         """`stochastic` rounds bfloat16 states stochastically."""
         self._stochastic = stochastic
         self._made: dict[Rule, dict[tuple[torch.device, type[Launch]], Launch]] = {}
-        self._hyper: dict[tuple[Rule, torch.device], tuple[list[float], Tensor]] = {}
+        self._hyper: dict[tuple[Rule, torch.device], tuple[list[float | None], Tensor]] = {}
 
     def by(self, rule: Rule) -> Callable[[Slot, Tensor | None], Launch]:
         """What gives the launch that steps a parameter by `rule`. Hashing a rule takes long: ask once a group."""
@@ -52,10 +52,12 @@ class Launches:
         names = [name for _, name in rule.hyperparameters]
         found = [_read(group, name) for group in groups for name in names]
         remote = {k: value for k, value in enumerate(found) if isinstance(value, Tensor) and value.is_cuda}
-        values = [0.0 if k in remote else float(value) for k, value in enumerate(found)]
+        # None and not a number: a 0.0 where a remote tensor was before is a change.
+        values = [None if k in remote else float(value) for k, value in enumerate(found)]
         before, table = self._hyper.get((rule, device), ([], torch.empty(0)))
         if values != before:
-            table = send(torch.tensor(values, dtype=torch.float64).view(len(groups), len(names)), device)
+            known = torch.tensor([value or 0.0 for value in values], dtype=torch.float64)
+            table = send(known.view(len(groups), len(names)), device)
             self._hyper[rule, device] = (values, table)
         for k, value in remote.items():
             table[k // len(names), k % len(names)] = value.reshape(())

@@ -17,7 +17,7 @@ from sylva_compile import native
 from sylva_compile.errors import ArgumentError, GradientError
 from sylva_compile.kernels.step_cpu import CpuLaunch
 from sylva_compile.kernels.step_eager import EagerLaunch
-from sylva_compile.optim import SGD, Adam, AdamW, GeneratedOptimizer, Lion, RMSprop, launches
+from sylva_compile.optim import SGD, Adam, AdamW, GeneratedOptimizer, Lion, RMSprop, launches, rules
 
 TWINS: dict[type[GeneratedOptimizer], type[torch.optim.Optimizer]] = {
     AdamW: torch.optim.AdamW,
@@ -519,6 +519,22 @@ class TestWithoutACompiler:
         assert [record.message for record in caplog.records if "no-such-compiler" in record.message] != []
         assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
         native.load.cache_clear()
+
+
+class OnAGpu(torch.Tensor):
+    """A tensor that says so."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+class TestHyperparameters:
+    def test_zero_in_place_of_a_tensor_on_the_device_is_a_change(self) -> None:
+        made, rule = launches.Launches(stochastic=False), rules.lion()
+        rate = torch.tensor(0.125, dtype=torch.float64).as_subclass(OnAGpu)
+        group: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.99), "weight_decay": 0.0}
+        assert made.hyperparameters(rule, [group], torch.device("cpu"))[0, 0] == 0.125
+        group["lr"] = 0.0
+        assert made.hyperparameters(rule, [group], torch.device("cpu"))[0, 0] == 0.0
 
 
 class TestLaunches:
