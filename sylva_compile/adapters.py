@@ -43,8 +43,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
             as `["classifier"]` for a head that was trained densely (PEFT's word for the same).
 
     Raises:
-        AdapterError: the model carries no blocks, values are not finite, blocks and dense weights disagree, or a
-            name in `modules_to_save` matches nothing. Nothing is written then.
+        AdapterError: the model carries no blocks, values are not finite, blocks and dense weights disagree, a name in
+            `modules_to_save` matches nothing, or the directory cannot be written. An older adapter stays then.
     """
     model = unwrap(model)
     sites = embedding.sites(model)
@@ -77,6 +77,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
             "base": checksum(site.base_weight()),
         }
     extras = _extras(model, modules_to_save, sites)
+    _warn_of_masked(sites, modules_to_save)
     for name, value in extras.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise AdapterError(f"{name} holds NaN or infinity; go back to the last good state before saving.")
@@ -94,11 +95,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
         "modules_to_save": {name: checksum(value) for name, value in extras.items()},
     }
     directory = Path(directory)
-    write_file(directory / name_on_disk, content)
-    write_file(directory / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
-    for old in directory.glob("sylva_adapter-*.safetensors"):
-        if old.name != name_on_disk:
-            old.unlink()
+    try:
+        write_file(directory / name_on_disk, content)
+        write_file(directory / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+        for old in directory.glob("sylva_adapter-*.safetensors"):
+            if old.name != name_on_disk:
+                old.unlink()
+    except OSError as error:
+        raise AdapterError(f"No adapter can be written to {directory} ({error}); give a directory of yours.") from error
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
@@ -112,9 +116,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
 
     Raises:
         AdapterError: no adapter there, a damaged one, or one for another base; the model is as before then.
-        EmbeddingError: the model carries other masks.
+        EmbeddingError: the model carries other masks, or DistributedDataParallel has wrapped it already.
     """
-    model = unwrap(model)
+    wrapped, model = model, unwrap(model)
     directory = Path(directory)
     config, tensors = _read(directory)
     masks = Masks(
@@ -134,7 +138,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     # A tensor that has several names is kept once, under the first.
     first_names = {id(tensor): name for name, tensor in reversed(whole.items())}
     values = {first_names[id(whole[name])]: value for name, value in extras.items()}
-    masks.embed(model)
+    masks.embed(wrapped)
     with torch.no_grad():
         for name, site in embedding.sites(model).items():
             site.blocks.copy_(tensors[f"{name}/blocks"])
@@ -232,6 +236,17 @@ def _extras(model: nn.Module, endings: Sequence[str], sites: Mapping[str, Site])
                     taken.add(id(tensor))
                     extras[name] = tensor
     return extras
+
+
+def _warn_of_masked(sites: Mapping[str, Site], endings: Sequence[str]) -> None:
+    for name in sites:
+        owner = "." + name.rpartition(".")[0] + "."
+        if any(f".{ending}." in owner for ending in endings):
+            log.warning(
+                "%s carries blocks, so that these are saved and not all of it, and the base must hold the same values; "
+                "leave it out of the scope to save it whole.",
+                name,
+            )
 
 
 def _warn_of_loss(model: nn.Module, sites: Mapping[str, Site], extras: Mapping[str, Tensor]) -> None:

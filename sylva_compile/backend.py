@@ -86,6 +86,8 @@ class Backend:
             raise ArgumentError(f"inner={inner!r}; use 'inductor' or 'aot_eager'.")
         if on_miss not in ("warn", "error", "ignore"):
             raise ArgumentError(f"on_miss={on_miss!r}; use 'warn', 'error' or 'ignore'.")
+        if masks is not None and not isinstance(masks, Masks):
+            raise ArgumentError(f"masks is a {type(masks).__name__}; give the Masks that trace_and_mask returns.")
         if masks is not None:
             masks.embed()
         self.masks, self.inner, self.on_miss = masks, inner, on_miss
@@ -125,7 +127,8 @@ class Backend:
     def _learn(self, gm: GraphModule, example_inputs: Sequence[Any], outcomes: list[Outcome]) -> None:
         model = self.masks.model if self.masks is not None else None
         if model is not None:
-            found = [(outcome, example_inputs[_input_index(outcome)]) for outcome in outcomes]
+            placed = [(outcome, _input_index(outcome)) for outcome in outcomes]
+            found = [(outcome, example_inputs[index]) for outcome, index in placed if index is not None]
             sites = embedding.sites(model)
             settled = {name for name, site in sites.items() if site in self._found}
             learn_layouts(sites, settled, found, gm, example_inputs)
@@ -136,7 +139,8 @@ class Backend:
             if outcome.reason is None:
                 continue
             # DistributedDataParallel's splitter compiles with fake examples, which nobody can tell apart.
-            name = names.get(id(example_inputs[_input_index(outcome)]), "a weight")
+            index = _input_index(outcome)
+            name = "a weight" if index is None else names.get(id(example_inputs[index]), "a weight")
             message = f"{name}: the weight gradient stays dense, {outcome.reason}."
             if self.on_miss == "error":
                 raise _RewriteError(
@@ -154,24 +158,29 @@ class Backend:
         arguments of real calls, never among the examples: those may be fake, as are the calls with which
         DistributedDataParallel's splitter looks for shapes, and a later call may be for another layer.
         """
-        marked = [(outcome, _input_index(outcome)) for outcome in outcomes]
+        marked = [(outcome, index) for outcome in outcomes if (index := _input_index(outcome)) is not None]
         where: list[int] | None = None
         known: dict[tuple[int, ...], list[weakref.ref[Site]]] = {}
 
         def look(args: tuple[Any, ...]) -> list[Site]:
             by_weight = {id(site.weight): site for site in iter_sites()}
             by_positions = {id(site.layout.positions): site for site in iter_sites()}
+            given = {id(value) for value in args}
             for outcome, index in marked:
                 site = by_positions.get(id(args[index]))
                 if site is not None:
+                    if not {id(site.weight), id(site.blocks)} <= given:
+                        raise embedding.swapped(site)
+                    embedding.check_reduced(site)
                     self._note(site, outcome)
             return [by_weight[id(value)] for value in args if id(value) in by_weight]
 
         def run(*args: Any) -> Any:
             nonlocal where
             if where is None and not any(isinstance(value, FakeTensor) for value in args):
-                weights = {id(site.weight) for site in iter_sites()}
-                where = [index for index, value in enumerate(args) if id(value) in weights]
+                watched = {id(tensor) for site in iter_sites() for tensor in (site.weight, site.blocks)}
+                watched |= {id(site.layout.positions) for site in iter_sites()}
+                where = [index for index, value in enumerate(args) if id(value) in watched]
             if where:
                 key = tuple(id(args[index]) for index in where)
                 followed = [ref() for ref in known.get(key, ())]
@@ -227,12 +236,10 @@ def sylva(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Call
     return _registered()(gm, example_inputs, **kwargs)
 
 
-def _input_index(outcome: Outcome) -> int:
-    """Which of the graph's inputs the positions are."""
+def _input_index(outcome: Outcome) -> int | None:
+    """Which of the graph's inputs the positions are; None in a graph within the graph (nested_compile_region)."""
     desc = outcome.positions.meta.get("desc")
-    if isinstance(desc, PlainAOTInput):
-        return desc.idx
-    raise AssertionError(f"positions are no plain input of the graph but {outcome.positions} ({desc})")
+    return desc.idx if isinstance(desc, PlainAOTInput) else None
 
 
 def _configured_pass(options: Mapping[str, Any] | None) -> Any:

@@ -1,14 +1,18 @@
 """Trainable blocks inside frozen weights, by class-swapped modules. The rule they follow is in `sylva_compile.site`."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sylva_compile.errors import EmbeddingError
+from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.gather_blocks import gather_blocks
 from sylva_compile.scope import input_axis, named_weights, owners_of, plain_name, unwrap
 from sylva_compile.site import Site, after_step, before_step
@@ -52,13 +56,15 @@ def _weight_property(attribute: str) -> property:
         assert weight is not None and blocks is not None
         site = self.__dict__["_sylva_sites"][attribute]
         eager = not torch.compiler.is_compiling()
+        training = torch.is_grad_enabled() and blocks.requires_grad
         if eager:
-            if blocks is not site.blocks:
-                raise EmbeddingError(
-                    f"{site.name}{SUFFIX} was swapped (torch.func.functional_call?); swap the dense weight instead."
-                )
+            # Without gradients, another dense weight (torch.func.functional_call) is what it is.
+            if blocks is not site.blocks or (training and weight is not site.weight):
+                raise swapped(site)
+            if training:
+                check_reduced(site)
             site.sync()
-        if not (torch.is_grad_enabled() and blocks.requires_grad):
+        if not training:
             return weight
         at = site.layout
         # Uncompiled, positions are all that is read. The others may change while a step is under way, when a layer that
@@ -79,6 +85,31 @@ def _weight_property(attribute: str) -> property:
 
 skip_code(Embed.forward.__code__)
 skip_code(Embed.backward.__code__)
+
+
+_reduced: "weakref.WeakKeyDictionary[Site, weakref.ref[Any]]" = weakref.WeakKeyDictionary()
+"""The DistributedDataParallel that is known to average the gradients of a site's blocks."""
+
+
+def swapped(site: Site) -> EmbeddingError:
+    """The error for a training pass that reads another weight or other blocks than the site's."""
+    return EmbeddingError(
+        f"{site.name} or its blocks were swapped past the module (torch.func.functional_call, `_parameters[...]`), so "
+        "the gradient would be lost; assign a Parameter to the module, or unload the adapter first."
+    )
+
+
+def check_reduced(site: Site) -> None:
+    """Raise EmbeddingError in a training pass of a DistributedDataParallel that does not know the site's blocks."""
+    ddp: Any = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or ((known := _reduced.get(site)) is not None and known() is ddp):
+        return
+    if not any(parameter is site.blocks for parameter in ddp._module_parameters):
+        raise EmbeddingError(
+            f"{site.name} was embedded after DistributedDataParallel had wrapped the model, which would never average "
+            "its gradients; call masks.embed(model) first, then wrap the model."
+        )
+    _reduced[site] = weakref.ref(ddp)
 
 
 class _Embedded:
@@ -107,15 +138,23 @@ class _Embedded:
         if site is None:
             super().__setattr__(name, value)
             return
-        found, wanted = tuple(getattr(value, "shape", ())), tuple(site.mask.shape)
-        if not isinstance(value, nn.Parameter) or found != wanted:
-            raise EmbeddingError(
-                f"{site.name} carries blocks and takes a Parameter of shape {wanted} only; unload the adapter first."
-            )
-        old = site.weight.detach().to(device=value.device, dtype=value.dtype, copy=True)
-        super().__setattr__(name, value)
-        site.weight = value.requires_grad_(False)
+        if value is site.weight or getattr(value, "_base", None) is site.weight:
+            # Somebody ties the weight to itself, with what reading it has given them.
+            return
+        _check_assigned(site, value)
+        old = site.weight.detach().to(dtype=value.dtype, copy=True)
+        value.requires_grad_(False)
+        # A shared weight has one set of blocks, so all who share it follow.
+        for module, attribute in site.owners():
+            module._parameters[attribute] = value
+        site.weight = value
         site.replaced(old)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        module: Any = self
+        for attribute, site in self._sylva_sites.items():
+            site.own(module, attribute)
 
     def __delattr__(self, name: str) -> None:
         site = self.__dict__.get("_sylva_sites", {}).get(name)
@@ -160,6 +199,25 @@ class _Embedded:
         return ", ".join(filter(None, [text, *notes]))
 
 
+def _check_assigned(site: Site, value: Any) -> None:
+    """Raise EmbeddingError unless `value` can take the place of the site's dense weight."""
+    found, wanted = tuple(getattr(value, "shape", ())), tuple(site.mask.shape)
+    if not isinstance(value, nn.Parameter) or found != wanted:
+        raise EmbeddingError(
+            f"{site.name} carries blocks and takes a Parameter of shape {wanted} only; unload the adapter first."
+        )
+    if is_traceable_wrapper_subclass(value):
+        raise EmbeddingError(
+            f"{site.name} carries blocks and takes no {type(value.data).__name__} (fully_shard?); train with "
+            "DistributedDataParallel, or unload the adapter first."
+        )
+    if value.device != site.weight.device or block_dtype(value.dtype) != site.blocks.dtype:
+        raise EmbeddingError(
+            f"{site.name} is {site.weight.dtype} on {site.weight.device} and is given {value.dtype} on {value.device}; "
+            "move the model with model.to(...), or the values before they are assigned."
+        )
+
+
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
 
 
@@ -196,9 +254,10 @@ def embed(model: nn.Module, masks: "Mapping[str, BlockMask]") -> None:
     again does nothing.
 
     Raises:
-        EmbeddingError: the model already carries other masks, or a module cannot carry blocks; nothing is changed then.
+        EmbeddingError: the model already carries other masks, or a module cannot carry blocks, or the model is wrapped
+            by DistributedDataParallel already; nothing is changed then.
     """
-    model = unwrap(model)
+    wrapped, model = model, unwrap(model)
     present = sites(model)
     if present:
         if {name: site.mask for name, site in present.items()} == dict(masks):
@@ -206,6 +265,11 @@ def embed(model: nn.Module, masks: "Mapping[str, BlockMask]") -> None:
         raise EmbeddingError(
             f"The model already carries {len(present)} embedded weights with other masks; "
             "call sylva_compile.unload_adapter(model) or merge_adapter(model) before embedding these."
+        )
+    if any(isinstance(module, DistributedDataParallel) for module in wrapped.modules()):
+        raise EmbeddingError(
+            "DistributedDataParallel has wrapped this model already and would never average the blocks' gradients; "
+            "call masks.embed(model) first, then wrap the model."
         )
     parameters = named_weights(model)
     planned: list[tuple[Site, list[tuple[nn.Module, str]]]] = []
@@ -216,9 +280,22 @@ def embed(model: nn.Module, masks: "Mapping[str, BlockMask]") -> None:
             raise EmbeddingError(f"{name} and {taken[id(weight)]} are one shared weight; give it one mask.")
         taken[id(weight)] = name
         planned.append(_plan(model, name, weight, mask))
-    for site, owners in planned:
-        for module, attribute in owners:
-            _install(module, attribute, site)
+    installed: list[tuple[nn.Module, str]] = []
+    try:
+        for site, owners in planned:
+            for module, attribute in owners:
+                installed.append((module, attribute))
+                _install(module, attribute, site)
+    except Exception as error:
+        for module, attribute in installed:
+            _remove(module, attribute)
+        for site, _ in planned:
+            site.release()
+        module, attribute = installed[-1]
+        raise EmbeddingError(
+            f"A {type(module).__name__} cannot carry blocks in its {attribute} ({error}); leave it out of the scope."
+        ) from error
+    for site, _ in planned:
         site.weight.requires_grad_(False)
         # An optimizer that still holds the weight would go on applying a gradient from before, or decay it.
         site.weight.grad = None
@@ -238,11 +315,26 @@ def _plan(
 
 
 def _install(module: nn.Module, attribute: str, site: Site) -> None:
-    held = module.__dict__.setdefault("_sylva_sites", {})
+    held = module.__dict__.get("_sylva_sites", {})
     base: type = getattr(type(module), "_sylva_base", type(module))
-    held[attribute] = site
+    cls = _embedded_class(base, (*held, attribute))
     module.register_parameter(attribute + SUFFIX, site.blocks)
-    module.__class__ = _embedded_class(base, tuple(held))
+    module.__dict__["_sylva_sites"] = {**held, attribute: site}
+    module.__class__ = cls
+    site.own(module, attribute)
+
+
+def _remove(module: nn.Module, attribute: str) -> None:
+    """Undo `_install`, or as much of it as was done."""
+    held = {name: site for name, site in module.__dict__.get("_sylva_sites", {}).items() if name != attribute}
+    base: type = getattr(type(module), "_sylva_base", type(module))
+    module._parameters.pop(attribute + SUFFIX, None)
+    if type(module) is not base:
+        module.__class__ = _embedded_class(base, tuple(held)) if held else base
+    if held:
+        module.__dict__["_sylva_sites"] = held
+    else:
+        module.__dict__.pop("_sylva_sites", None)
 
 
 _hooks: list[Any] = []
@@ -285,7 +377,5 @@ def unembed(model: nn.Module, *, restore: bool = False) -> None:
         site.release()
     for module in list(model.modules()):
         if isinstance(module, _Embedded):
-            for attribute in module._sylva_sites:
-                del module._parameters[attribute + SUFFIX]
-            module.__class__ = module._sylva_base
-            del module.__dict__["_sylva_sites"]
+            for attribute in tuple(module._sylva_sites):
+                _remove(module, attribute)

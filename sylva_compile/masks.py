@@ -1,5 +1,6 @@
 """`BlockMask`, the chosen blocks of one weight, and `Masks`, those of a model."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -44,6 +45,11 @@ class BlockMask:
 
     def __post_init__(self) -> None:
         rows, cols = grid_shape(self.shape, self.block_size)
+        if self.rows.shape != self.cols.shape or {self.rows.dtype, self.cols.dtype} != {torch.int64}:
+            raise MaskError(
+                f"Rows {tuple(self.rows.shape)} of {self.rows.dtype} and columns {tuple(self.cols.shape)} of "
+                f"{self.cols.dtype} of a mask must be as many, of int64; make it with BlockMask.from_block_map."
+            )
         place = self.rows * cols + self.cols
         inside = (self.rows >= 0) & (self.rows < rows) & (self.cols >= 0) & (self.cols < cols)
         if not bool(inside.all()) or not bool((place[1:] > place[:-1]).all()):
@@ -134,6 +140,18 @@ class Masks(Mapping[str, BlockMask]):
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model, which another process or a copy has none of; `embed(model)` binds again."""
+        return self.__dict__ | {"_model": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Masks":
+        """Bound to the copy of the model where both are copied together, the model first."""
+        twin = Masks(copy.deepcopy(self._blocks, memo), config=copy.deepcopy(self.config, memo))
+        model = None if self.model is None else memo.get(id(self.model))
+        if model is not None:
+            twin._model = weakref.ref(model)
+        return twin
 
     def __repr__(self) -> str:
         nnz = sum(mask.nnz for mask in self.values())

@@ -1,13 +1,17 @@
 """Which weights of a model are meant: scope patterns, wrapped models, shared parameters, odd weights."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from sylva_compile.errors import ScopeError
+
+log = logging.getLogger(__name__)
 
 Scope = str | Sequence[str]
 """`"all-linear"`, a regular expression for the whole module name, or a list of module-name endings."""
@@ -52,6 +56,9 @@ def input_axes(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int
     return {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
 
 
+_ADAPTERS = {"lora_A", "lora_B"}
+"""What PEFT calls the small layers that it puts beside a layer."""
+
 _CLASSIFIERS = ("score", "classifier", "qa_outputs")
 """What the models of transformers call the head of a classifier."""
 
@@ -81,7 +88,7 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if scope == "all-linear":
         inside = set() if head is None else set(head.modules())
-        chosen = {name: module for name, module in layers.items() if module not in inside}
+        chosen = {n: m for n, m in layers.items() if m not in inside and not _ADAPTERS & set(n.split("."))}
     elif isinstance(scope, str):
         try:
             pattern = re.compile(scope)
@@ -92,13 +99,12 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
         chosen = {name: module for name, module in layers.items() if pattern.fullmatch(name)}
     else:
         endings = tuple(scope)
-        chosen = {n: m for n, m in layers.items() if any(n == e or n.endswith("." + e) for e in endings)}
+        found = {e: {n: m for n, m in layers.items() if n == e or n.endswith("." + e)} for e in endings}
+        chosen = {n: m for n, m in layers.items() if any(n in some for some in found.values())}
+        if chosen and (unmatched := [e for e, some in found.items() if not some]):
+            log.warning("scope names %s, which no Linear or Conv1D ends in; the others are taken.", unmatched)
     if not chosen:
-        some = ", ".join(list(layers)[:3]) or "none"
-        raise ScopeError(
-            f"scope={scope!r} matches no Linear or Conv1D; name some of the model's {len(layers)} (such as {some}), "
-            "or use 'all-linear'."
-        )
+        raise ScopeError(f"scope={scope!r} matches no Linear or Conv1D; {_hint(scope, list(layers))}.")
     weights: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, module in chosen.items():
@@ -112,11 +118,23 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     return weights
 
 
+def _hint(scope: Scope, layers: Sequence[str]) -> str:
+    """What to do about a scope that matches nothing."""
+    if not layers:
+        return "the model has none (is it quantised?), so load it unquantised or make masks with Masks.from_block_maps"
+    if isinstance(scope, str) and any(name == scope or name.endswith("." + scope) for name in layers):
+        return f"a string is a regular expression for the whole name, so use [{scope!r}] for names that end so"
+    some = ", ".join(layers[:3])
+    return f"name some of the model's {len(layers)} (such as {some}), or use 'all-linear'"
+
+
 def check_weight(name: str, weight: Tensor | None) -> None:
     """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory."""
-    if not isinstance(weight, nn.Parameter):
+    if not isinstance(weight, nn.Parameter) or is_traceable_wrapper_subclass(weight):
+        kind = "" if weight is None else f" but a {type(weight.data).__name__}"
         raise ScopeError(
-            f"{name} is no plain Parameter (quantised?); load the model unquantised or leave it out of scope."
+            f"{name} is no plain Parameter{kind} (quantised, or sharded by fully_shard?); load the model unquantised "
+            "and unsharded, or leave it out of scope."
         )
     if weight.device.type == "meta":
         raise ScopeError(f"{name} is on the meta device; load the weights before masking or embedding.")

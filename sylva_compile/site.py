@@ -13,6 +13,8 @@ blocks are the masters.
 `sync` applies the table, before anything looks at either: forward passes, steps, moves, copies, state dicts.
 """
 
+import functools
+import logging
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ from sylva_compile.layout import Layout
 
 if TYPE_CHECKING:
     from sylva_compile.masks import BlockMask
+
+log = logging.getLogger(__name__)
 
 
 class Site:
@@ -43,9 +47,25 @@ class Site:
         """The blocks before training, in the weight's dtype, on the host; `unload_adapter` restores them."""
         self.base_known = True
         self.embedded = True
+        self.had_gradient = False
+        self._owners: list[tuple[weakref.ref[nn.Module], str]] = []
         self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
         self.agree()
         _alive.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the owners, who are other modules in a copy."""
+        return self.__dict__ | {"_owners": []}
+
+    def own(self, module: nn.Module, attribute: str) -> None:
+        """Note that `module` holds the weight as `attribute`."""
+        self._owners.append((weakref.ref(module), attribute))
+
+    def owners(self) -> Iterator[tuple[nn.Module, str]]:
+        """The modules that hold the weight, each with the attribute."""
+        for ref, attribute in self._owners:
+            if (module := ref()) is not None:
+                yield module, attribute
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled site is alive too: its blocks are followed like any other's."""
@@ -89,6 +109,7 @@ class Site:
         self.writer.write(new, nothing)
         self.writer.write(old, nothing)
         if not torch.equal(new, old):
+            _say_another_base()
             self.base = self._dense_blocks().to("cpu", copy=True)
             self.base_known = True
         self.read()
@@ -98,7 +119,9 @@ class Site:
         self.weight, self.blocks = weight, blocks
         wide = block_dtype(weight.dtype)
         if blocks.dtype != wide:
+            gradient, blocks.grad = blocks.grad, None
             blocks.data = masters.to(device=blocks.device, dtype=wide)
+            blocks.grad = None if gradient is None else gradient.to(wide)
         if weight.device.type != "meta":
             self.layout.to(weight.device)
             self.writer.to(weight.device)
@@ -147,15 +170,26 @@ def iter_sites() -> Iterator[Site]:
     return iter(list(_alive))
 
 
+@functools.cache
+def _say_another_base() -> None:
+    """Once a process: a model has hundreds of weights."""
+    log.warning(
+        "What was loaded differs from the base outside of the blocks too, and is the base from now on. If it comes "
+        "from a training with other masks, load those masks first (Masks.load)."
+    )
+
+
 def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Repair what was edited by hand before any optimizer's step; a few integer comparisons when nothing was."""
     for site in iter_sites():
         site.sync()
+        site.had_gradient = site.blocks.grad is not None
 
 
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Write what an optimizer has stepped into the dense weights."""
-    # Not every optimizer moves the version counters (`p.data.add_`, raw pointers): what it holds is written regardless.
+    # Not every optimizer moves the version counters (`p.data.add_`, raw pointers): what it holds and had a gradient
+    # for, before the step or from its closure, is written regardless; without a gradient, if it is another value now.
     # The project's own do, and their kernel has written through already.
     moves_versions = getattr(optimizer, "writes_through", False)
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -164,5 +198,5 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
             continue
         if moves_versions:
             site.sync()
-        else:
+        elif site.had_gradient or site.blocks.grad is not None or not site.agrees():
             site.write()

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,8 @@ from sylva_compile.selection import Allocation, Budget, Choose, select_blocks
 from sylva_compile.version import __version__
 
 Method = Literal["sylva", "kfac", "fisher", "magnitude", "random"]
+
+log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -71,7 +74,7 @@ def trace_and_mask(
         scope: "all-linear" (every Linear and Conv1D but the language-model head or, in models of transformers, the
             classifier), a regular expression for the whole module
             name, or a list of module-name endings; as PEFT's `target_modules`.
-        sparsity: share of each weight's blocks that stays frozen, in [0, 1).
+        sparsity: share of each weight's blocks that stays frozen, in [0, 1); one block of each is trained at least.
         block_size: b, at least 8.
         num_partitions: depth K of the hierarchical factors ("sylva"; `score="gain"` does without).
         rank: rank r of their off-diagonal parts.
@@ -173,6 +176,7 @@ def trace_and_mask(
         "base": base_fingerprint(weights[name] for name in blocks),
     }
     masks = Masks(blocks, model=model, config=config)
+    _say_if_more_than_asked(masks, sparsity)
     if saved is not None:
         saved.remove()
     return masks
@@ -209,7 +213,8 @@ def _weights_to_trace(
     check_block_size(block_size)
     if embedding.sites(model):
         raise EmbeddingError(
-            "The model carries blocks already; call sylva_compile.unload_adapter(model) before tracing."
+            "The model carries blocks already; call merge_adapter(model) to keep their values, or save_adapter and "
+            "unload_adapter(model) to go back to the base, before tracing."
         )
     weights = weights_in_scope(model, scope)
     check_block_fits(block_size, weights)
@@ -280,6 +285,19 @@ def _identity(
         "number of processes": ranks,
         "process": rank,
     }
+
+
+def _say_if_more_than_asked(masks: Masks, sparsity: float) -> None:
+    """Small weights of large blocks train far more than their share, since each trains one block."""
+    trained = sum(mask.trainable for mask in masks.values()) / sum(math.prod(mask.shape) for mask in masks.values())
+    if trained > 1.5 * (1 - sparsity):
+        log.warning(
+            "%.1f%% of the elements are trained where sparsity=%g asks for %.1f%%, since every weight trains one "
+            "block; use a smaller block_size, or allocation='global'.",
+            100 * trained,
+            sparsity,
+            100 * (1 - sparsity),
+        )
 
 
 def _configuration(model: nn.Module) -> str:

@@ -226,6 +226,15 @@ class TestModulesToSave:
         sylva_compile.unload_adapter(fresh)
         assert same(fresh, base)
 
+    def test_a_masked_weight_in_a_module_to_save_is_said(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A head that is drawn anew never holds the same values again."""
+        model = Classifier()
+        Masks.from_block_maps(model, {"head.weight": torch.ones(1, 4, dtype=torch.bool)}, 8).embed()
+        sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
+        assert "head.weight carries blocks, so that these are saved and not all of it" in caplog.text
+
     def test_two_tensors_that_are_one_here(self, tmp_path: Path) -> None:
         model = Tied()
         fresh = copy.deepcopy(model)
@@ -279,7 +288,7 @@ class TestFiles:
             write(path, content)
 
         monkeypatch.setattr(adapters, "write_file", fail_at_the_config)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(AdapterError, match="disk full"):
             sylva_compile.save_adapter(model, tmp_path)
         monkeypatch.undo()
         sylva_compile.load_adapter(base, tmp_path)
@@ -359,6 +368,15 @@ class TestRefusals:
         model.body[0]._parameters["weight"].data.zero_()
         with pytest.raises(AdapterError, match="past autograd"):
             sylva_compile.save_adapter(model, tmp_path / "out")
+
+    @pytest.mark.parametrize("place", ["a file", "below a file"])
+    def test_a_place_where_nothing_can_be_written(self, tmp_path: Path, place: str) -> None:
+        _, model, _ = trained()
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(AdapterError, match="give a directory of yours") as caught:
+            sylva_compile.save_adapter(model, tmp_path / ("file" if place == "a file" else "file/adapter"))
+        assert "\n" not in str(caught.value)
+        assert (tmp_path / "file").read_text() == "mine"
 
     def test_a_module_to_save_that_is_not_there(self, tmp_path: Path) -> None:
         _, model, _ = trained()

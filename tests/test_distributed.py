@@ -1,14 +1,18 @@
 """DistributedDataParallel needs nothing special: blocks are parameters like any other."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import two_ranks
+from torch.nn.parallel import DistributedDataParallel
 from train_two_ranks import case_and_masks, train
 
 import sylva_compile
+from sylva_compile import embedding
+from sylva_compile.errors import EmbeddingError
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
@@ -23,21 +27,65 @@ def test_two_ranks_train_like_one(tmp_path: Path) -> None:
             torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrapper", ["compiled", "parallel"])
-def test_wrapped_models_are_found(wrapper: str, tmp_path: Path) -> None:
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_models_are_found(tmp_path: Path) -> None:
     case, masks = case_and_masks()
-    model: torch.nn.Module = case.model
-    if wrapper == "compiled":
-        model = torch.compile(case.model, backend="eager")
-    else:
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    model = torch.compile(case.model, backend="eager")
+    masks.embed(model)
+    sylva_compile.save_adapter(model, tmp_path / "adapter")
+    sylva_compile.unload_adapter(model)
+    assert list(sylva_compile.load_adapter(model, tmp_path / "adapter")) == list(masks)
+
+
+@pytest.mark.usefixtures("alone")
+class TestEmbeddedAfterWrapping:
+    """DistributedDataParallel averages what it found when it was made; ranks would drift apart without a word."""
+
+    def test_is_refused_where_the_wrapper_is_given(self, tmp_path: Path) -> None:
+        case, masks = case_and_masks()
         masks.embed()
-        model = torch.nn.parallel.DistributedDataParallel(case.model)
-    try:
+        model = DistributedDataParallel(case.model)
         masks.embed(model)
         sylva_compile.save_adapter(model, tmp_path / "adapter")
         sylva_compile.unload_adapter(model)
-        assert list(sylva_compile.load_adapter(model, tmp_path / "adapter")) == list(masks)
-    finally:
-        if wrapper == "parallel":
-            dist.destroy_process_group()
+        with pytest.raises(EmbeddingError, match="then wrap"):
+            masks.embed(model)
+        with pytest.raises(EmbeddingError, match="then wrap"):
+            sylva_compile.load_adapter(model, tmp_path / "adapter")
+        assert not embedding.sites(model)
+
+    @pytest.mark.parametrize("how", ["eager", "inside", "outside"])
+    def test_is_refused_in_the_first_training_pass_otherwise(self, how: str) -> None:
+        case, masks = case_and_masks()
+        head = case.model.lm_head.weight.requires_grad_(True)
+        # Dynamo does not trace the broadcast of buffers, and warns.
+        model: torch.nn.Module = DistributedDataParallel(case.model, broadcast_buffers=False)
+        backend = sylva_compile.backend(masks, inner="aot_eager")
+        if how == "inside":
+            case.model.compile(backend=backend)
+        elif how == "outside":
+            model = torch.compile(model, backend=backend)
+        with torch.no_grad():
+            model(**case.batch)
+        with pytest.raises(EmbeddingError, match="then wrap"):
+            model(**case.batch)
+        assert head.grad is None
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_wrapping_anew_is_enough(self, compiled: bool) -> None:
+        case, masks = case_and_masks()
+        case.model.lm_head.weight.requires_grad_(True)
+        DistributedDataParallel(case.model)
+        masks.embed()
+        if compiled:
+            case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
+        for _ in range(2):
+            DistributedDataParallel(case.model)(**case.batch).loss.backward()
+        assert all(blocks.grad is not None for blocks in masks.parameters())

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_invariant, blocks_by_loops, random_masks
+from tiny_models import tiny
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.testing._internal.two_tensor import TwoTensor
 
 import sylva_compile
-from sylva_compile import Masks, embedding
+from sylva_compile import Masks, embedding, site
 from sylva_compile.errors import AdapterError, EmbeddingError
 from sylva_compile.site import iter_sites
 
@@ -111,6 +113,31 @@ class TestEmbed:
         gathered = blocks_by_loops(reference[0].weight.grad, masks["0.weight"])
         torch.testing.assert_close(model[0].weight_blocks.grad, gathered)
 
+    @pytest.mark.parametrize("how", ["assign", "load"])
+    def test_a_shared_weight_is_replaced_in_all_who_share_it(self, how: str) -> None:
+        model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.GELU(), nn.Linear(32, 32, bias=False))
+        model[2].weight = model[0].weight
+        masks = random_masks(model, ["0.weight"], 16, 0.6)
+        masks.embed()
+        for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            if how == "assign":
+                twin[0].weight = nn.Parameter(torch.randn(32, 32))
+            else:
+                twin.load_state_dict({key: value + 1 for key, value in twin.state_dict().items()}, assign=True)
+            assert twin[0]._parameters["weight"] is twin[2]._parameters["weight"]
+            bound = Masks(masks, model=twin)
+            step(twin, torch.optim.SGD(bound.parameters(), lr=0.1), width=32)
+            assert_invariant(twin, bound)
+            assert not torch.equal(twin[0].weight, model[0].weight) or twin is model
+
+    def test_tying_a_weight_to_itself(self) -> None:
+        case = tiny("gpt2")
+        masks = sylva_compile.trace_and_mask(case.model, method="random", scope=["lm_head"], block_size=8)
+        masks.embed()
+        case.model.tie_weights()
+        assert_invariant(case.model, masks)
+        assert case.model.lm_head._parameters["weight"] is case.model.transformer.wte._parameters["weight"]
+
     def test_any_module_and_attribute_name(self) -> None:
         class Bilinear(nn.Module):
             def __init__(self) -> None:
@@ -145,6 +172,26 @@ class TestOneValue:
             assert_invariant(model, masks)
         for name, mask in masks.items():
             assert torch.equal(model.get_parameter(name).detach()[~mask.dense()], outside[name])
+
+    def test_a_step_without_gradients_leaves_other_backward_passes_alone(self) -> None:
+        (first, masks), (second, others) = small(), small()
+        optimizer = torch.optim.SGD([*masks.parameters(), *others.parameters()], lr=0.1)
+        pending = first(torch.randn(2, 40, requires_grad=True)).sum()
+        second(torch.randn(2, 40)).sum().backward()
+        optimizer.step()
+        assert_invariant(second, others)
+        pending.backward()
+
+    def test_gradients_follow_to_another_dtype(self) -> None:
+        model, masks = small()
+        masks.embed()
+        model(torch.randn(2, 40)).sum().backward()
+        wanted = masks.parameters()[0].grad.clone()
+        model.bfloat16()
+        assert masks.parameters()[0].grad.dtype == torch.float32
+        torch.testing.assert_close(masks.parameters()[0].grad, wanted, rtol=1e-2, atol=1e-2)
+        torch.optim.AdamW(masks.parameters()).step()
+        assert_invariant(model, masks)
 
     def test_masters_keep_what_bfloat16_cannot(self) -> None:
         model, masks = small()
@@ -290,6 +337,21 @@ class TestStateDict:
         assert_invariant(model, masks)
         step(model, torch.optim.SGD(masks.parameters(), lr=0.1))
         assert_invariant(model, masks)
+
+    def test_a_checkpoint_of_other_masks_is_said(self, caplog: pytest.LogCaptureFixture) -> None:
+        site._say_another_base.cache_clear()
+        model, masks = small()
+        base = copy.deepcopy(model)
+        masks.embed()
+        step(model, torch.optim.SGD(masks.parameters(), lr=1.0))
+        resumed = copy.deepcopy(base)
+        Masks(masks, model=resumed).embed()
+        resumed.load_state_dict(model.state_dict())
+        assert not caplog.text
+        torch.manual_seed(5)
+        random_masks(base, NAMES, 16, 0.5).embed()
+        base.load_state_dict(model.state_dict())
+        assert "training with other masks" in caplog.text
 
     def test_a_trained_model_loads_into_an_ordinary_one(self) -> None:
         model, masks = small()
@@ -483,11 +545,64 @@ class TestRefusals:
             masks.embed()
         assert type(model[0]) is nn.Linear
 
-    def test_swapped_blocks(self) -> None:
+    @pytest.mark.parametrize("name", ["0.weight", "0.weight_blocks"])
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_swapped_tensors(self, name: str, compiled: bool) -> None:
         model, masks = small()
         masks.embed()
-        with pytest.raises(EmbeddingError, match="functional_call"):
-            torch.func.functional_call(model, {"0.weight_blocks": masks.parameters()[0] + 1}, (torch.randn(2, 40),))
+
+        def call(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+            return torch.func.functional_call(model, tensors, (x,))
+
+        if compiled:
+            call = torch.compile(call, backend=sylva_compile.backend(masks, inner="aot_eager"))
+        x = torch.randn(2, 40)
+        call({}, x)
+        with pytest.raises(EmbeddingError, match=r"0\.weight or its blocks were swapped .*functional_call"):
+            call({name: (dict(model.named_parameters())[name].detach() + 1).requires_grad_()}, x)
+
+    def test_another_dense_weight_without_gradients_is_what_it_is(self) -> None:
+        model, masks = small()
+        masks.embed()
+        x, other = torch.randn(2, 40), torch.randn(50, 40)
+        plain = copy.deepcopy(model)
+        sylva_compile.merge_adapter(plain)
+        with torch.no_grad():
+            plain[0].weight.copy_(other)
+            found = torch.func.functional_call(model, {"0.weight": other}, (x,))
+            assert torch.equal(found, plain(x))
+
+    def test_a_module_that_cannot_change_its_class(self) -> None:
+        class Keyed(nn.Linear):
+            def __init_subclass__(cls, *, key: str, **rest: object) -> None:
+                super().__init_subclass__(**rest)
+
+        class Mine(Keyed, key="mine"):
+            pass
+
+        model, alive = nn.Sequential(nn.Linear(16, 16), Mine(16, 16)), set(iter_sites())
+        masks = random_masks(model, ["0.weight", "1.weight"], 8, 0.5)
+        for _ in range(2):
+            with pytest.raises(EmbeddingError, match=r"A Mine cannot carry blocks in its weight \(.*key.*leave it out"):
+                masks.embed()
+            assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+            assert all(parameter.requires_grad for parameter in model.parameters())
+            assert type(model[0]) is nn.Linear
+        assert set(iter_sites()) <= alive
+
+    def test_parameters_that_do_not_fit_are_refused_before_anything_changes(self) -> None:
+        model, masks = small()
+        masks.embed()
+        held = model[0]._parameters["weight"]
+        for value, message in (
+            (torch.empty(50, 40, device="meta"), "on meta"),
+            (torch.empty(50, 40, dtype=torch.float64), "torch.float64 on cpu"),
+            (TwoTensor(torch.zeros(50, 40), torch.zeros(50, 40)), "fully_shard"),
+        ):
+            with pytest.raises(EmbeddingError, match=message):
+                model[0].weight = nn.Parameter(value)
+            assert model[0]._parameters["weight"] is held
+        assert_invariant(model, masks)
 
 
 def test_a_gradient_from_before_does_not_move_the_frozen_part() -> None:

@@ -126,8 +126,8 @@ class GeneratedOptimizer(torch.optim.Optimizer):
             if is_traceable_wrapper_subclass(parameter):
                 self.param_groups.pop()
                 raise ArgumentError(
-                    f"A parameter is a {type(parameter).__name__}, whose values lie elsewhere (fully_shard "
-                    "makes them); use torch's optimizer, or DistributedDataParallel."
+                    f"A parameter is a {type(parameter).__name__}, whose values lie elsewhere (fully_shard makes "
+                    "them); train with DistributedDataParallel, or step it with torch's own optimizer."
                 )
             if parameter.dtype not in TYPES:
                 self.param_groups.pop()

@@ -24,6 +24,8 @@ def run_passes(graph: Graph, passes: Mapping[str, Pass]) -> int:
     """Run `passes` over `graph` in their order; returns the number of places changed."""
     disabled = {name.strip() for name in os.environ.get("SYLVA_DISABLE_PASSES", "").split(",")}
     dump = os.environ.get("SYLVA_DUMP_GRAPHS")
+    if unknown := disabled - passes.keys() - {""}:
+        log.warning("SYLVA_DISABLE_PASSES: no pass is called %s; there are %s.", sorted(unknown), sorted(passes))
     total = 0
     for number, (name, run) in enumerate(passes.items()):
         if name in disabled:

@@ -66,9 +66,12 @@ class TestDisabling:
         assert targets(graph) == {aten.neg.default}
 
     @pytest.mark.parametrize("value", ["", "other", "flip", "flip_signs_too"])
-    def test_other_names_leave_it_on(self, graph: Graph, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    def test_other_names_leave_it_on_and_are_said(
+        self, graph: Graph, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str
+    ) -> None:
         monkeypatch.setenv("SYLVA_DISABLE_PASSES", value)
         assert run_passes(graph, {"flip_signs": flip_signs}) == 2
+        assert ("no pass is called" in caplog.text) == bool(value)
 
     def test_is_said(self, graph: Graph, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         monkeypatch.setenv("SYLVA_DISABLE_PASSES", "flip_signs")
