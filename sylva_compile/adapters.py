@@ -93,6 +93,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
         "sha256": digest,
         "weights": weights,
         "modules_to_save": {name: checksum(value) for name, value in extras.items()},
+        "frozen": {name: checksum(value) for name, value in _frozen(model, sites, extras).items()},
     }
     directory = Path(directory)
     try:
@@ -109,7 +110,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     """Put the blocks saved in `directory` into `model`, whose base weights must be those that they were trained on.
 
     The dense weights equal those of the trained model bit for bit, and the blocks can be trained on. A model that
-    carries the same masks already gets the values into its existing parameters.
+    carries the same masks already gets the values into its existing parameters. Where other frozen weights than those
+    with blocks differ from those of the training, the log says so.
 
     Returns:
         The masks, bound to `model`.
@@ -138,6 +140,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     # A tensor that has several names is kept once, under the first.
     first_names = {id(tensor): name for name, tensor in reversed(whole.items())}
     values = {first_names[id(whole[name])]: value for name, value in extras.items()}
+    _compare_frozen(config.get("frozen", {}), whole, directory)
     masks.embed(wrapped)
     with torch.no_grad():
         for name, site in embedding.sites(model).items():
@@ -236,6 +239,25 @@ def _extras(model: nn.Module, endings: Sequence[str], sites: Mapping[str, Site])
                     taken.add(id(tensor))
                     extras[name] = tensor
     return extras
+
+
+def _frozen(model: nn.Module, sites: Mapping[str, Site], extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that the training found and left as they are, each once."""
+    taken = {id(tensor) for site in sites.values() for tensor in (site.weight, site.blocks)}
+    taken |= {id(tensor) for tensor in extras.values()}
+    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    return {name: p for name, p in named.items() if not p.requires_grad and id(p) not in taken}
+
+
+def _compare_frozen(frozen: Mapping[str, str], whole: Mapping[str, Tensor], directory: Path) -> None:
+    others = [name for name, known in frozen.items() if name not in whole or checksum(whole[name]) != known]
+    if others:
+        log.warning(
+            "%d frozen weights are not those that %s was trained beside, %s first; load the same base, or train again.",
+            len(others),
+            directory,
+            others[0],
+        )
 
 
 def _warn_of_masked(sites: Mapping[str, Site], endings: Sequence[str]) -> None:

@@ -142,6 +142,19 @@ def test_what_an_adapter_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCa
     assert not caplog.text
 
 
+def test_another_frozen_weight_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = Classifier().requires_grad_(False)
+    model, other = copy.deepcopy(base), copy.deepcopy(base)
+    random_masks(model, ["body.0.weight"], 16, 0.5).embed()
+    sylva_compile.save_adapter(model, tmp_path)
+    sylva_compile.load_adapter(base, tmp_path)
+    assert not caplog.text
+    nn.init.normal_(other.head.weight)
+    sylva_compile.load_adapter(other, tmp_path)
+    assert "1 frozen weights are not those" in caplog.text
+    assert "head.weight first" in caplog.text
+
+
 class Normed(nn.Module):
     """A head with running statistics."""
 

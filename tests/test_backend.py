@@ -141,6 +141,10 @@ class TestArguments:
         with pytest.raises(ArgumentError, match="inner='inductor'"):
             torch.compile(model, backend=backend, **asked)(torch.randn(3, 40))
 
+    def test_a_model_in_place_of_masks(self) -> None:
+        with pytest.raises(ArgumentError, match="Sequential; give the Masks"):
+            sylva_compile.backend(small())  # type: ignore[arg-type]
+
     def test_unbound_masks(self) -> None:
         masks = Masks(dict(random_masks(small(), NAMES, 16, 0.5)))
         with pytest.raises(MaskError, match="not bound"):

@@ -1,5 +1,7 @@
 """Masks: what they hold, how they bind, and that files survive bad luck."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from oracle import random_masks
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import sylva_compile
 from sylva_compile import BlockMask, Masks, SylvaError
@@ -37,6 +40,17 @@ class TestBlockMask:
         with pytest.raises(MaskError, match="each once"):
             BlockMask((16, 24), 8, torch.tensor(rows), torch.tensor(cols))
 
+    @pytest.mark.parametrize(
+        ("rows", "cols"),
+        [
+            (torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)),
+            (torch.zeros(1, dtype=torch.int64), torch.arange(3)),
+        ],
+    )
+    def test_positions_of_another_kind_are_refused(self, rows: torch.Tensor, cols: torch.Tensor) -> None:
+        with pytest.raises(MaskError, match="as many, of int64"):
+            BlockMask((16, 24), 8, rows, cols)
+
     def test_a_map_of_another_grid_is_refused(self) -> None:
         with pytest.raises(MaskError, match=r"make it \(2, 2\)"):
             BlockMask.from_block_map(torch.ones(1, 2).bool(), (9, 12), 8)
@@ -48,6 +62,21 @@ class TestMasks:
         assert list(masks) == ["0.weight", "2.weight"]
         assert masks["2.weight"].shape == (30, 50)
         assert "2 weights" in masks.summary()
+
+    def test_a_pickle_is_bound_to_no_model(self) -> None:
+        model = small()
+        masks = random_masks(model, ["0.weight"], 16, 0.5)
+        twin = pickle.loads(pickle.dumps(masks))
+        assert (dict(twin), twin.config, twin.model) == (dict(masks), masks.config, None)
+
+    def test_a_copy_belongs_to_the_copy_of_the_model_or_to_none(self) -> None:
+        model = small()
+        masks = random_masks(model, ["0.weight"], 16, 0.5)
+        masks.embed()
+        assert copy.deepcopy(masks).model is None
+        other, bound = copy.deepcopy((model, masks))
+        assert bound.model is other
+        assert bound.parameters()[0] is other.get_parameter("0.weight_blocks")
 
     def test_parameters_embed_on_demand(self) -> None:
         model = small()
@@ -99,7 +128,7 @@ class TestOtherModels:
         with pytest.raises(MaskError, match="named_parameters"):
             Masks.from_block_maps(small(), {"0.wait": torch.ones(1, 1).bool()}, 16)
 
-    @pytest.mark.parametrize("odd", ["meta", "integer", "vector"])
+    @pytest.mark.parametrize("odd", ["meta", "integer", "vector", "wrapper"])
     def test_weights_that_cannot_carry_blocks(self, odd: str) -> None:
         model = nn.Sequential(nn.Linear(16, 16))
         name, block_map = "0.weight", torch.ones(2, 2).bool()
@@ -107,6 +136,9 @@ class TestOtherModels:
             model.to("meta")
         elif odd == "integer":
             model[0].weight = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
+        elif odd == "wrapper":
+            # As torchao's quantised weights and the DTensors of fully_shard.
+            model[0].weight = nn.Parameter(TwoTensor(torch.zeros(16, 16), torch.zeros(16, 16)))
         else:
             name = "0.bias"
         with pytest.raises(ScopeError):
@@ -159,7 +191,9 @@ class TestBase:
 
     def masks(self, tmp_path: Path) -> Masks:
         torch.manual_seed(0)
-        made = sylva_compile.trace_and_mask(nn.Sequential(nn.Linear(32, 32)), method="random", block_size=8)
+        made = sylva_compile.trace_and_mask(
+            nn.Sequential(nn.Linear(32, 32)), method="random", block_size=8, sparsity=0.9
+        )
         made.save(tmp_path / "masks.safetensors")
         return Masks.load(tmp_path / "masks.safetensors")
 

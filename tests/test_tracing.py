@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -362,6 +363,29 @@ class TestArguments:
     def test_scope_that_matches_nothing(self, scope: Any) -> None:
         with pytest.raises(ScopeError, match="'all-linear'"):
             sylva_compile.trace_and_mask(small(), method="random", scope=scope, **OPTIONS)
+
+    def test_an_ending_that_was_written_as_an_expression(self) -> None:
+        model = nn.ModuleDict({"block": small()})
+        with pytest.raises(ScopeError, match=r"so use \['2'\] for names that end so"):
+            sylva_compile.trace_and_mask(model, method="random", scope="2", **OPTIONS)
+
+    def test_an_ending_that_matches_nothing_beside_others(self, caplog: pytest.LogCaptureFixture) -> None:
+        assert len(sylva_compile.trace_and_mask(small(), method="random", scope=["0", "queery"], **OPTIONS)) == 1
+        assert "['queery'], which no Linear or Conv1D ends in" in caplog.text
+
+    def test_a_model_without_linear_layers(self) -> None:
+        with pytest.raises(ScopeError, match="the model has none"):
+            sylva_compile.trace_and_mask(nn.Conv2d(8, 8, 3), method="random", **OPTIONS)
+
+    def test_all_linear_leaves_lora_out(self) -> None:
+        model = peft.get_peft_model(tiny("llama").model, peft.LoraConfig(r=8, target_modules=["q_proj"]))
+        masks = sylva_compile.trace_and_mask(model, method="random", **OPTIONS)
+        assert len(masks) == 14
+        assert not any("lora" in name for name in masks)
+
+    def test_more_than_asked_is_said(self, caplog: pytest.LogCaptureFixture) -> None:
+        sylva_compile.trace_and_mask(small(), method="random", block_size=32, sparsity=0.98, progress=False)
+        assert "% of the elements are trained where sparsity=0.98 asks for 2.0%" in caplog.text
 
     def test_scopes(self) -> None:
         model = tiny("llama").model
