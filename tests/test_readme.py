@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_models import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -21,9 +22,10 @@ def test_the_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.
         "base": copy.deepcopy(case.model),
         "loader": [case.batch] * 3,
         "batch": case.batch,
+        "dataset": Dataset.from_dict({key: value.tolist() for key, value in case.batch.items()}),
     }
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         # The README's sizes are for real models.
         small = block.replace("block_size=64", "block_size=8").replace("num_samples=256", "num_samples=12")
