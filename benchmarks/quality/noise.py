@@ -15,74 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from grid import Grid
+from parts import agreed_gains, best, together, trace_parts
 from run import DATA, Runner
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
-
-from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
-from sylva_compile.curvature.importance import GAIN_DAMPING, gain_scores
-from sylva_compile.observation import observe
-from sylva_compile.scope import input_axes, weights_in_scope
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import print_table, write_results
 
 
-def agreed_gains(first: Tensor, second: Tensor, a_blocks: Tensor, g_blocks: Tensor, damping: float) -> Tensor:
-    """The product of two halves' steps in place of a square; otherwise as `gain_scores`.
-
-    Args:
-        first: mean gradient `[m, n]` of one half of the data, float64.
-        second: that of the other half.
-        a_blocks: as for `gain_scores`.
-        g_blocks: likewise.
-        damping: likewise.
-
-    Returns:
-        `[ceil(m/b), ceil(n/b)]`; negative where the halves disagree.
-    """
-    # ⟨u, v⟩ = ¼ (‖u + v‖² - ‖u - v‖²)
-    total = gain_scores(first + second, a_blocks, g_blocks, damping)
-    return (total - gain_scores(first - second, a_blocks, g_blocks, damping)) / 4
-
-
-def halves(model: nn.Module, batches: Sequence[Any], scope: str, block_size: int) -> dict[str, dict[str, Tensor]]:
-    """Of every weight: `gain` and `agreed` of all of `batches`, `first` and `second`, the gains of each half."""
-    weights = weights_in_scope(model, scope)
-    axes = input_axes(model, weights)
-    choice = EstimatorChoice("sylva", "gain", block_size, 1, 1, None)
-    parts = []
-    for half in (batches[::2], batches[1::2]):
-        parts.append(Estimators(weights, axes, choice))
-        observe(model, weights, parts[-1], half, num_samples=sum(len(batch["labels"]) for batch in half))
-    found = {}
-    for name in weights:
-        kfacs: list[Any] = [part._estimators[name] for part in parts]
-        tokens = torch.stack([each.tokens for each in kfacs])
-        shares = tokens / tokens.sum()
-        means = [each._means() for each in kfacs]
-        a, g = (
-            sum(share * mean[at].diagonal_blocks(block_size) for share, mean in zip(shares, means, strict=True))
-            for at in (1, 2)
-        )
-        gradients = [mean[0] for mean in means]
-        together = shares[0] * gradients[0] + shares[1] * gradients[1]
-        found[name] = {
-            "gain": tokens.sum() * gain_scores(together, a, g, GAIN_DAMPING),
-            "agreed": tokens.sum() * agreed_gains(*gradients, a, g, GAIN_DAMPING),
-            "first": kfacs[0].block_scores(block_size),
-            "second": kfacs[1].block_scores(block_size),
-        }
-    return found
-
-
 def shared(first: Tensor, second: Tensor, share: float) -> float:
     """Which part of the best `share` of blocks two scores have in common."""
-    count = max(1, round(share * first.numel()))
-    best = [set(score.flatten().topk(count).indices.tolist()) for score in (first, second)]
-    return len(best[0] & best[1]) / count
+    chosen = [set(best(score, share).tolist()) for score in (first, second)]
+    return len(chosen[0] & chosen[1]) / len(chosen[0])
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -99,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     batches = runner.batches(run, 1000 * run.seed + 999)[: settings.samples // settings.batch]
     share = 1 - settings.sparsity
     results = {}
-    for name, scores in halves(runner.model(run), batches, settings.scope, settings.block_size).items():
+    traced = trace_parts(runner.model(run), (batches[::2], batches[1::2]), settings.scope, settings.block_size)
+    for name, halves in traced.items():
+        whole = together(halves)
+        gain, agreed = whole.gain(), whole.tokens * agreed_gains(halves)
         results[name] = {
-            "gain": float(scores["gain"].mean()),
-            "agreed": float(scores["agreed"].mean()),
-            "best_by_gain": shared(scores["gain"], scores["agreed"], share),
-            "best_of_halves": shared(scores["first"], scores["second"], share),
+            "gain": float(gain.mean()),
+            "agreed": float(agreed.mean()),
+            "best_by_gain": shared(gain, agreed, share),
+            "best_of_halves": shared(halves[0].gain(), halves[1].gain(), share),
         }
     kinds: dict[str, list[dict[str, float]]] = {}
     for name, row in results.items():

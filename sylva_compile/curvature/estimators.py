@@ -103,6 +103,10 @@ class Estimators:
         """Add a batch of one weight: `inputs [T, n]` and `output_gradients [T, m]`."""
         self._estimators[name].update(inputs, output_gradients)
 
+    def __getitem__(self, name: str) -> Curvature:
+        """The estimator of one weight, outputs by inputs whatever way the weight is stored."""
+        return self._estimators[name]
+
     def end_batch(self) -> None:
         """To be called after each backward pass."""
         self._inputs.end_batch()

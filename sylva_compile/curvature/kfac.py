@@ -96,7 +96,7 @@ class Kfac(Curvature):
         that it reads has a gradient. Times the number of tokens it is what the block could win on all of them, which
         compares between weights.
         """
-        gradient, a, g = self._means()
+        gradient, a, g = self.means()
         if self.score != "paper":
             blocks = (a.diagonal_blocks(block_size), g.diagonal_blocks(block_size))
             return (self.tokens * gain_scores(gradient, *blocks, self._gain_damping())).cpu()
@@ -112,13 +112,13 @@ class Kfac(Curvature):
 
     def joint_map(self, block_size: int, count: int, allowed: Tensor) -> Tensor:
         """See `sylva_compile.curvature.joint`: a map with `count` of the `allowed` blocks."""
-        gradient, a, g = self._means()
+        gradient, a, g = self.means()
         return choose_jointly(gradient, a, g, block_size, self._gain_damping(), count, allowed)
 
     def _gain_damping(self) -> float:
         return GAIN_DAMPING if self.damping is None else self.damping
 
-    def _means(self) -> tuple[Tensor, Covariance, Covariance]:
+    def means(self) -> tuple[Tensor, Covariance, Covariance]:
         """Γ, A and G in float64, beside the weight."""
         scale = self.tokens.clamp(min=1).reciprocal()
         a, g = self.inputs.factor(self.reader).mean(scale), self.g.mean(scale)

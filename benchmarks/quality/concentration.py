@@ -1,0 +1,74 @@
+"""How much of all that blocks could win the best of them hold: the most that any choice of blocks can do.
+
+    python benchmarks/quality/concentration.py --grid benchmarks/quality/grids/long.toml
+
+Traces the first task of a grid in several parts of as many samples as the grid says. Blocks are chosen by the gain of
+the first part, as a trace of the grid would; what they could win is told by the other parts, by products of different
+ones, which hold no noise (`parts.agreed_gains`). The best blocks by that measure itself have its own noise in
+their favour, and so are more than any score could find. Prints shares of all that is to be won, and writes
+benchmarks/results/concentration-*.json.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from grid import Grid
+from parts import agreed_gains, best, together, trace_parts
+from run import DATA, Runner
+from transformers.utils import logging as transformers_logging
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import print_table, write_results
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trace, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=Path, required=True, help="its first task and settings")
+    parser.add_argument("--parts", type=int, default=7, help="of the trace, 3 or more (%(default)s)")
+    parser.add_argument("--seed", type=int, default=7, help="of the head and the order of the sentences (%(default)s)")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of data sets in files (%(default)s)")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args(argv)
+    if options.parts < 3:
+        parser.error("--parts: one chooses and two measure, so give 3 or more")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    run = replace(next(Grid.read(options.grid).groups()), seed=options.seed)
+    samples, size = run.settings.samples, run.settings.batch
+    train = max(run.settings.train, options.parts * samples)
+    run = replace(run, settings=replace(run.settings, train=train))
+    settings, runner = run.settings, Runner(options.data)
+    batches = runner.batches(run, 1000 * run.seed + 999)
+    each = samples // size
+    groups = [batches[at * each : (at + 1) * each] for at in range(options.parts)]
+    share = 1 - settings.sparsity
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for name, parts in trace_parts(runner.model(run), groups, settings.scope, settings.block_size).items():
+        # "encoder.layer.3.output.dense.weight" is of the kind "output.dense".
+        kind = name.rpartition("layer.")[2].partition(".")[2].removesuffix(".weight")
+        worth = together(parts[1:]).tokens * agreed_gains(parts[1:])
+        for key in ("all weights", kind):
+            sums[key]["all"] += float(worth.sum())
+            sums[key]["chosen"] += float(worth.flatten()[best(parts[0].gain(), share)].sum())
+            sums[key]["best"] += float(worth.flatten()[best(worth, share)].sum())
+    results = {
+        key: {"chosen": row["chosen"] / row["all"], "best": row["best"] / row["all"]} for key, row in sums.items()
+    }
+    rows = [[key, *(f"{100 * row[name]:.1f}%" for name in ("chosen", "best"))] for key, row in results.items()]
+    title = f"{run.task}: of what blocks could win, the best {share:.1%} hold"
+    print_table(title, ["weights", f"chosen by {samples} samples", "at most"], rows)
+    if not options.no_write:
+        about = {"grid": options.grid.stem, "task": run.task, "samples": samples, "parts": options.parts}
+        about |= {"share": share, "seed": options.seed}
+        print(f"written to {write_results('concentration', about, results)}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
