@@ -12,6 +12,7 @@ import argparse
 import csv
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,6 +123,11 @@ def hold_out(sequences: Dataset, batch_size: int, seed: int) -> tuple[Dataset, D
     return halves["train"], halves["test"]
 
 
+def scope_of(names: Sequence[str]) -> str | list[str]:
+    """What `trace_and_mask` takes: plain names are endings; one that is none is "all-linear" or an expression."""
+    return list(names) if len(names) > 1 or re.fullmatch(r"[\w.]+", names[0]) else names[0]
+
+
 def run(options: argparse.Namespace) -> None:
     """Load, trace, embed, compile, train, save."""
     set_seed(options.seed)
@@ -129,6 +135,11 @@ def run(options: argparse.Namespace) -> None:
     tokenizer, model = load_model(options.model, torch.bfloat16 if options.bf16 else torch.float32)
     sequences = cut_into_sequences(texts, tokenizer, options.max_length, rows=options.column is not None)
     train, held_out = hold_out(sequences, options.batch_size, options.seed)
+    try:
+        # Now and not after the training.
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {options.out} cannot be made ({error}); give a folder of yours.") from error
     print(f"{len(train)} sequences of {len(train[0]['input_ids'])} tokens to train on, {len(held_out)} held out.")
 
     arguments = TrainingArguments(
@@ -152,7 +163,7 @@ def run(options: argparse.Namespace) -> None:
     masks = sylva_compile.trace_and_mask(
         model,
         loader,
-        scope=options.scope,
+        scope=scope_of(options.scope),
         sparsity=options.sparsity,
         block_size=options.block_size,
         num_samples=options.num_samples,
@@ -197,21 +208,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--column", help="column of a CSV or TSV file")
     add("--out", type=Path, default=Path("out/adapter"), help="folder for the adapter (%(default)s)")
     add("--sparsity", type=float, default=0.98, help="share of each weight's blocks that stays frozen (%(default)s)")
-    add("--block-size", type=int, default=64, help="%(default)s")
-    add("--method", default="sylva", choices=["sylva", "kfac", "fisher", "magnitude", "random"], help="%(default)s")
-    add("--scope", default="all-linear", help="all-linear, or a regular expression for module names (%(default)s)")
+    add("--block-size", type=int, default=64, help="lines and columns of a block (%(default)s)")
+    methods = ["sylva", "kfac", "fisher", "magnitude", "random"]
+    add("--method", default="sylva", choices=methods, help="what the blocks are chosen by (%(default)s)")
+    help_of_scope = "all-linear, endings of module names, or a regular expression for whole names (all-linear)"
+    add("--scope", nargs="+", default=["all-linear"], metavar="NAME", help=help_of_scope)
     add("--num-samples", type=int, default=256, help="sequences to choose the blocks by (%(default)s)")
-    add("--epochs", type=float, default=1.0, help="%(default)s")
+    add("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
     add("--steps", type=int, default=-1, help="stop after so many steps, whatever --epochs says")
-    add("--lr", type=float, default=2e-4, help="%(default)s")
-    add("--batch-size", type=int, default=8, help="%(default)s")
+    add("--lr", type=float, default=2e-4, help="learning rate (%(default)s)")
+    add("--batch-size", type=int, default=8, help="sequences in a step (%(default)s)")
     add("--max-length", type=int, default=256, help="tokens in a sequence (%(default)s)")
     add("--bf16", action="store_true", help="frozen weights in bfloat16; the trained blocks stay float32")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    add("--inner", default="inductor", choices=["inductor", "aot_eager"], help="%(default)s; aot_eager for debugging")
-    add("--seed", type=int, default=0, help="%(default)s")
+    inners = ["inductor", "aot_eager"]
+    add("--inner", default="inductor", choices=inners, help="compiler; aot_eager is for debugging (%(default)s)")
+    add("--seed", type=int, default=0, help="of the order of the data (%(default)s)")
     options = parser.parse_args(argv)
-    for name in ("batch_size", "max_length", "epochs"):
+    for name in ("batch_size", "max_length", "epochs", "lr"):
         if getattr(options, name) <= 0:
             raise SystemExit(f"error: --{name.replace('_', '-')} must be above 0.")
     try:

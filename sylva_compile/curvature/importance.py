@@ -4,6 +4,7 @@ Notation of the paper: inputs `x [T, n]`, output gradients `gy [T, m]`, `A = E[x
 `Γ [m, n]` with columns `γ_j` and rows `γ_k`. The curvature of the weight is taken as `G ⊗ A` (K-FAC).
 """
 
+import functools
 import logging
 
 import torch
@@ -77,7 +78,7 @@ def damped_cholesky(blocks: Tensor, size: int, damping: float) -> Tensor:
     """Lower Cholesky factors of the diagonal blocks `[k, b, b]` of a factor of `size` lines, plus λ on the diagonal.
 
     λ is `damping` times the factor's mean diagonal. It is raised tenfold, as often as need be, for the blocks that are
-    not positive definite with it, and the log says so once.
+    not positive definite with it, and the log says so.
     """
     count, b = blocks.shape[0], blocks.shape[-1]
     diagonal = blocks.diagonal(dim1=1, dim2=2)
@@ -93,11 +94,19 @@ def damped_cholesky(blocks: Tensor, size: int, damping: float) -> Tensor:
         if not bool(failed.any()):
             return factor
         if attempt == 0:
-            log.warning(
-                "%d of %d curvature blocks are not positive definite; their damping is raised.", failed.sum(), count
-            )
+            _say_once()
+            log.info("%d of %d curvature blocks are not positive definite, and damped more.", failed.sum(), count)
         lam = torch.where(failed[:, None, None], lam.clamp(min=1e-12 * mean) * 10, lam)
     raise ArithmeticError("a curvature block stays indefinite under any damping; are the activations finite?")
+
+
+@functools.cache
+def _say_once() -> None:
+    """Once a process: a model has hundreds of weights, and truncated hierarchies do this to many."""
+    log.warning(
+        "Some curvature blocks are not positive definite, and are damped more. Fewer num_partitions, a higher rank or "
+        "a smaller block_size keep more of their curvature."
+    )
 
 
 def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:

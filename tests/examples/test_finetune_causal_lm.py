@@ -118,12 +118,26 @@ def test_cuts_a_text_file_and_takes_every_option(
         "--method",
         "magnitude",
         "--scope",
-        ".*_proj",
+        "q_proj",
+        "mlp.up_proj",
     ]
     example.main(["--model", str(model), "--data", str(data), "--out", str(out), *QUICK, *options])
     before, after = held_out_losses(capsys.readouterr().out)
     assert after < before
     assert (out / "sylva_adapter.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("names", "scope"),
+    [
+        (["all-linear"], "all-linear"),
+        (["q_proj"], ["q_proj"]),
+        (["q_proj", "mlp.up_proj"], ["q_proj", "mlp.up_proj"]),
+        ([r".*_proj"], r".*_proj"),
+    ],
+)
+def test_scopes(example: ModuleType, names: list[str], scope: str | list[str]) -> None:
+    assert example.scope_of(names) == scope
 
 
 def test_padding_carries_neither_attention_nor_loss(example: ModuleType, tmp_path: Path) -> None:
@@ -147,6 +161,8 @@ def test_padding_carries_neither_attention_nor_loss(example: ModuleType, tmp_pat
         ({"--column": "txt"}, "has no column 'txt'; choose --column from number, text"),
         ({"--sparsity": "2"}, "sparsity=2.0"),
         ({"--batch-size": "0"}, "--batch-size must be above 0"),
+        ({"--lr": "-1"}, "--lr must be above 0"),
+        ({"--out": "data.txt/adapter"}, "--out data.txt/adapter cannot be made"),
     ],
 )
 def test_bad_input_ends_in_one_line(
