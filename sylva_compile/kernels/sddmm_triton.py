@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sylva_compile.kernels.blocks import block_dtype, read_blocks
+from sylva_compile.kernels.devices import current
 from sylva_compile.kernels.sddmm_configs import Config, choose_config, choose_splits
 
 WEIGHTS = 3
@@ -185,30 +186,31 @@ def _launch(
         panel = max(16, triton.next_power_of_2(b))
         widths = [left.shape[1] for left in lhs]
         exact = panel == b and all(width % b == 0 for width in [*widths, rhs.shape[1]])
-        _sddmm_kernel[(splits * sum(counts),)](
-            *_padded(lhs),
-            rhs,
-            *_padded([at.contiguous() for at in positions]),
-            *_padded(out),
-            tokens,
-            splits,
-            *[*counts, 0, 0][:WEIGHTS],
-            *_padded(widths),
-            rhs.shape[1],
-            *_padded([left.stride(0) for left in lhs]),
-            lhs[0].stride(1),
-            *rhs.stride(),
-            WEIGHTS=len(lhs),
-            BLOCK=b,
-            PANEL=panel,
-            TOKENS=config.tokens,
-            EXACT=exact,
-            LONG=max(_reach(operand, config.tokens, panel) for operand in (*lhs, rhs)) >= 2**31,
-            PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-            WIDEN=_INTERPRETED,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+        with current(rhs.device):
+            _sddmm_kernel[(splits * sum(counts),)](
+                *_padded(lhs),
+                rhs,
+                *_padded([at.contiguous() for at in positions]),
+                *_padded(out),
+                tokens,
+                splits,
+                *[*counts, 0, 0][:WEIGHTS],
+                *_padded(widths),
+                rhs.shape[1],
+                *_padded([left.stride(0) for left in lhs]),
+                lhs[0].stride(1),
+                *rhs.stride(),
+                WEIGHTS=len(lhs),
+                BLOCK=b,
+                PANEL=panel,
+                TOKENS=config.tokens,
+                EXACT=exact,
+                LONG=max(_reach(operand, config.tokens, panel) for operand in (*lhs, rhs)) >= 2**31,
+                PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+                WIDEN=_INTERPRETED,
+                num_warps=config.warps,
+                num_stages=config.stages,
+            )
     # The order of this sum is fixed by the shapes, as nothing that adds atomically could promise.
     return [part.squeeze(0) if splits == 1 else part.sum(0) for part in out]
 

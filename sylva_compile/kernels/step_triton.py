@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sylva_compile.code_cache import cached
 from sylva_compile.kernels.codegen import table_width, triton_source
+from sylva_compile.kernels.devices import current
 from sylva_compile.kernels.lowering import Program
 from sylva_compile.kernels.step_table import Slot, StepTable
 
@@ -46,9 +47,10 @@ class TritonLaunch:
         table = self.table
         sums = torch.empty(len(table.tiles), dtype=torch.float64, device=self.device)
         if len(sums):
-            self._module.parts.squares_kernel[(len(sums),)](
-                table.rows, table.gradients, table.tiles, sums, WIDTH=self._width, TILE=TILE, num_warps=8
-            )
+            with current(self.device):
+                self._module.parts.squares_kernel[(len(sums),)](
+                    table.rows, table.gradients, table.tiles, sums, WIDTH=self._width, TILE=TILE, num_warps=8
+                )
         return sums
 
     def step(self, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
@@ -57,9 +59,10 @@ class TritonLaunch:
         if self._counts:
             torch._foreach_add_(self._counts, (skip == 0).to(torch.float32))
         if len(table.tiles):
-            self._module.step_kernel[(len(table.tiles),)](
-                table.rows, table.gradients, hyper, table.tiles, scale, skip, seed, TILE_=TILE, num_warps=8
-            )
+            with current(self.device):
+                self._module.step_kernel[(len(table.tiles),)](
+                    table.rows, table.gradients, hyper, table.tiles, scale, skip, seed, TILE_=TILE, num_warps=8
+                )
 
 
 def _import(source: str) -> ModuleType:
