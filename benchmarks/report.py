@@ -81,13 +81,18 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout; a copy without its history is told by SYLVA_COMMIT."""
+    """Of the checkout, and whether its code differs; a copy without its history is told by SYLVA_COMMIT."""
     if "SYLVA_COMMIT" in os.environ:
         return os.environ["SYLVA_COMMIT"]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True
+        ).stdout
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
-        )
+        # Rows that a benchmark has added a minute ago are no other code.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS}")
+        return git("describe", "--always").strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
