@@ -135,8 +135,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     whole = _named_tensors(model)
     extras = {name: tensors[f"{name}/whole"] for name in config["modules_to_save"]}
     _check_extras(extras, whole, {id(parameters[name]): name for name in masks}, directory)
-    before = model.__dict__.get(_REPLACED, {})
-    _check_replaced(before, whole)
+    _check_replaced(model.__dict__.get(_REPLACED, {}), whole)
     # A tensor that has several names is kept once, under the first.
     first_names = {id(tensor): name for name, tensor in reversed(whole.items())}
     values = {first_names[id(whole[name])]: value for name, value in extras.items()}
@@ -221,11 +220,16 @@ def _check_replaced(replaced: Mapping[str, Tensor], whole: Mapping[str, Tensor])
             )
 
 
+def _carried(sites: Mapping[str, Site]) -> set[int]:
+    """The `id` of every tensor that the blocks themselves account for."""
+    return {id(tensor) for site in sites.values() for tensor in (site.weight, site.blocks)}
+
+
 def _extras(model: nn.Module, endings: Sequence[str], sites: Mapping[str, Site]) -> dict[str, Tensor]:
     """What is stored whole, each tensor once: parameters and buffers of the named modules that carry no blocks."""
     extras: dict[str, Tensor] = {}
     whole = _named_tensors(model)
-    taken = {id(tensor) for site in sites.values() for tensor in (site.weight, site.blocks)}
+    taken = _carried(sites)
     if isinstance(endings, str):
         raise AdapterError(f"modules_to_save={endings!r} is a string; give a list of module-name endings.")
     for ending in endings:
@@ -243,7 +247,7 @@ def _extras(model: nn.Module, endings: Sequence[str], sites: Mapping[str, Site])
 
 def _frozen(model: nn.Module, sites: Mapping[str, Site], extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters that the training found and left as they are, each once."""
-    taken = {id(tensor) for site in sites.values() for tensor in (site.weight, site.blocks)}
+    taken = _carried(sites)
     taken |= {id(tensor) for tensor in extras.values()}
     named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     return {name: p for name, p in named.items() if not p.requires_grad and id(p) not in taken}
@@ -272,7 +276,7 @@ def _warn_of_masked(sites: Mapping[str, Site], endings: Sequence[str]) -> None:
 
 
 def _warn_of_loss(model: nn.Module, sites: Mapping[str, Site], extras: Mapping[str, Tensor]) -> None:
-    kept = {id(parameter) for site in sites.values() for parameter in (site.blocks, site.weight)}
+    kept = _carried(sites)
     kept |= {id(tensor) for tensor in extras.values()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:

@@ -72,9 +72,10 @@ def trace_and_mask(
         model: the model to fine-tune, in memory, not yet embedded.
         loader: batches; None with "magnitude" and "random". A mapping is called as `model(**batch).loss`.
         scope: "all-linear" (every Linear and Conv1D but the language-model head or, in models of transformers, the
-            classifier), a regular expression for the whole module
-            name, or a list of module-name endings; as PEFT's `target_modules`.
-        sparsity: share of each weight's blocks that stays frozen, in [0, 1); one block of each is trained at least.
+            classifier), a regular expression for the whole module name, or a list of module-name endings; as PEFT's
+            `target_modules`.
+        sparsity: share of the blocks that stays frozen, in [0, 1); with `allocation="layer"`, of each weight's, and one
+            block of each is trained at least.
         block_size: b, at least 8.
         num_partitions: depth K of the hierarchical factors ("sylva"; `score="gain"` does without).
         rank: rank r of their off-diagonal parts.
