@@ -48,9 +48,9 @@ class Recipe:
     width: int = 192
     positions: int = 256
     vocabulary: int = 2048
-    characters: int = 2_000_000
-    epochs: int = 1
-    batch: int = 16
+    characters: int = 3_000_000
+    epochs: int = 3
+    batch: int = 8
     learning_rate: float = 2e-3
 
 
