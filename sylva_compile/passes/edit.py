@@ -1,6 +1,7 @@
 """Small helpers that passes share: new nodes with the metadata they may carry, and what depends on the backward."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def _fake_mode_of(args: Iterable[Any]) -> Any:
     for argument in args:
         if isinstance(argument, Node):
             held = argument.meta["val"]
+            if isinstance(held, torch.SymInt):
+                return nullcontext()
             return (held[0] if isinstance(held, list) else held).fake_mode
         if isinstance(argument, list) and isinstance(argument[0], Node):
             return _fake_mode_of(argument)

@@ -43,6 +43,7 @@ class Sample:
         activation: its operand that is not a gradient, `[T, n]` once transposed.
         axis: which of its operands that is.
         lines, narrow_positions: what it needs of the activation, and its positions there.
+        block_size: b; lines come in whole blocks of as many.
     """
 
     product: Node
@@ -50,6 +51,7 @@ class Sample:
     axis: int
     lines: Node
     narrow_positions: Node
+    block_size: int
 
 
 def unify_activations(samples: Sequence[Sample]) -> list[Sample]:
@@ -78,7 +80,7 @@ def narrow_activations(graph: Graph, samples: Sequence[Sample]) -> dict[Sample, 
             continue
         key = (sample.activation, sample.lines)
         if key not in copies:
-            copies[key] = narrow_copy(graph, *key, backward.holds)
+            copies[key] = narrow_copy(graph, *key, sample.block_size, backward.holds)
         sample.product.update_arg(sample.axis, copies[key])
         sample.product.update_arg(2, sample.narrow_positions)
     return whole

@@ -13,6 +13,9 @@ Both are the same numbers. But a compiler that makes %h_narrow again in the back
 the former, at the very moment when memory is scarcest; the latter reads what is held anyway and makes k columns.
 The way down ends at what is no pointwise operator, at what the backward holds, and where shapes are broadcast in
 ways that rows of tokens do not follow.
+
+Lines come in whole blocks of b unless the last block is cut short by the edge. All of the above is then done on
+`[T, k/b, b]`, by blocks of lines: the b innermost elements lie side by side, and code generators load them as vectors.
 """
 
 from collections.abc import Callable
@@ -52,29 +55,57 @@ def is_pointwise(node: Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in CASTS
 
 
-def narrow_copy(graph: Graph, activation: Operand, lines: Node, is_held: Callable[[Node], bool]) -> Node:
+def narrow_copy(
+    graph: Graph, activation: Operand, lines: Node, block_size: int, is_held: Callable[[Node], bool]
+) -> Node:
     """Insert a copy of some columns of `activation`; returns its node, `[T, k]`.
 
     Args:
         graph: edited; the copy comes right after the activation and the lines.
         activation: `[T, n]`, transposed first where it must be.
-        lines: `int64[k]`, the columns.
+        lines: `int64[k]`, the columns: of every `block_size` neighbours, counted from the first column, all or none.
+        block_size: b.
         is_held: whether the backward holds all of a node, so that its columns cost nothing to get.
     """
     with graph.inserting_after(_later(activation.node, lines)):
         whole = materialize(graph, activation, like=activation.node)
     # In the order in which they are made, which inserting after one place would turn around.
     with graph.inserting_before(_later(whole, lines).next):
-        return _Narrowing(graph, whole, lines, is_held).of(whole, DEPTH)
+        return _Narrowing(graph, whole, lines, block_size, is_held).made()
 
 
 class _Narrowing:
-    """Copies of the columns `lines`, `[T, k]`, of nodes with the rows of `whole`, `[T, n]`."""
+    """Copies of the columns `lines` of nodes with the rows of `whole`, `[T, n]`.
 
-    def __init__(self, graph: Graph, whole: Node, lines: Node, is_held: Callable[[Node], bool]) -> None:
-        self._graph, self._whole, self._lines, self._is_held = graph, whole, lines, is_held
+    They are `[T, k]`, or, where n is a multiple of b, `[T, k/b, b]` on the way.
+    """
+
+    def __init__(
+        self, graph: Graph, whole: Node, lines: Node, block_size: int, is_held: Callable[[Node], bool]
+    ) -> None:
+        self._graph, self._whole, self._is_held = graph, whole, is_held
         self._rows, self._width = whole.meta["val"].shape
         self._made: dict[Node, Node] = {}
+        self._index, self._columns = lines, [self._width]
+        kept = lines.meta["val"].shape[0]
+        # Of no lines at all, -1 would not say how many tokens there are.
+        nothing = isinstance(kept, int) and kept == 0
+        if block_size > 1 and isinstance(self._width, int) and self._width % block_size == 0 and not nothing:
+            firsts = self._call(aten.slice.Tensor, lines, 0, 0, None, block_size)
+            self._index = self._call(aten.div.Tensor_mode, firsts, block_size, kwargs={"rounding_mode": "floor"})
+            self._columns = [self._width // block_size, block_size]
+
+    def made(self) -> Node:
+        """The copy of `whole`, `[T, k]`."""
+        copy = self.of(self._whole, DEPTH)
+        if len(self._columns) == 1:
+            return copy
+        blocks, block_size = copy.meta["val"].shape[1:]
+        if isinstance(blocks, int):
+            return self._call(aten.reshape.default, copy, [-1, blocks * block_size])
+        # In a graph for masks of any size, a size is a node.
+        size = self._call(aten.sym_size.int, copy, 1)
+        return self._call(aten.reshape.default, copy, [-1, self._call(mul, size, block_size)])
 
     def of(self, node: Node, depth: int) -> Node:
         """Of a node with n columns and, all leading dimensions taken together, T rows."""
@@ -116,15 +147,17 @@ class _Narrowing:
         if kind == "matrix":
             return self.of(source, depth)
         if kind == "row":
-            return self._call(aten.index.Tensor, source, [self._lines])
+            return self._call(aten.index.Tensor, self._shaped(source, self._columns), [self._index])
         if kind == "column":
-            return source if source.meta["val"].dim() == 2 else self._call(aten.reshape.default, source, [-1, 1])
+            return self._shaped(source, [-1, *[1] * len(self._columns)])
         return source
 
     def _cut(self, node: Node) -> Node:
-        if node.meta["val"].dim() != 2:
-            node = self._call(aten.reshape.default, node, [-1, self._width])
-        return self._call(aten.index.Tensor, node, [None, self._lines])
+        return self._call(aten.index.Tensor, self._shaped(node, [-1, *self._columns]), [None, self._index])
+
+    def _shaped(self, node: Node, shape: list[Any]) -> Node:
+        is_shaped = len(self._columns) == 1 and node.meta["val"].dim() == len(shape)
+        return node if is_shaped else self._call(aten.reshape.default, node, shape)
 
     def _has_columns(self, node: Node) -> bool:
         value = node.meta["val"]

@@ -93,7 +93,8 @@ def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[Outcome], No
 def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[Sample]:
     """Replace `marker` by the sum of its sampled terms, which read their activations whole."""
     positions, lines, narrow_positions, block_size, axis = marker.args[1:]
-    assert isinstance(lines, Node) and isinstance(narrow_positions, Node) and isinstance(axis, int)
+    assert isinstance(lines, Node) and isinstance(narrow_positions, Node)
+    assert isinstance(block_size, int) and isinstance(axis, int)
     total: Node | None = None
     samples = []
     with graph.inserting_before(marker):
@@ -104,7 +105,7 @@ def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[Sample]:
                 operands = (term.lhs, term.rhs)
                 left, right = (materialize(graph, operand) for operand in operands)
                 blocks = call(graph, SDDMM, left, right, positions, block_size)
-                samples.append(Sample(blocks, operands[axis], axis, lines, narrow_positions))
+                samples.append(Sample(blocks, operands[axis], axis, lines, narrow_positions, block_size))
             blocks = apply_scales(graph, blocks, term.scales)
             total = blocks if total is None else call(graph, aten.add.Tensor, total, blocks)
         assert total is not None
