@@ -4,14 +4,15 @@
 
 prints the tables and writes them to benchmarks/results/quality/<grid>.md, and a plot for each varied setting beside it.
 With --readme it also puts them into README.md, between the comments that name the grid; where the first of these says
-"quality small without costs: begin", without the table of costs.
+"quality small without costs: begin", without the tables of costs; where it says "quality pruner summary: begin", only
+those with a line for each value of a varied setting.
 """
 
 import argparse
 import re
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,43 @@ def markdown(grid: Grid, lines: Sequence[Line], costs: bool = True) -> str:
             if shown:
                 parts += [_title(grid, task, settings), _quality(shown), *([_cost(shown)] if costs else [])]
     return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def summary(grid: Grid, lines: Sequence[Line]) -> str:
+    """A table for every task and varied setting: its values, and metric and loss of each method at them.
+
+    All of a table are means over the same seeds, those that every line of it has.
+    """
+    parts = []
+    for task in grid.tasks:
+        for name in grid.vary:
+            shown = {
+                value: [line for line in lines if line.run.task == task and _belongs(line, settings)]
+                for value, settings in _values(grid, task, name)
+            }
+            seeds = [{row["run"]["seed"] for row in line.rows} for found in shown.values() for line in found]
+            if seeds:
+                common = set.intersection(*seeds)
+                table = []
+                for value, found in shown.items():
+                    cells = {line.run.method: _metric_and_loss(line, common) for line in found}
+                    table.append([str(value), *(cells.get(method, "") for method in grid.methods)])
+                head = [name.replace("_", " "), *grid.methods]
+                counted = f"{len(common)} seed{'s' * (len(common) > 1)}"
+                parts += [f"**{task}**: {grid.about(task).metric}, %, and loss; {counted}", _table(head, table)]
+    return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def _metric_and_loss(line: Line, seeds: Collection[int]) -> str:
+    kept = replace(line, rows=[row for row in line.rows if row["run"]["seed"] in seeds])
+    metric = _spread([100 * value for value in kept.values("test", "metric")], 1)
+    return f"{metric}, {statistics.mean(kept.values('test', 'loss')):.3f}"
+
+
+def _values(grid: Grid, task: str, name: str) -> list[tuple[Any, Settings]]:
+    """The values of a varied setting in order, the usual one among them, with the settings that have them."""
+    base = next(grid.variations(task))
+    return [(value, replace(base, **{name: value})) for value in sorted({getattr(base, name), *grid.vary[name]})]
 
 
 def _belongs(line: Line, settings: Settings) -> bool:
@@ -187,15 +225,13 @@ def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
     figure = Figure(figsize=(5 * len(grid.tasks), 4.5), layout="constrained")
     axes = figure.subplots(1, len(grid.tasks), squeeze=False)[0]
     for axis, task in zip(axes, grid.tasks, strict=True):
-        base = next(grid.variations(task))
-        values = sorted({getattr(base, name), *grid.vary[name]})
+        values = _values(grid, task, name)
         for number, method in enumerate(grid.methods):
             aside = 0.4 * ((number + 0.5) / len(grid.methods) - 0.5)
             points = []
-            for value in values:
-                wanted = Settings(**asdict(base) | {name: value})
+            for at, (_, wanted) in enumerate(values):
                 points += [
-                    (values.index(value) + aside, line.values("test", "metric"))
+                    (at + aside, line.values("test", "metric"))
                     for line in lines
                     if (line.run.task, line.run.method) == (task, method) and _belongs(line, wanted)
                 ]
@@ -207,7 +243,7 @@ def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
                 style: Any = {"color": f"C{number % 10}", "marker": "osD^v<>pPX"[number % 10]}
                 axis.errorbar(places, means, spread, label=method, markersize=4, linewidth=1, capsize=2, **style)
         axis.set(title=task, xlabel=name.replace("_", " "), ylabel=f"{grid.about(task).metric}, %")
-        axis.set_xticks(range(len(values)), [str(value) for value in values])
+        axis.set_xticks(range(len(values)), [str(value) for value, _ in values])
         axis.grid(axis="y", alpha=0.3)
     named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if named:
@@ -221,13 +257,15 @@ def quoted(text: str, grid: Grid, lines: Sequence[Line]) -> str:
     Raises ValueError where `text` has no such comments.
     """
     pattern = re.compile(
-        rf"(<!-- quality {re.escape(grid.name)}(?P<bare> without costs)?: begin -->\n)(?P<said>.*?)(<!-- end -->)",
+        rf"(<!-- quality {re.escape(grid.name)}(?P<form> without costs| summary)?: begin -->\n)"
+        r"(?P<said>.*?)(<!-- end -->)",
         re.DOTALL,
     )
     found = pattern.search(text)
     if found is None:
         raise ValueError(f"no '<!-- quality {grid.name}: begin -->' and '<!-- end -->' in the text; put them there")
-    return text[: found.start("said")] + markdown(grid, lines, found["bare"] is None) + text[found.end("said") :]
+    tables = summary(grid, lines) if found["form"] == " summary" else markdown(grid, lines, costs=found["form"] is None)
+    return text[: found.start("said")] + tables + text[found.end("said") :]
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -239,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     options = parser.parse_args(argv)
     grid = Grid.read(options.grid)
     lines = lines_of(grid, Rows(options.results / f"{grid.name}.jsonl"))
-    tables = markdown(grid, lines)
+    tables = "\n".join(filter(None, (summary(grid, lines), markdown(grid, lines))))
     print(tables)
     (options.results / f"{grid.name}.md").write_text(tables)
     for name in grid.vary:

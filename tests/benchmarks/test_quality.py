@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -489,6 +490,33 @@ class TestTables:
         with pytest.raises(ValueError, match="put them there"):
             tables.quoted(text.replace("small", "long"), grid, lines)
 
+    def test_a_summary_has_a_line_for_every_value_and_a_column_for_every_method(self) -> None:
+        grid = Grid.read(GRIDS / "pruner.toml")
+        lines = tables.lines_of(grid, Rows(quality.FOLDER / "pruner.jsonl"))
+        text = tables.summary(grid, lines)
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n") if "|" in line]
+        assert cells[0] == ["sparsity", "K-FAC pruner", "sylva, gain"]
+        assert [row[0] for row in cells[2:]] == ["0.5", "0.8", "0.95"]
+        for value, *found in cells[2:]:
+            for method, cell in zip(grid.methods, found, strict=True):
+                [line] = [
+                    line for line in lines if (line.run.method, line.run.settings.sparsity) == (method, float(value))
+                ]
+                metric, loss = (statistics.mean(line.values("test", name)) for name in ("metric", "loss"))
+                assert cell.startswith(f"{100 * metric:.1f} ± ")
+                assert cell.endswith(f", {loss:.3f}")
+        said = "<!-- quality pruner summary: begin -->\nold\n<!-- end -->\n"
+        assert tables.quoted(said, grid, lines) == said.replace("old\n", text)
+        assert tables.summary(Grid.read(GRIDS / "small.toml"), lines) == ""
+
+    def test_a_summary_takes_the_seeds_that_all_lines_have(self) -> None:
+        grid = Grid.read(GRIDS / "pruner.toml")
+        lines = tables.lines_of(grid, Rows(quality.FOLDER / "pruner.jsonl"))
+        fewer = [replace(line, rows=line.rows[:2]) for line in lines]
+        assert "; 3 seeds" in tables.summary(grid, lines)
+        assert tables.summary(grid, [*lines[1:], fewer[0]]) == tables.summary(grid, fewer)
+        assert "; 2 seeds" in tables.summary(grid, fewer)
+
     def test_costs_can_be_left_out(self) -> None:
         grid = Grid.read(GRIDS / "small.toml")
         lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
@@ -496,7 +524,7 @@ class TestTables:
         assert both.startswith(quality_alone.rstrip())
         assert "checkpoint" in both and "checkpoint" not in quality_alone
 
-    @pytest.mark.parametrize("name", ["small", "long", "cola_all"])
+    @pytest.mark.parametrize("name", ["small", "long", "cola_all", "pruner", "sensitivity", "sensitivity_trace"])
     def test_the_readme_quotes_the_rows_that_are_kept(self, name: str) -> None:
         grid = Grid.read(GRIDS / f"{name}.toml")
         lines = tables.lines_of(grid, Rows(quality.FOLDER / f"{name}.jsonl"))
