@@ -4,7 +4,8 @@
 
 Rows go to benchmarks/results/quality/<grid>.jsonl. A run whose row is there is skipped, so a grid that was interrupted
 goes on where it stopped. Each method's learning rate is the one, of the grid's, with the best validation metric at the
-first seed; the rows of the other seeds are made at that one. `tables.py` prints the tables.
+first seed; the rows of the other seeds are made at that one. `tables.py` prints the tables. Models as small as MiniLM
+gain little from a second thread: `--processes 2` does two runs at a time on two cores.
 
 SST-2, CoLA and E2E are read from --data. Tasks that a grid describes by a table `[tasks.NAME.hub]` take data and models
 from huggingface.co, or from folders. The model "small-gpt2" is pre-trained first, and kept in out/pretrained/.
@@ -14,6 +15,7 @@ import argparse
 import copy
 import functools
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -257,6 +259,16 @@ def _part(text: str) -> tuple[int, int]:
     return int(at), int(parts)
 
 
+def _do_in_processes(argv: Sequence[str], count: int) -> None:
+    """The command `argv` again, in parts; exits where one of them fails."""
+    # Of an option that is given twice, the last one counts.
+    parts = [[sys.executable, __file__, *argv, "--processes", "1", "--part", f"{n + 1}/{count}"] for n in range(count)]
+    running = [subprocess.Popen(part) for part in parts]
+    failed = sum(process.wait() != 0 for process in running)
+    if failed:
+        sys.exit(f"{failed} of {count} processes failed; rows are kept, and the same command goes on from here")
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run a grid; return the file of its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,16 +277,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
     parser.add_argument("--task", action="append", default=[], help="only this task; may be given several times")
     parser.add_argument("--part", type=_part, default=(1, 1), help="such as 1/2 and 2/2, for two processes at once")
+    parser.add_argument("--processes", type=int, default=1, help="that each do a part of it, at the same time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     parser.add_argument("--threads", type=int, help="threads that torch uses")
     parser.add_argument("--device", default="cpu", help="where models are trained, such as cuda (%(default)s)")
     options = parser.parse_args(argv)
+    rows = Rows(options.results / f"{options.grid.stem}.jsonl")
+    if options.processes > 1:
+        if options.part != (1, 1):
+            parser.error("--part and --processes both cut the grid; give one of them")
+        threads = options.threads or max(1, torch.get_num_threads() // options.processes)
+        _do_in_processes([*(sys.argv[1:] if argv is None else argv), "--threads", str(threads)], options.processes)
+        return rows.path
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     grid = Grid.read(options.grid)
-    rows = Rows(options.results / f"{grid.name}.jsonl")
     try:
         run_grid(grid, rows, options.data, options.task, 60 * options.minutes, options.part, options.device)
     except TaskError as error:

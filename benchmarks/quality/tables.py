@@ -11,7 +11,7 @@ those with a line for each value of a varied setting.
 import argparse
 import re
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,33 +84,44 @@ def summary(grid: Grid, lines: Sequence[Line]) -> str:
     parts = []
     for task in grid.tasks:
         for name in grid.vary:
-            shown = {
-                value: [line for line in lines if line.run.task == task and _belongs(line, settings)]
-                for value, settings in _values(grid, task, name)
-            }
-            seeds = [{row["run"]["seed"] for row in line.rows} for found in shown.values() for line in found]
-            if seeds:
-                common = set.intersection(*seeds)
-                table = []
-                for value, found in shown.items():
-                    cells = {line.run.method: _metric_and_loss(line, common) for line in found}
-                    table.append([str(value), *(cells.get(method, "") for method in grid.methods)])
+            found = _varied(grid, lines, task, name)
+            counts = {len(line.rows) for methods in found.values() for line in methods.values()}
+            if counts:
                 head = [name.replace("_", " "), *grid.methods]
-                counted = f"{len(common)} seed{'s' * (len(common) > 1)}"
-                parts += [f"**{task}**: {grid.about(task).metric}, %, and loss; {counted}", _table(head, table)]
+                table = [
+                    [str(value), *(_metric_and_loss(methods[m]) if m in methods else "" for m in grid.methods)]
+                    for value, methods in found.items()
+                ]
+                [count] = counts
+                title = f"**{task}**: {grid.about(task).metric}, %, and loss; {count} seed{'s' * (count > 1)}"
+                parts += [title, _table(head, table)]
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
-def _metric_and_loss(line: Line, seeds: Collection[int]) -> str:
-    kept = replace(line, rows=[row for row in line.rows if row["run"]["seed"] in seeds])
-    metric = _spread([100 * value for value in kept.values("test", "metric")], 1)
-    return f"{metric}, {statistics.mean(kept.values('test', 'loss')):.3f}"
+def _metric_and_loss(line: Line) -> str:
+    metric = _spread([100 * value for value in line.values("test", "metric")], 1)
+    return f"{metric}, {statistics.mean(line.values('test', 'loss')):.3f}"
 
 
-def _values(grid: Grid, task: str, name: str) -> list[tuple[Any, Settings]]:
-    """The values of a varied setting in order, the usual one among them, with the settings that have them."""
+def _varied(grid: Grid, lines: Sequence[Line], task: str, name: str) -> dict[Any, dict[str, Line]]:
+    """The values of a varied setting in order, the usual one among them, and for each the lines by method.
+
+    Only rows of seeds that all of these lines have: a seed is easy or hard for all methods.
+    """
     base = next(grid.variations(task))
-    return [(value, replace(base, **{name: value})) for value in sorted({getattr(base, name), *grid.vary[name]})]
+    found: dict[Any, dict[str, Line]] = {}
+    for value in sorted({getattr(base, name), *grid.vary[name]}):
+        wanted = replace(base, **{name: value})
+        found[value] = {line.run.method: line for line in lines if line.run.task == task and _belongs(line, wanted)}
+    seeds = [{row["run"]["seed"] for row in line.rows} for methods in found.values() for line in methods.values()]
+    common = set.intersection(*seeds) if seeds else set()
+    return {
+        value: {
+            method: replace(line, rows=[row for row in line.rows if row["run"]["seed"] in common])
+            for method, line in methods.items()
+        }
+        for value, methods in found.items()
+    }
 
 
 def _belongs(line: Line, settings: Settings) -> bool:
@@ -225,25 +236,23 @@ def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
     figure = Figure(figsize=(5 * len(grid.tasks), 4.5), layout="constrained")
     axes = figure.subplots(1, len(grid.tasks), squeeze=False)[0]
     for axis, task in zip(axes, grid.tasks, strict=True):
-        values = _values(grid, task, name)
+        found = _varied(grid, lines, task, name)
         for number, method in enumerate(grid.methods):
             aside = 0.4 * ((number + 0.5) / len(grid.methods) - 0.5)
-            points = []
-            for at, (_, wanted) in enumerate(values):
-                points += [
-                    (at + aside, line.values("test", "metric"))
-                    for line in lines
-                    if (line.run.task, line.run.method) == (task, method) and _belongs(line, wanted)
-                ]
+            points = [
+                (at + aside, methods[method].values("test", "metric"))
+                for at, methods in enumerate(found.values())
+                if method in methods
+            ]
             if points:
-                means = [100 * statistics.mean(found) for _, found in points]
-                spread = [100 * statistics.stdev(found) if len(found) > 1 else 0.0 for _, found in points]
+                means = [100 * statistics.mean(values) for _, values in points]
+                spread = [100 * statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
                 places = [place for place, _ in points]
                 # A colour of its own even where an earlier method has no rows yet.
                 style: Any = {"color": f"C{number % 10}", "marker": "osD^v<>pPX"[number % 10]}
                 axis.errorbar(places, means, spread, label=method, markersize=4, linewidth=1, capsize=2, **style)
         axis.set(title=task, xlabel=name.replace("_", " "), ylabel=f"{grid.about(task).metric}, %")
-        axis.set_xticks(range(len(values)), [str(value) for value, _ in values])
+        axis.set_xticks(range(len(found)), [str(value) for value in found])
         axis.grid(axis="y", alpha=0.3)
     named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if named:

@@ -320,6 +320,20 @@ class TestRows:
         with pytest.raises(SystemExit):
             quality.main([*command, "--part", "3/2"])
 
+    def test_processes_share_a_grid(self, tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        methods = '{ head = { kind = "head" }, random = { kind = "blocks", trace = "random" } }'
+        grid = grid_file(tmp_path, tasks="{ sst2 = {} }", methods=methods, learning_rates="[1e-3]", seeds="[0, 1]")
+        command = ["--grid", str(grid), "--data", str(data), "--results", str(tmp_path / "rows"), "--processes", "2"]
+        rows = Rows(quality.main(command)).read()
+        assert sorted((row["run"]["method"], row["run"]["seed"]) for row in rows.values()) == [
+            (method, seed) for method in ("head", "random") for seed in (0, 1)
+        ]
+        with pytest.raises(SystemExit):
+            quality.main([*command, "--part", "1/2"])
+        with pytest.raises(SystemExit, match="2 of 2 processes failed"):
+            quality.main([*command, "--data", str(tmp_path), "--results", str(tmp_path / "others")])
+        assert "sst2" in capfd.readouterr().err
+
     def test_rows_that_are_kept_have_the_keys_of_their_runs(self) -> None:
         for key, row in Rows(quality.FOLDER / "small.jsonl").read().items():
             said = row["run"]
@@ -419,7 +433,7 @@ class TestTables:
         assert {"run", "result", "machine", "date"} <= set(row)
         assert {"commit", "versions", "processor", "threads"} <= set(row["machine"])
         text = tables.main(command)
-        assert text.count("| full |") == 4
+        assert text.count("\n| full |") == 4
         for row in Rows(rows).read().values():
             assert row["result"]["peak_bytes"] > row["result"]["saved_bytes"]
             assert set(row["result"]["beside_floor"]) == {"floor_ms", "step_ms"}
@@ -524,7 +538,7 @@ class TestTables:
         assert both.startswith(quality_alone.rstrip())
         assert "checkpoint" in both and "checkpoint" not in quality_alone
 
-    @pytest.mark.parametrize("name", ["small", "long", "cola_all", "pruner", "sensitivity", "sensitivity_trace"])
+    @pytest.mark.parametrize("name", ["small", "long", "cola_all", "e2e", "pruner", "sensitivity", "sensitivity_trace"])
     def test_the_readme_quotes_the_rows_that_are_kept(self, name: str) -> None:
         grid = Grid.read(GRIDS / f"{name}.toml")
         lines = tables.lines_of(grid, Rows(quality.FOLDER / f"{name}.jsonl"))
