@@ -4,8 +4,8 @@
 
 Rows go to benchmarks/results/quality/<grid>.jsonl. A run whose row is there is skipped, so a grid that was interrupted
 goes on where it stopped. Each method's learning rate is the one, of the grid's, with the best validation metric at the
-first seed; the rows of the other seeds are made at that one. `tables.py` prints the tables. Models as small as MiniLM
-gain little from a second thread: `--processes 2` does two runs at a time on two cores.
+first seed; the rows of the other seeds are made at that one. `tables.py` prints the tables. `--processes 2`
+does two runs at a time, each with half of the threads.
 
 SST-2, CoLA and E2E are read from --data. Tasks that a grid describes by a table `[tasks.NAME.hub]` take data and models
 from huggingface.co, or from folders. The model "small-gpt2" is pre-trained first, and kept in out/pretrained/.
