@@ -226,7 +226,7 @@ def show(name: str, table: dict[str, Any]) -> None:
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--models", nargs="+", default=["minilm", "gpt2"], choices=["minilm", "gpt2"])
     parser.add_argument("--variants", nargs="+", default=["4,8", "4,16", "4,32", "2,8", "2,32", "1,8"], help="K,r")
     parser.add_argument(

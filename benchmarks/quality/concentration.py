@@ -22,7 +22,7 @@ from parts import agreed_gains, best, together, trace_parts
 from run import DATA, Runner
 from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from report import print_table, write_results
 
 

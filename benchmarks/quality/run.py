@@ -38,11 +38,11 @@ from transformers.utils import logging as transformers_logging
 import sylva_compile
 from sylva_compile.scope import weights_in_scope
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from peak import peak_above
 from report import RESULTS, machine
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 FOLDER = RESULTS / "quality"
 COST_BATCHES = 12
 """So many, spread over the training, time a step beside the frozen floor."""

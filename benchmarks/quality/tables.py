@@ -1,11 +1,15 @@
-"""Tables and plots of a grid's rows.
+"""Tables and plots of the rows of grids.
 
     python benchmarks/quality/tables.py --grid benchmarks/quality/grids/small.toml
 
-prints the tables and writes them to benchmarks/results/quality/<grid>.md, and a plot for each varied setting beside it.
-With --readme it also puts them into README.md, between the comments that name the grid; where the first of these says
-"quality small without costs: begin", without the tables of costs; where it says "quality pruner summary: begin", only
-those with a line for each value of a varied setting.
+prints the tables of a grid, or of several, and writes them to benchmarks/results/quality/<grid>.md, and a plot for each
+varied setting beside it. With --readme it also puts them into README.md and benchmarks/quality/README.md, between a
+comment that asks for them and the next `<!-- end -->`:
+
+    <!-- quality small: begin -->                              all tables
+    <!-- quality small without costs: begin -->                those of quality alone
+    <!-- quality small without costs "full" "LoRA": begin -->  only these methods
+    <!-- quality pruner summary: begin -->                     a line for each value of a varied setting
 """
 
 import argparse
@@ -21,7 +25,8 @@ from matplotlib.figure import Figure
 from rows import Rows
 from run import FOLDER
 
-README = Path(__file__).parents[2] / "README.md"
+HERE = Path(__file__).resolve().parent
+DOCUMENTS = (HERE.parents[1] / "README.md", HERE / "README.md")
 
 
 @dataclass(frozen=True)
@@ -260,40 +265,57 @@ def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def quoted(text: str, grid: Grid, lines: Sequence[Line]) -> str:
-    """`text` with the tables of `lines` between its comments for `grid`.
-
-    Raises ValueError where `text` has no such comments.
-    """
-    pattern = re.compile(
-        rf"(<!-- quality {re.escape(grid.name)}(?P<form> without costs| summary)?: begin -->\n)"
-        r"(?P<said>.*?)(<!-- end -->)",
+def places(grid: Grid) -> re.Pattern[str]:
+    """Where a document asks for tables of `grid`."""
+    return re.compile(
+        rf"(?P<begin><!-- quality {re.escape(grid.name)}(?P<form> without costs| summary)?"
+        r'(?P<methods>(?: "[^"]+")*): begin -->\n).*?(?P<end><!-- end -->)',
         re.DOTALL,
     )
-    found = pattern.search(text)
-    if found is None:
-        raise ValueError(f"no '<!-- quality {grid.name}: begin -->' and '<!-- end -->' in the text; put them there")
-    tables = summary(grid, lines) if found["form"] == " summary" else markdown(grid, lines, costs=found["form"] is None)
-    return text[: found.start("said")] + tables + text[found.end("said") :]
+
+
+def quoted(text: str, grid: Grid, lines: Sequence[Line]) -> str:
+    """`text` with the tables of `lines` wherever it asks for those of `grid`.
+
+    Raises ValueError where it asks for a method that the grid has not.
+    """
+
+    def tables(found: re.Match[str]) -> str:
+        methods = re.findall(r'"([^"]+)"', found["methods"])
+        if unknown := set(methods) - set(grid.methods):
+            asked = found["begin"].strip()
+            raise ValueError(f"{asked} asks for {min(unknown)!r}; {grid.name} has {', '.join(grid.methods)}")
+        shown = [line for line in lines if not methods or line.run.method in methods]
+        summarised = found["form"] == " summary"
+        said = summary(grid, shown) if summarised else markdown(grid, shown, costs=found["form"] is None)
+        return found["begin"] + said + found["end"]
+
+    return places(grid).sub(tables, text)
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Print and write the tables of a grid."""
+    """Print and write the tables of grids."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=Path, required=True, help="the file that run.py was given")
+    parser.add_argument("--grid", type=Path, nargs="+", required=True, help="files that run.py was given")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
-    parser.add_argument("--readme", action="store_true", help="put the tables into README.md as well")
+    parser.add_argument("--readme", action="store_true", help="put the tables into the two README.md as well")
     options = parser.parse_args(argv)
-    grid = Grid.read(options.grid)
-    lines = lines_of(grid, Rows(options.results / f"{grid.name}.jsonl"))
-    tables = "\n".join(filter(None, (summary(grid, lines), markdown(grid, lines))))
-    print(tables)
-    (options.results / f"{grid.name}.md").write_text(tables)
-    for name in grid.vary:
-        plot(grid, lines, name, options.results / f"{grid.name}_{name}.png")
-    if options.readme:
-        README.write_text(quoted(README.read_text(), grid, lines))
-    return tables
+    said = []
+    for path in options.grid:
+        grid = Grid.read(path)
+        asking = [document for document in DOCUMENTS if places(grid).search(document.read_text())]
+        if options.readme and not asking:
+            parser.error(f"put '<!-- quality {grid.name}: begin -->' and '<!-- end -->' where the tables belong")
+        lines = lines_of(grid, Rows(options.results / f"{grid.name}.jsonl"))
+        tables = "\n".join(filter(None, (summary(grid, lines), markdown(grid, lines))))
+        print(tables)
+        said.append(tables)
+        (options.results / f"{grid.name}.md").write_text(tables)
+        for name in grid.vary:
+            plot(grid, lines, name, options.results / f"{grid.name}_{name}.png")
+        for document in asking if options.readme else ():
+            document.write_text(quoted(document.read_text(), grid, lines))
+    return "\n".join(said)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tasks import Batch, head_of
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from peak import peak_above
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -502,8 +503,24 @@ class TestTables:
         assert tables.quoted(text, grid, lines) == text.replace("old\n", tables.markdown(grid, lines))
         bare = text.replace("small:", "small without costs:")
         assert tables.quoted(bare, grid, lines) == bare.replace("old\n", tables.markdown(grid, lines, costs=False))
-        with pytest.raises(ValueError, match="put them there"):
-            tables.quoted(text.replace("small", "long"), grid, lines)
+        assert tables.quoted(text + bare, grid, lines) == "".join(tables.quoted(t, grid, lines) for t in (text, bare))
+        other = text.replace("small", "long")
+        assert tables.quoted(other, grid, lines) == other
+
+    def test_comments_may_ask_for_some_methods(self) -> None:
+        grid = Grid.read(GRIDS / "small.toml")
+        lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
+        text = '<!-- quality small "full" "sylva, joint": begin -->\nold\n<!-- end -->\n'
+        some = [line for line in lines if line.run.method in ("full", "sylva, joint")]
+        assert tables.quoted(text, grid, lines) == text.replace("old\n", tables.markdown(grid, some))
+        with pytest.raises(ValueError, match="asks for 'Full'; small has"):
+            tables.quoted(text.replace("full", "Full"), grid, lines)
+
+    def test_a_grid_that_no_document_asks_for_is_told(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = grid_file(tmp_path)
+        with pytest.raises(SystemExit):
+            tables.main(["--grid", str(path), "--results", str(tmp_path), "--readme"])
+        assert "put '<!-- quality tiny: begin -->'" in capsys.readouterr().err
 
     def test_a_summary_has_a_line_for_every_value_and_a_column_for_every_method(self) -> None:
         grid = Grid.read(GRIDS / "pruner.toml")
@@ -539,9 +556,24 @@ class TestTables:
         assert both.startswith(quality_alone.rstrip())
         assert "checkpoint" in both and "checkpoint" not in quality_alone
 
-    @pytest.mark.parametrize("name", ["small", "long", "cola_all", "e2e", "pruner", "sensitivity", "sensitivity_trace"])
-    def test_the_readme_quotes_the_rows_that_are_kept(self, name: str) -> None:
-        grid = Grid.read(GRIDS / f"{name}.toml")
-        lines = tables.lines_of(grid, Rows(quality.FOLDER / f"{name}.jsonl"))
-        text = tables.README.read_text()
-        assert tables.quoted(text, grid, lines) == text
+    @pytest.mark.parametrize("document", tables.DOCUMENTS, ids=["README", "quality"])
+    def test_documents_quote_the_rows_that_are_kept(self, document: Path) -> None:
+        text = document.read_text()
+        asked = re.findall(r"<!-- quality (\w+).*: begin -->", text)
+        assert asked
+        for name in set(asked):
+            grid = Grid.read(GRIDS / f"{name}.toml")
+            assert len(tables.places(grid).findall(text)) == asked.count(name)
+            lines = tables.lines_of(grid, Rows(quality.FOLDER / f"{name}.jsonl"))
+            assert tables.quoted(text, grid, lines) == text
+
+    @pytest.mark.parametrize("document", tables.DOCUMENTS, ids=["README", "quality"])
+    def test_documents_name_files_that_exist(self, document: Path) -> None:
+        text = document.read_text()
+        grids = set(re.findall(r"(\w+)\.toml", text))
+        assert grids
+        assert all((GRIDS / f"{name}.toml").exists() for name in grids)
+        scripts = {*re.findall(r"benchmarks/quality/(\w+\.py)", text), *re.findall(r"`(\w+\.py)[`, ]", text)}
+        assert all((GRIDS.parent / name).exists() for name in scripts)
+        for link in re.findall(r"\]\(([^):]+)\)", text):
+            assert (document.parent / link).exists()

@@ -27,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from tasks.base import without_dropout
 from tasks.classification import COLA, SST2
 
-CACHE = Path(__file__).parents[3] / "out" / "pretrained"
+CACHE = Path(__file__).resolve().parents[3] / "out" / "pretrained"
 END = "<|endoftext|>"
 PADDING = "<|padding|>"
 
