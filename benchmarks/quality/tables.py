@@ -7,7 +7,8 @@ varied setting beside it. With --readme it also puts them into README.md and ben
 comment that asks for them and the next `<!-- end -->`:
 
     <!-- quality small: begin -->                              all tables
-    <!-- quality small without costs: begin -->                those of quality alone
+    <!-- quality small without costs: begin -->                those of quality
+    <!-- quality small costs alone: begin -->                  those of costs
     <!-- quality small without costs "full" "LoRA": begin -->  only these methods
     <!-- quality pruner summary: begin -->                     a line for each value of a varied setting
 """
@@ -69,15 +70,16 @@ def lines_of(grid: Grid, rows: Rows) -> list[Line]:
     return lines
 
 
-def markdown(grid: Grid, lines: Sequence[Line], costs: bool = True) -> str:
-    """Tables for every task and every variation: quality, and, with `costs`, what it cost."""
+def markdown(grid: Grid, lines: Sequence[Line], quality: bool = True, costs: bool = True) -> str:
+    """Tables for every task and every variation: quality and what it cost, or one of them."""
     parts = []
     for task in grid.tasks:
         for settings in grid.variations(task):
             # Methods that a varied setting does not touch have one run for all its values.
             shown = [line for line in lines if line.run.task == task and _belongs(line, settings)]
             if shown:
-                parts += [_title(grid, task, settings), _quality(shown), *([_cost(shown)] if costs else [])]
+                parts.append(_title(grid, task, settings))
+                parts += ([_quality(shown)] if quality else []) + ([_cost(shown)] if costs else [])
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
@@ -268,7 +270,7 @@ def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
 def places(grid: Grid) -> re.Pattern[str]:
     """Where a document asks for tables of `grid`."""
     return re.compile(
-        rf"(?P<begin><!-- quality {re.escape(grid.name)}(?P<form> without costs| summary)?"
+        rf"(?P<begin><!-- quality {re.escape(grid.name)}(?P<form> without costs| costs alone| summary)?"
         r'(?P<methods>(?: "[^"]+")*): begin -->\n).*?(?P<end><!-- end -->)',
         re.DOTALL,
     )
@@ -286,8 +288,11 @@ def quoted(text: str, grid: Grid, lines: Sequence[Line]) -> str:
             asked = found["begin"].strip()
             raise ValueError(f"{asked} asks for {min(unknown)!r}; {grid.name} has {', '.join(grid.methods)}")
         shown = [line for line in lines if not methods or line.run.method in methods]
-        summarised = found["form"] == " summary"
-        said = summary(grid, shown) if summarised else markdown(grid, shown, costs=found["form"] is None)
+        form = found["form"]
+        if form == " summary":
+            said = summary(grid, shown)
+        else:
+            said = markdown(grid, shown, quality=form != " costs alone", costs=form != " without costs")
         return found["begin"] + said + found["end"]
 
     return places(grid).sub(tables, text)

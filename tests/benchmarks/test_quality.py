@@ -503,6 +503,8 @@ class TestTables:
         assert tables.quoted(text, grid, lines) == text.replace("old\n", tables.markdown(grid, lines))
         bare = text.replace("small:", "small without costs:")
         assert tables.quoted(bare, grid, lines) == bare.replace("old\n", tables.markdown(grid, lines, costs=False))
+        costs = text.replace("small:", "small costs alone:")
+        assert tables.quoted(costs, grid, lines) == costs.replace("old\n", tables.markdown(grid, lines, quality=False))
         assert tables.quoted(text + bare, grid, lines) == "".join(tables.quoted(t, grid, lines) for t in (text, bare))
         other = text.replace("small", "long")
         assert tables.quoted(other, grid, lines) == other
@@ -553,7 +555,10 @@ class TestTables:
         grid = Grid.read(GRIDS / "small.toml")
         lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
         both, quality_alone = tables.markdown(grid, lines), tables.markdown(grid, lines, costs=False)
+        costs_alone = tables.markdown(grid, lines, quality=False)
         assert both.startswith(quality_alone.rstrip())
+        assert both.endswith(costs_alone.split("\n\n")[1])
+        assert "loss" not in costs_alone
         assert "checkpoint" in both and "checkpoint" not in quality_alone
 
     @pytest.mark.parametrize("document", tables.DOCUMENTS, ids=["README", "quality"])
