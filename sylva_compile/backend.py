@@ -20,12 +20,12 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
 
 from sylva_compile import embedding
 from sylva_compile.aot import compile_eagerly
 from sylva_compile.errors import ArgumentError, RewriteError
+from sylva_compile.following import Follower
 from sylva_compile.masks import Masks
 from sylva_compile.passes.runner import run_passes
 from sylva_compile.passes.sample_weight_gradients import Outcome, sample_weight_gradients_pass
@@ -152,48 +152,13 @@ class Backend:
                 )
 
     def _follow(self, compiled: Callable[..., Any], outcomes: list[Outcome]) -> Callable[..., Any]:
-        """Wrap `compiled` so that blocks and dense weights agree before it runs, and the report names what ran.
-
-        Version counters of a handful of tensors are compared on each call. Weights are found by identity among the
-        arguments of real calls, never among the examples: those may be fake, as are the calls with which
-        DistributedDataParallel's splitter looks for shapes, and a later call may be for another layer.
-        """
-        marked = [(outcome, index) for outcome in outcomes if (index := _input_index(outcome)) is not None]
-        where: list[int] | None = None
-        known: dict[tuple[int, ...], list[weakref.ref[Site]]] = {}
-
-        def look(args: tuple[Any, ...]) -> list[Site]:
-            by_weight = {id(site.weight): site for site in iter_sites()}
-            by_positions = {id(site.layout.positions): site for site in iter_sites()}
-            given = {id(value) for value in args}
-            for outcome, index in marked:
-                site = by_positions.get(id(args[index]))
-                if site is not None:
-                    if not {id(site.weight), id(site.blocks)} <= given:
-                        raise embedding.swapped(site)
-                    embedding.check_reduced(site)
-                    self._note(site, outcome)
-            return [by_weight[id(value)] for value in args if id(value) in by_weight]
+        """Wrap `compiled` so that blocks and dense weights agree before it runs, and the report names what ran."""
+        # Of one weight that is used several times, every use has its own outcome.
+        marked = [(index, outcome) for outcome in outcomes if (index := _input_index(outcome)) is not None]
+        follower = Follower(marked, self._note)
 
         def run(*args: Any) -> Any:
-            nonlocal where
-            if where is None and not any(isinstance(value, FakeTensor) for value in args):
-                watched = {id(tensor) for site in iter_sites() for tensor in (site.weight, site.blocks)}
-                watched |= {id(site.layout.positions) for site in iter_sites()}
-                where = [index for index, value in enumerate(args) if id(value) in watched]
-            if where:
-                key = tuple(id(args[index]) for index in where)
-                followed = [ref() for ref in known.get(key, ())]
-                # A site that is gone was unloaded, or its model died and another one's weight has taken its address.
-                # One that is there may have been given another weight since, and its old one may be another site's.
-                if key not in known or not all(
-                    site is not None and site.embedded and id(site.weight) in key for site in followed
-                ):
-                    found = look(args)
-                    known[key], followed = [weakref.ref(site) for site in found], list(found)
-                for site in followed:
-                    if site is not None:
-                        site.sync()
+            follower.before_run(args)
             return compiled(*args)
 
         return run

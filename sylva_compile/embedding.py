@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sylva_compile.embedded_weight import EmbeddedWeight
 from sylva_compile.errors import EmbeddingError
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.gather_blocks import gather_blocks
@@ -75,6 +76,7 @@ def _weight_property(attribute: str) -> property:
             # torch's own mark of a Parameter by another class: `model.get_parameter(name)` asks for one. It is good for
             # reading; what is to be written is the blocks, or this weight under torch.no_grad().
             value._is_param = True
+            EmbeddedWeight.of(value, site)
         return value
 
     # Dynamo inlines this into the frames that it compiles. Called from one that it skips (`nn.Linear.forward` run by
@@ -126,11 +128,16 @@ class _Embedded:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         module: Any = self
         self._settle()
+        for site in self._sylva_sites.values():
+            _check_agrees(site)
         masters = {attribute: site.blocks.detach() for attribute, site in self._sylva_sites.items()}
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         for attribute, site in self._sylva_sites.items():
-            parameters = module._parameters
-            site.moved(parameters[attribute], parameters[attribute + SUFFIX], masters[attribute])
+            weight, blocks = module._parameters[attribute], module._parameters[attribute + SUFFIX]
+            # Onto the meta device and off it, every owner of a shared weight would get Parameters of its own.
+            for owner, name in site.owners():
+                owner._parameters[name], owner._parameters[name + SUFFIX] = weight, blocks
+            site.moved(weight, blocks, masters[attribute])
         return result
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -197,6 +204,15 @@ class _Embedded:
         text: str = super().extra_repr()  # type: ignore[misc]
         notes = (f"{attribute}: {site.mask.nnz} trainable blocks" for attribute, site in self._sylva_sites.items())
         return ", ".join(filter(None, [text, *notes]))
+
+
+def _check_agrees(site: Site) -> None:
+    """Raise EmbeddingError where a move of both would have to choose one of them."""
+    if site.weight.device.type != "meta" and not site.agrees():
+        raise EmbeddingError(
+            f"{site.name}: blocks and dense weight differ, so something wrote past autograd (`.data`, a raw pointer); "
+            "call masks.write_through() to keep the blocks, or change the weight under torch.no_grad()."
+        )
 
 
 def _check_assigned(site: Site, value: Any) -> None:

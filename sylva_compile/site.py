@@ -17,7 +17,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 class Site:
     """One embedded weight: the dense Parameter, its blocks, and what is needed to keep them equal and to undo them."""
+
+    made: ClassVar[int] = 0
+    """How many there have ever been: as long as it stays, no weight has become embedded."""
 
     def __init__(self, name: str, weight: nn.Parameter, mask: "BlockMask", axis: int) -> None:
         """Read the blocks of `weight` at `mask`; nothing is changed yet."""
@@ -52,6 +55,7 @@ class Site:
         self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
         self.agree()
         _alive.add(self)
+        Site.made += 1
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the owners, who are other modules in a copy."""
@@ -72,6 +76,7 @@ class Site:
         self.__dict__.update(state)
         self.agree()
         _alive.add(self)
+        Site.made += 1
 
     def sync(self) -> None:
         """Repair the invariant after an edit in place that autograd's version counters have seen."""
@@ -128,9 +133,11 @@ class Site:
             self.write()
 
     def agrees(self) -> bool:
-        """Whether the dense weight's blocks equal the rounded blocks, bit for bit (waits for the device)."""
+        """Whether the dense weight's blocks equal the rounded blocks (waits for the device)."""
         dense = self._dense_blocks()
-        return bool(torch.equal(dense, self.inside(self.blocks.detach().to(dense.dtype))))
+        rounded = self.inside(self.blocks.detach().to(dense.dtype))
+        # What became NaN has no one bit pattern.
+        return bool(((dense == rounded) | (dense.isnan() & rounded.isnan())).all())
 
     def base_weight(self) -> Tensor:
         """A copy of the dense weight `[m, n]` with the blocks as they were before training."""

@@ -34,6 +34,15 @@ class Wrapped(nn.Module):
         return self.lin(x).relu()
 
 
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
 class NotAProduct(nn.Module):
     """One weight that is a product's, and one whose gradient is not."""
 
@@ -256,6 +265,37 @@ class TestRecompilation:
             assert_invariant(model, masks)
             sylva_compile.merge_adapter(model)
             torch.testing.assert_close(out, (x @ model.lin.weight.t() + model.lin.bias).relu())
+
+    @pytest.mark.parametrize("partly", [True, False])
+    def test_a_graph_that_first_ran_with_an_average_follows_the_model(self, partly: bool) -> None:
+        model = Stack()
+        masks = random_masks(model, ["body.0.weight", "body.2.weight"], 16, 0.4)
+        backend = sylva_compile.backend(masks, inner="aot_eager")
+        average = {
+            name: nn.Parameter(p.detach() * 0.9, requires_grad=p.requires_grad)
+            for name, p in model.named_parameters()
+            if not name.endswith("_blocks") and not (partly and "body.2" in name)
+        }
+        model.compile(backend=backend)
+        x = torch.randn(5, 40)
+        with torch.no_grad():
+            torch.func.functional_call(model, average, (x,))
+            for blocks in masks.parameters():
+                blocks.mul_(3.0)
+            found = model(x)
+            assert_invariant(model, masks)
+            assert torch.equal(found, model.forward(x))
+
+    def test_a_weight_that_is_embedded_later_is_followed(self) -> None:
+        weight = Wrapped()
+        apply = torch.compile(lambda x, w: x @ w.t(), backend=sylva_compile.backend(inner="aot_eager"))
+        x = torch.randn(5, 30)
+        with torch.no_grad():
+            apply(x, weight.lin.weight)
+            masks = Masks.from_block_maps(weight, {"lin.weight": torch.eye(4, dtype=torch.bool)}, 8)
+            masks.parameters()[0].add_(1.0)
+            found = apply(x, weight.lin._parameters["weight"])
+            torch.testing.assert_close(found, x @ weight.lin.weight.t())
 
     def test_layers_that_exchange_their_weights_are_followed(self) -> None:
         model = nn.ModuleList([Wrapped(), Wrapped()])

@@ -79,6 +79,16 @@ class TestEmbeddedAfterWrapping:
             model(**case.batch)
         assert head.grad is None
 
+    @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+    def test_is_refused_after_a_pass_outside_of_the_wrapper(self) -> None:
+        case, masks = case_and_masks()
+        case.model.lm_head.weight.requires_grad_(True)
+        model = DistributedDataParallel(case.model)
+        case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
+        case.model(**case.batch).loss.backward()
+        with pytest.raises(EmbeddingError, match="then wrap"):
+            model(**case.batch)
+
     @pytest.mark.parametrize("compiled", [False, True])
     def test_wrapping_anew_is_enough(self, compiled: bool) -> None:
         case, masks = case_and_masks()

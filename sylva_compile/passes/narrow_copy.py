@@ -135,6 +135,9 @@ class _Narrowing:
             return "number"
         if value.dim() == 0:
             return "number"
+        if value.device != self._whole.meta["val"].device:
+            # The index of the columns lies where the whole activation is.
+            return None
         if self._has_columns(source):
             return "matrix"
         if _same(value.shape[-1], self._width) and value.dim() == 1:
