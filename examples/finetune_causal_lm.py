@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -48,7 +49,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBas
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--model {folder} holds no causal language model with a tokenizer: {reason}") from error
     return tokenizer, model.requires_grad_(False)

@@ -23,7 +23,7 @@ from sylva_compile.errors import AdapterError, SylvaError
 from sylva_compile.files import write_file
 from sylva_compile.fingerprint import checksum
 from sylva_compile.masks import BlockMask, Masks
-from sylva_compile.scope import named_weights, plain_name, unwrap
+from sylva_compile.scope import check_weight, named_weights, plain_name, unwrap
 from sylva_compile.site import Site
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
     for name, value in extras.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise AdapterError(f"{name} holds NaN or infinity; go back to the last good state before saving.")
-        tensors[f"{name}/whole"] = value.detach().cpu().contiguous()
+        tensors[f"{name}/whole"] = value.detach().to("cpu", copy=True).contiguous()
     _warn_of_loss(model, sites, extras)
     content = serialize(tensors)
     digest = hashlib.sha256(content).hexdigest()
@@ -246,18 +246,33 @@ def _extras(model: nn.Module, endings: Sequence[str], sites: Mapping[str, Site])
 
 
 def _frozen(model: nn.Module, sites: Mapping[str, Site], extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that the training found and left as they are, each once."""
+    """What the blocks were trained beside: frozen parameters, each once, and buffers, such as running means."""
     taken = _carried(sites)
     taken |= {id(tensor) for tensor in extras.values()}
-    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    return {name: p for name, p in named.items() if not p.requires_grad and id(p) not in taken}
+    named: dict[str, Tensor] = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    named |= {name: tensor for name, tensor in _named_tensors(model).items() if not isinstance(tensor, nn.Parameter)}
+    return {
+        name: tensor
+        for name, tensor in named.items()
+        if not tensor.requires_grad and id(tensor) not in taken and _has_values(tensor)
+    }
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether there is something to compare: offloaded weights are on the meta device."""
+    return tensor.device.type != "meta" and tensor.layout == torch.strided
 
 
 def _compare_frozen(frozen: Mapping[str, str], whole: Mapping[str, Tensor], directory: Path) -> None:
-    others = [name for name, known in frozen.items() if name not in whole or checksum(whole[name]) != known]
+    others = [
+        name
+        for name, known in frozen.items()
+        if name not in whole or not _has_values(whole[name]) or checksum(whole[name]) != known
+    ]
     if others:
         log.warning(
-            "%d frozen weights are not those that %s was trained beside, %s first; load the same base, or train again.",
+            "%d frozen weights or buffers are not those that %s was trained beside, %s first; load the same base, or "
+            "save what training changed with modules_to_save.",
             len(others),
             directory,
             others[0],
@@ -276,6 +291,11 @@ def _warn_of_masked(sites: Mapping[str, Site], endings: Sequence[str]) -> None:
 
 
 def _warn_of_loss(model: nn.Module, sites: Mapping[str, Site], extras: Mapping[str, Tensor]) -> None:
+    if not any(site.blocks.requires_grad for site in sites.values()):
+        log.warning(
+            "No block of this model requires grad, so nothing can train them; a model is wrapped for PEFT first, and "
+            "then embedded."
+        )
     kept = _carried(sites)
     kept |= {id(tensor) for tensor in extras.values()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
@@ -329,6 +349,7 @@ def _check_base(
                 f"{directory} was made for {name} {wanted[0]} {wanted[1]}, which is {found[0]} {found[1]} here; "
                 "load the base in that shape and dtype."
             )
+        check_weight(name, weight)
         base = sites[name].base_weight() if name in sites else weight
         if checksum(base) != entry["base"]:
             raise AdapterError(

@@ -1,7 +1,6 @@
 """The state of an interrupted trace on disk, from which it goes on as if nothing had happened."""
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -116,8 +115,12 @@ class TraceCheckpoint:
             "sharers": json.dumps(self._estimators.sharers()),
             "batches": self._digest,
         }
-        with replacing(self.path) as beside:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
+        try:
+            with replacing(self.path) as beside:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
+        except (OSError, SafetensorError) as error:
+            # What it is for is that the trace is not lost.
+            log.warning("%s cannot be written (%s); the trace goes on without it.", self.path, error)
 
     def remove(self) -> None:
         """The trace is done; its result has taken the file's place."""
@@ -165,8 +168,11 @@ def _extend(digest: str, batch: Any) -> str:
     return hashlib.sha256("\n".join([digest, *_described(batch)]).encode()).hexdigest()
 
 
-def _described(batch: Any) -> Iterator[str]:
-    """Everything in `batch` that can be told from other content: tensors, arrays, texts, numbers and their keys."""
+def _described(batch: Any, inside: tuple[int, ...] = ()) -> Iterator[str]:
+    """Everything in `batch` that can be told from other content: tensors, arrays, texts, numbers and their keys.
+
+    `inside` are the objects around it, by `id`: they may refer to each other.
+    """
     if isinstance(batch, Tensor):
         yield f"{tuple(batch.shape)}{checksum(batch)}"
     elif isinstance(batch, np.ndarray):
@@ -174,13 +180,18 @@ def _described(batch: Any) -> Iterator[str]:
     elif isinstance(batch, Mapping):
         for key, value in batch.items():
             yield repr(key)
-            yield from _described(value)
+            yield from _described(value, inside)
     elif isinstance(batch, list | tuple):
         yield str(len(batch))
-        yield from itertools.chain.from_iterable(map(_described, batch))
+        for value in batch:
+            yield from _described(value, inside)
+    elif isinstance(batch, str | bytes | int | float | None):
+        yield repr(batch)
     else:
         # What prints as its address is another in every process.
-        yield repr(batch) if isinstance(batch, str | bytes | int | float | None) else type(batch).__name__
+        yield type(batch).__name__
+        if id(batch) not in inside:
+            yield from _described(getattr(batch, "__dict__", {}), (*inside, id(batch)))
 
 
 def _short(value: Any) -> str:

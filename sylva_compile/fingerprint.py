@@ -14,7 +14,11 @@ def checksum(tensor: Tensor) -> str:
     Words of 64 bits are multiplied by a factor of their place and summed modulo 2⁶⁴: exact integer arithmetic, so the
     result is the same on every device, at the speed of memory. It guards against mistakes, not against malice.
     """
-    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    whole = tensor.detach().contiguous()
+    if whole.storage_offset() * whole.element_size() % 8:
+        # A slice of a larger tensor that begins amid a word cannot be seen as words.
+        whole = whole.clone()
+    data = whole.flatten().view(torch.uint8)
     words, rest = data.numel() // 8, data.numel() % 8
     body = data[: words * 8].view(torch.int64)
     total = torch.full((), words * 8 + rest, dtype=torch.int64, device=tensor.device)

@@ -70,7 +70,7 @@ def share_lines(layouts: Iterable[Layout]) -> bool:
         return False
     used = torch.cat([layout._used for layout in same]).unique()
     b, device = first.block_size, first.positions.device
-    elements = (used[:, None] * b + torch.arange(b)).flatten()
+    elements = (used[:, None] * b + torch.arange(b, device="cpu")).flatten()
     shared = elements[elements < first._width].to(device)
     for layout in same:
         narrow = layout._positions.clone()

@@ -84,7 +84,7 @@ class BlockMask:
 
     def block_map(self) -> Tensor:
         """`bool[ceil(m/b), ceil(n/b)]`, true where a block is trained."""
-        chosen = torch.zeros(grid_shape(self.shape, self.block_size), dtype=torch.bool)
+        chosen = torch.zeros(grid_shape(self.shape, self.block_size), dtype=torch.bool, device="cpu")
         chosen[self.rows, self.cols] = True
         return chosen
 
@@ -264,14 +264,22 @@ class Masks(Mapping[str, BlockMask]):
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the masks as one safetensors file, beside `path` first and then renamed onto it."""
+        """Write the masks as one safetensors file, beside `path` first and then renamed onto it.
+
+        Raises MaskError where that cannot be written; an older file stays then.
+        """
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, Any] = {}
         for name, mask in self.items():
             tensors[name] = torch.stack([mask.rows, mask.cols]).to(torch.int32)
             shapes[name] = [*mask.shape, mask.block_size]
         metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "config": json.dumps(self.config, default=float)}
-        write_file(Path(path), serialize(tensors, metadata))
+        try:
+            write_file(Path(path), serialize(tensors, metadata))
+        except OSError as error:
+            raise MaskError(
+                f"No masks can be written to {path} ({error}); name a file in a directory of yours."
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Masks":

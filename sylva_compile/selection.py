@@ -93,12 +93,12 @@ def select_blocks(
 def _best(scores: Tensor, count: int) -> Tensor:
     """`bool`, true for the `count` highest of `scores`; of equals, the first."""
     order = torch.sort(scores, descending=True, stable=True).indices[:count]
-    return torch.zeros(scores.shape, dtype=torch.bool).index_fill_(0, order, True)
+    return torch.zeros(scores.shape, dtype=torch.bool, device="cpu").index_fill_(0, order, True)
 
 
 def _allowed(scores: Tensor, wanted: int, budget: Budget, axis: int) -> Tensor:
     """Blocks in the columns that the budget keeps: those whose best blocks, an equal part of `wanted`, add up most."""
-    allowed = torch.ones(scores.shape, dtype=torch.bool)
+    allowed = torch.ones(scores.shape, dtype=torch.bool, device="cpu")
     if budget.column_budget is None:
         return allowed
     columns = scores.shape[axis]

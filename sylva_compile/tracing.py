@@ -113,7 +113,9 @@ def trace_and_mask(
     weights, axes = _weights_to_trace(model, scope, block_size)
     if column_budget is not None:
         # A budget without room is refused here, not after the trace.
-        grids = {name: torch.zeros(grid_shape(weight.shape, block_size)) for name, weight in weights.items()}
+        grids = {
+            name: torch.zeros(grid_shape(weight.shape, block_size), device="cpu") for name, weight in weights.items()
+        }
         select_blocks(grids, budget, axes)
     scores: dict[str, Tensor] = {}
     choose: Choose | None = None

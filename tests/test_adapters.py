@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from oracle import assert_invariant, random_masks
 from torch import nn
 
 import sylva_compile
-from sylva_compile import Masks, adapters
+from sylva_compile import Masks, adapters, embedding
 from sylva_compile.errors import AdapterError, EmbeddingError, SylvaError
 
 
@@ -151,8 +152,46 @@ def test_another_frozen_weight_is_said(tmp_path: Path, caplog: pytest.LogCapture
     assert not caplog.text
     nn.init.normal_(other.head.weight)
     sylva_compile.load_adapter(other, tmp_path)
-    assert "1 frozen weights are not those" in caplog.text
+    assert "1 frozen weights or buffers are not those" in caplog.text
     assert "head.weight first" in caplog.text
+
+
+def test_an_offloaded_weight_elsewhere_is_not_in_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, model, _ = trained()
+    for each in (base, model):
+        each.requires_grad_(False)
+        each.spare = nn.Linear(5, 5, device="meta").requires_grad_(False)
+    embedding.sites(model)["body.0.weight"].blocks.requires_grad_(True)
+    sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
+    sylva_compile.load_adapter(base, tmp_path)
+    assert not caplog.records
+    assert torch.equal(base.body[2].weight, model.body[2].weight)
+    base.to("meta")
+    with pytest.raises(SylvaError, match="on the meta device"):
+        sylva_compile.load_adapter(base, tmp_path)
+
+
+def test_buffers_that_training_changed_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16))
+    model = copy.deepcopy(base)
+    random_masks(model, ["0.weight"], 8, 0.5).embed(model)
+    model[1].requires_grad_(False)
+    model[2].requires_grad_(False)
+    model(torch.randn(8, 16))
+    sylva_compile.save_adapter(model, tmp_path)
+    sylva_compile.load_adapter(base, tmp_path)
+    assert "1.running_mean first" in caplog.text
+
+
+def test_blocks_that_somebody_froze_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).requires_grad_(False)
+    masks = random_masks(model, ["0.weight"], 8, 0.5)
+    masks.embed(model)
+    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["1"]))  # type: ignore[arg-type]
+    assert not masks.parameters()[0].requires_grad
+    wrapped.requires_grad_(False)
+    sylva_compile.save_adapter(wrapped, tmp_path)
+    assert "No block of this model requires grad" in caplog.text
 
 
 class Normed(nn.Module):

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import sylva_compile
-from sylva_compile import Masks
+from sylva_compile import Masks, checkpoint
 from sylva_compile.curvature import update_queue
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.errors import ArgumentError, TraceError
@@ -241,6 +242,46 @@ class TestRefusals:
             trace(batches(), tmp_path / "trace.safetensors", checkpoint_every=0)
 
 
+class Pair:
+    """A batch that is an object, which refers to itself."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.inputs, self.targets = batch
+        self.me = self
+
+
+def of_pairs(model: nn.Module, batch: Pair) -> Tensor:
+    return noisy_regression(model, (batch.inputs, batch.targets))
+
+
+def test_batches_that_are_objects_are_told_apart(tmp_path: Path) -> None:
+    data, path = [Pair(batch) for batch in batches()], tmp_path / "trace"
+    with pytest.raises(KeyboardInterrupt):
+        trace(broken_off(data, 5), path, loss_fn=of_pairs)  # type: ignore[arg-type]
+    with pytest.raises(TraceError, match="other batches"):
+        trace(data[::-1], path, loss_fn=of_pairs)
+    assert trace(data, path, loss_fn=of_pairs) == trace(batches())
+
+
+def test_batches_may_be_slices(tmp_path: Path) -> None:
+    inputs, targets = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    keep = torch.ones(len(inputs), 3, dtype=torch.bool)
+    data = [{"x": inputs[at : at + 1], "y": targets[at : at + 1], "keep": keep[at : at + 1]} for at in range(32)]
+    trace(data, tmp_path / "trace", loss_fn=lambda model, batch: noisy_regression(model, (batch["x"], batch["y"])))
+
+
+def test_a_full_disk_does_not_end_the_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any) -> None:
+        raise SafetensorError("I/O error: File too large")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert trace(batches(), tmp_path / "trace") == trace(batches())
+    assert "trace cannot be written (I/O error: File too large); the trace goes on" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_crash_while_writing_leaves_the_older_checkpoint(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = interrupted.read_bytes()
 
@@ -248,8 +289,8 @@ def test_a_crash_while_writing_leaves_the_older_checkpoint(interrupted: Path, mo
         path.write_bytes(b"part")
         raise OSError("disk full")
 
-    monkeypatch.setattr(sylva_compile.checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="disk full"):
-        trace(batches(), interrupted)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(KeyboardInterrupt):
+        trace(broken_off(batches(), 7), interrupted)
     assert interrupted.read_bytes() == before
     assert list(interrupted.parent.iterdir()) == [interrupted]

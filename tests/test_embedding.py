@@ -6,7 +6,9 @@ import io
 import pickle
 import weakref
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -304,6 +306,56 @@ class TestOneValue:
         model(torch.randn(2, 40)).sum().backward()
         assert model[0].weight_blocks.grad is not None
 
+    @pytest.mark.parametrize("gradients", [True, False])
+    def test_a_move_does_not_choose_between_two_values(self, gradients: bool) -> None:
+        model, masks = small()
+        masks.embed(model)
+        weight = model[0]._sylva_sites["weight"].weight
+        with torch.set_grad_enabled(gradients):
+            weight.data += 1
+        with pytest.raises(EmbeddingError, match=r"0\.weight: blocks and dense weight differ.*write_through"):
+            model.to(torch.float64)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        masks.write_through()
+        assert_invariant(model.to(torch.float64), masks)
+
+    def test_what_became_nan_can_be_moved(self) -> None:
+        model, masks = small()
+        with torch.no_grad():
+            masks.parameters()[0].fill_(torch.nan)
+        model.to(torch.bfloat16)
+        assert model[0].weight.isnan().any()
+
+    def test_a_tied_weight_through_the_meta_device(self) -> None:
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        model[1].weight = model[0].weight
+        state = copy.deepcopy(model.state_dict())
+        masks = random_masks(model, ["0.weight"], 16, 0.5)
+        masks.embed(model)
+        model.to("meta").to_empty(device="cpu")
+        model.load_state_dict(state)
+        assert model[1]._parameters["weight"] is model[0]._parameters["weight"]
+        assert_invariant(model, masks)
+        model(torch.randn(4, 32)).sum().backward()
+        assert model[0].weight_blocks.grad.any()
+
+    def test_index_tensors_ignore_the_default_device(self) -> None:
+        model, _ = small()
+        x = torch.randn(4, 40)
+        with torch.device("meta"):
+            options = {"loss_fn": lambda model, x: model(x).square().mean(), "num_samples": 4, "progress": False}
+            masks = sylva_compile.trace_and_mask(model, [x], block_size=16, sparsity=0.5, column_budget=0.9, **options)
+            assert masks["0.weight"].dense().device.type == "cpu"
+            model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
+            optimizers = [
+                sylva_compile.AdamW(masks.parameters(), lr=0.1, max_grad_norm=1.0),
+                sylva_compile.optim.SGD(masks.parameters(), lr=0.1, state_dtype=torch.bfloat16),
+            ]
+            for optimizer in optimizers:
+                model(x).square().mean().backward()
+                optimizer.step()
+        assert_invariant(model, masks)
+
 
 def _through_torch_save(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
@@ -311,6 +363,58 @@ def _through_torch_save(model: nn.Module) -> nn.Module:
     file.seek(0)
     loaded: nn.Module = torch.load(file, weights_only=False)
     return loaded
+
+
+class TestAssignedData:
+    """`weight.data = values`, as PEFT writes what it merges."""
+
+    @pytest.mark.parametrize("safe", [True, False])
+    def test_an_adapter_of_peft_is_merged(self, safe: bool) -> None:
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        wrapped: Any = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        masks = random_masks(wrapped, ["base_model.model.0.base_layer.weight"], 8, 0.5)
+        masks.embed(wrapped)
+        x = torch.randn(4, 32)
+        want = wrapped(x)
+        merged = wrapped.merge_and_unload(safe_merge=safe)
+        assert_invariant(merged, {"0.weight": masks["base_model.model.0.base_layer.weight"]})
+        torch.testing.assert_close(merged.to("cpu")(x), want)
+        with pytest.raises(EmbeddingError, match="its base is not known"):
+            sylva_compile.unload_adapter(merged)
+
+    def test_is_copied_and_read(self) -> None:
+        model, masks = small()
+        masks.embed(model)
+        values = torch.randn(50, 40)
+        model[0].weight.data = values
+        assert torch.equal(model[0]._sylva_sites["weight"].weight, values)
+        assert_invariant(model, masks)
+        assert not model[0]._sylva_sites["weight"].base_known
+        with pytest.raises(EmbeddingError, match=r"takes data of shape \(50, 40\), not \(40, 50\)"):
+            model[0].weight.data = values.T
+
+    def test_reading_gives_ordinary_tensors_elsewhere(self) -> None:
+        model, masks = small()
+        masks.embed(model)
+        weight = model[0].weight
+        assert isinstance(weight, nn.Parameter)
+        assert {type(weight.data), type(weight * 2), type(weight.detach())} == {Tensor}
+        file = io.BytesIO()
+        torch.save(weight, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file), weight)
+
+    def test_a_compiled_function_takes_what_was_read(self) -> None:
+        model, masks = small()
+        masks.embed(model)
+        x = torch.randn(4, 40)
+        compiled = torch.compile(lambda x, weight: F.linear(x, weight), backend="aot_eager", fullgraph=True)
+        compiled(x, model[0].weight).square().sum().backward()
+        found = masks.parameters()[0].grad
+        masks.parameters()[0].grad = None
+        F.linear(x, model[0].weight).square().sum().backward()
+        torch.testing.assert_close(found, masks.parameters()[0].grad)
 
 
 class TestStateDict:

@@ -1,6 +1,7 @@
 """A fingerprint changes with every bit, with order and with dtype, and with nothing else."""
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given, settings
 
@@ -32,6 +33,14 @@ def test_sizes_that_are_no_multiple_of_a_word() -> None:
 def test_strides_do_not_count() -> None:
     tensor = torch.randn(12, 20)
     assert checksum(tensor) == checksum(tensor.t().contiguous().t())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.bfloat16, torch.int64])
+def test_a_slice_is_what_its_copy_is(dtype: torch.dtype) -> None:
+    whole = torch.arange(60).reshape(20, 3).to(dtype)
+    for start in range(6):
+        piece = whole[start : start + 9]
+        assert checksum(piece) == checksum(piece.clone())
 
 
 def test_large_tensors_are_read_in_pieces() -> None:

@@ -36,4 +36,4 @@ def magnitude_scores(weight: Tensor, block_size: int) -> Tensor:
 
 def random_scores(weight: Tensor, block_size: int) -> Tensor:
     """Uniform scores from torch's global generator: `torch.manual_seed` chooses the masks; needs no data."""
-    return torch.rand(grid_shape(weight.shape, block_size), dtype=torch.float64)
+    return torch.rand(grid_shape(weight.shape, block_size), dtype=torch.float64, device="cpu")

@@ -89,7 +89,7 @@ class OnlineHierarchy(Factor):
             q = min(kept, h)
             self.bases.append(zeros(2**level, 2, h, q))
             self.values.append(zeros(2**level, q))
-        self.updates = torch.zeros((), dtype=torch.int64)
+        self.updates = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def state(self) -> list[Tensor]:
         """All that is kept, in a fixed order and of fixed shapes; changing it in place changes the hierarchy."""
@@ -181,7 +181,7 @@ class OnlineHierarchy(Factor):
     def _mixing(self, tokens: int) -> Tensor:
         """`[count, T]`, standard normal; drawn on the CPU so that every device mixes alike."""
         generator = torch.Generator().manual_seed(int(self.updates))
-        mixing = torch.randn(self._widest + self.probes, tokens, generator=generator, dtype=torch.float32)
+        mixing = torch.randn(self._widest + self.probes, tokens, generator=generator, dtype=torch.float32, device="cpu")
         return mixing.to(self.leaves.device, self.leaves.dtype)
 
 

@@ -44,9 +44,9 @@ def sddmm_cpu(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> T
     tokens, nnz = lhs.shape[0], positions.shape[1]
     wide = block_dtype(lhs.dtype)
     if tokens == 0 or nnz == 0:
-        return torch.zeros((nnz, block_size, block_size), dtype=wide)
+        return torch.zeros((nnz, block_size, block_size), dtype=wide, device="cpu")
     segments = segments_of(tokens, nnz)
-    out = torch.empty((segments, nnz, block_size, block_size), dtype=wide)
+    out = torch.empty((segments, nnz, block_size, block_size), dtype=wide, device="cpu")
     positions = positions.contiguous()
     failed = kernel(
         _DTYPES[lhs.dtype],
@@ -86,7 +86,7 @@ def sddmm_by_products(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: i
     """
     m, n = lhs.shape[1], rhs.shape[1]
     wide = block_dtype(lhs.dtype)
-    out = torch.zeros((positions.shape[1], block_size, block_size), dtype=wide)
+    out = torch.zeros((positions.shape[1], block_size, block_size), dtype=wide, device="cpu")
     rows, cols = positions.tolist()
     panel_of, panel = -1, lhs
     start = 0

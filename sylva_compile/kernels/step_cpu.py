@@ -38,7 +38,7 @@ class CpuLaunch:
     def squares(self) -> Tensor:
         """See `Launch`: a sum a tile."""
         table = self.table
-        sums = torch.empty(len(table.tiles), dtype=torch.float64)
+        sums = torch.empty(len(table.tiles), dtype=torch.float64, device="cpu")
         self._library.squares(
             _pointer(table.rows),
             _pointer(table.gradients),

@@ -52,7 +52,7 @@ class EagerLaunch:
         wide = block_dtype(slot.param.dtype)
         names = [symbol for symbol, _ in rule.states]
         once: dict[sp.Symbol, Any] = dict(zip((symbol for symbol, _ in rule.hyperparameters), hyper, strict=True))
-        once[t] = torch.ones((), dtype=torch.float64) if slot.step is None else slot.step.double()
+        once[t] = torch.ones((), dtype=torch.float64, device="cpu") if slot.step is None else slot.step.double()
         values: dict[sp.Symbol, Any] = {p: slot.param.to(wide), g: gradient.to(wide) * scale.to(wide)}
         values |= {symbol: state.to(wide) for symbol, state in zip(names, slot.states, strict=True)}
         values |= {symbol: compute(once).to(wide) for symbol, compute in self._scalars}
@@ -97,6 +97,8 @@ def _function(expression: sp.Expr) -> Any:
 
     def compute(values: dict[sp.Symbol, Any]) -> Tensor:
         names = {symbol.name: values[symbol] for symbol in expression.free_symbols}
-        return torch.as_tensor(eval(code, {"torch": torch}, names))
+        value = eval(code, {"torch": torch}, names)
+        # A number as a tensor on the CPU goes with tensors of any device.
+        return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
     return compute

@@ -137,20 +137,20 @@ class StepTable:
         return row
 
     def _send(self, values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
-        return send(torch.tensor(values, dtype=torch.int64), self.device)
+        return send(torch.tensor(values, dtype=torch.int64, device="cpu"), self.device)
 
     def _tiles(self, rows: list[tuple[int, ...]]) -> Tensor:
         """`int64[tiles, 2]`: row and first element of each tile."""
-        table = torch.tensor(rows, dtype=torch.int64)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
         block, count = table[:, COLUMNS.index("BLOCK")], table[:, COLUMNS.index("COUNT")]
         size = torch.full_like(count, self.tile)
         if self._whole_blocks:
             area = (block * block).clamp(min=1)
             size = torch.where(block > 0, (self.tile // area).clamp(min=1) * area, size)
         number = (count + size - 1) // size
-        row = torch.arange(len(rows)).repeat_interleave(number)
+        row = torch.arange(len(rows), device="cpu").repeat_interleave(number)
         before = number.cumsum(0) - number
-        return torch.stack([row, (torch.arange(len(row)) - before[row]) * size[row]], dim=1)
+        return torch.stack([row, (torch.arange(len(row), device="cpu") - before[row]) * size[row]], dim=1)
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

@@ -56,7 +56,7 @@ class Launches:
         values = [None if k in remote else float(value) for k, value in enumerate(found)]
         before, table = self._hyper.get((rule, device), ([], torch.empty(0)))
         if values != before:
-            known = torch.tensor([value or 0.0 for value in values], dtype=torch.float64)
+            known = torch.tensor([value or 0.0 for value in values], dtype=torch.float64, device="cpu")
             table = send(known.view(len(groups), len(names)), device)
             self._hyper[rule, device] = (values, table)
         for k, value in remote.items():
