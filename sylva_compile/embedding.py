@@ -1,7 +1,7 @@
 """Trainable blocks inside frozen weights, by class-swapped modules. The rule they follow is in `sylva_compile.site`."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +63,7 @@ def _weight_property(attribute: str) -> property:
             if blocks is not site.blocks or (training and weight is not site.weight):
                 raise swapped(site)
             if training:
-                check_reduced(site)
+                check_reduced([site])
             site.sync()
         if not training:
             return weight
@@ -101,17 +101,20 @@ def swapped(site: Site) -> EmbeddingError:
     )
 
 
-def check_reduced(site: Site) -> None:
-    """Raise EmbeddingError in a training pass of a DistributedDataParallel that does not know the site's blocks."""
+def check_reduced(sites: Iterable[Site]) -> None:
+    """Raise EmbeddingError in a training pass of a DistributedDataParallel that does not know the blocks of `sites`."""
     ddp: Any = DistributedDataParallel._get_active_ddp_module()
-    if ddp is None or ((known := _reduced.get(site)) is not None and known() is ddp):
+    if ddp is None:
         return
-    if not any(parameter is site.blocks for parameter in ddp._module_parameters):
-        raise EmbeddingError(
-            f"{site.name} was embedded after DistributedDataParallel had wrapped the model, which would never average "
-            "its gradients; call masks.embed(model) first, then wrap the model."
-        )
-    _reduced[site] = weakref.ref(ddp)
+    for site in sites:
+        if (known := _reduced.get(site)) is not None and known() is ddp:
+            continue
+        if not any(parameter is site.blocks for parameter in ddp._module_parameters):
+            raise EmbeddingError(
+                f"{site.name} was embedded after DistributedDataParallel had wrapped the model, which would never "
+                "average its gradients; call masks.embed(model) first, then wrap the model."
+            )
+        _reduced[site] = weakref.ref(ddp)
 
 
 class _Embedded:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sylva_compile import embedding
@@ -16,24 +16,10 @@ from sylva_compile.site import Site, iter_sites
 
 @dataclass(frozen=True)
 class _Known:
-    """What was found for certain arguments; weak, so that nothing is kept alive."""
+    """The sites of certain arguments, and those of them whose blocks get a gradient."""
 
-    arguments: list[weakref.ref[Tensor]]
-    sites: list[weakref.ref[Site]]
-    trained: list[weakref.ref[Site]]
-
-    def is_alive(self) -> bool:
-        """Whether these arguments can be given again."""
-        return all(ref() is not None for ref in self.arguments)
-
-    def holds(self, arguments: list[Tensor]) -> bool:
-        """Whether these are the same tensors, not others at their addresses, with the same sites."""
-        weights = {id(tensor) for tensor in arguments}
-        return all(ref() is tensor for ref, tensor in zip(self.arguments, arguments, strict=True)) and all(
-            # One that is there may have been given another weight since, and its old one may be another site's.
-            (site := ref()) is not None and site.embedded and id(site.weight) in weights
-            for ref in self.sites
-        )
+    sites: "weakref.WeakSet[Site]"
+    trained: "weakref.WeakSet[Site]"
 
 
 class Follower:
@@ -48,7 +34,7 @@ class Follower:
         self._marked, self._note = marked, note
         self._where: list[int] | None = None
         self._known: dict[tuple[int, ...], _Known] = {}
-        self._embedded = -1
+        self._changes = -1
 
     def before_run(self, args: tuple[Any, ...]) -> None:
         """Let the blocks and dense weights among `args` agree.
@@ -65,39 +51,35 @@ class Follower:
             self._where = [at for at, value in enumerate(args) if at in positions or _may_be_embedded(value)]
         if not self._where:
             return
-        if self._embedded != Site.made:
-            # What was an ordinary weight may be a site's now.
+        if self._changes != Site.changes or len(self._known) > _MOST_KNOWN:
             self._known.clear()
-            self._embedded = Site.made
-        arguments = [args[at] for at in self._where]
-        key = tuple(map(id, arguments))
+            self._changes = Site.changes
+        key = tuple(id(args[at]) for at in self._where)
         known = self._known.get(key)
-        if known is None or not known.holds(arguments):
-            # Parameters that are made for one call (an average, to be evaluated) leave nothing behind.
-            self._known = {key: known for key, known in self._known.items() if known.is_alive()}
-            known = self._known[key] = self._look(args, arguments)
-        for ref in known.trained:
-            if (site := ref()) is not None:
-                embedding.check_reduced(site)
-        for ref in known.sites:
-            if (site := ref()) is not None:
-                site.sync()
+        if known is None:
+            known = self._known[key] = self._look(args)
+        embedding.check_reduced(known.trained)
+        for site in known.sites:
+            site.sync()
 
-    def _look(self, args: tuple[Any, ...], arguments: list[Tensor]) -> _Known:
+    def _look(self, args: tuple[Any, ...]) -> _Known:
         by_weight = {id(site.weight): site for site in iter_sites()}
         by_positions = {id(site.layout.positions): site for site in iter_sites()}
         given = {id(value) for value in args}
-        trained = []
+        trained: weakref.WeakSet[Site] = weakref.WeakSet()
         for at, outcome in self._marked:
             site = by_positions.get(id(args[at]))
             if site is not None:
                 if not {id(site.weight), id(site.blocks)} <= given:
                     raise embedding.swapped(site)
-                embedding.check_reduced(site)
+                embedding.check_reduced([site])
                 self._note(site, outcome)
-                trained.append(weakref.ref(site))
-        sites = [weakref.ref(by_weight[id(value)]) for value in arguments if id(value) in by_weight]
-        return _Known([weakref.ref(value) for value in arguments], sites, trained)
+                trained.add(site)
+        return _Known(weakref.WeakSet(by_weight[each] for each in given & by_weight.keys()), trained)
+
+
+_MOST_KNOWN = 256
+"""Parameters that are made for one call (an average, to be evaluated) leave an entry behind."""
 
 
 def _may_be_embedded(value: Any) -> bool:

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 class Site:
     """One embedded weight: the dense Parameter, its blocks, and what is needed to keep them equal and to undo them."""
 
-    made: ClassVar[int] = 0
-    """How many there have ever been: as long as it stays, no weight has become embedded."""
+    changes: ClassVar[int] = 0
+    """Grows whenever a site comes, goes, or gets other tensors; until then, the `id` of a tensor tells whose it is."""
 
     def __init__(self, name: str, weight: nn.Parameter, mask: "BlockMask", axis: int) -> None:
         """Read the blocks of `weight` at `mask`; nothing is changed yet."""
@@ -49,13 +49,12 @@ class Site:
         self.base = values.to("cpu", copy=True)
         """The blocks before training, in the weight's dtype, on the host; `unload_adapter` restores them."""
         self.base_known = True
-        self.embedded = True
         self.had_gradient = False
         self._owners: list[tuple[weakref.ref[nn.Module], str]] = []
         self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
         self.agree()
         _alive.add(self)
-        Site.made += 1
+        Site.changes += 1
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the owners, who are other modules in a copy."""
@@ -76,7 +75,7 @@ class Site:
         self.__dict__.update(state)
         self.agree()
         _alive.add(self)
-        Site.made += 1
+        Site.changes += 1
 
     def sync(self) -> None:
         """Repair the invariant after an edit in place that autograd's version counters have seen."""
@@ -110,6 +109,7 @@ class Site:
         A weight that differs outside of the blocks is another base: what it holds in the blocks is what
         `unload_adapter` restores from now on. One that is the same there is a resumed training of this base.
         """
+        Site.changes += 1
         new, nothing = self.weight.detach().clone(), torch.zeros_like(self.blocks)
         self.writer.write(new, nothing)
         self.writer.write(old, nothing)
@@ -121,6 +121,7 @@ class Site:
 
     def moved(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
         """Follow the module's tensors to another device or dtype; `masters` are the blocks before the move."""
+        Site.changes += 1
         self.weight, self.blocks = weight, blocks
         wide = block_dtype(weight.dtype)
         if blocks.dtype != wide:
@@ -151,7 +152,7 @@ class Site:
 
     def release(self) -> None:
         """Stop following: the blocks are about to go."""
-        self.embedded = False
+        Site.changes += 1
         _alive.discard(self)
 
     def inside(self, blocks: Tensor) -> Tensor:
