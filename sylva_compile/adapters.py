@@ -246,16 +246,15 @@ def _extras(model: nn.Module, endings: Sequence[str], sites: Mapping[str, Site])
 
 
 def _frozen(model: nn.Module, sites: Mapping[str, Site], extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the blocks were trained beside: frozen parameters, each once, and buffers, such as running means."""
+    """What the blocks were trained beside, each tensor once: frozen parameters, and buffers such as running means."""
     taken = _carried(sites)
     taken |= {id(tensor) for tensor in extras.values()}
-    named: dict[str, Tensor] = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    named |= {name: tensor for name, tensor in _named_tensors(model).items() if not isinstance(tensor, nn.Parameter)}
-    return {
-        name: tensor
-        for name, tensor in named.items()
-        if not tensor.requires_grad and id(tensor) not in taken and _has_values(tensor)
-    }
+    found: dict[str, Tensor] = {}
+    for name, tensor in _named_tensors(model).items():
+        if not tensor.requires_grad and id(tensor) not in taken and _has_values(tensor):
+            taken.add(id(tensor))
+            found[name] = tensor
+    return found
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -306,13 +306,11 @@ class TestOneValue:
         model(torch.randn(2, 40)).sum().backward()
         assert model[0].weight_blocks.grad is not None
 
-    @pytest.mark.parametrize("gradients", [True, False])
-    def test_a_move_does_not_choose_between_two_values(self, gradients: bool) -> None:
+    def test_a_move_does_not_choose_between_two_values(self) -> None:
         model, masks = small()
         masks.embed(model)
-        weight = model[0]._sylva_sites["weight"].weight
-        with torch.set_grad_enabled(gradients):
-            weight.data += 1
+        with torch.no_grad():
+            model[0].weight.data += 1
         with pytest.raises(EmbeddingError, match=r"0\.weight: blocks and dense weight differ.*write_through"):
             model.to(torch.float64)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -500,6 +498,17 @@ class TestGradients:
         model, masks = small()
         masks.embed()
         assert model[0].weight.data_ptr() == model[0]._parameters["weight"].data_ptr()
+
+    def test_a_penalty_on_the_gradient_of_inputs(self) -> None:
+        model, masks = small()
+        dense = copy.deepcopy(model)
+        masks.embed(model)
+        x = torch.randn(4, 40, requires_grad=True)
+        for each in (dense, model):
+            [slope] = torch.autograd.grad(each(x).square().sum(), x, create_graph=True)
+            slope.square().sum().backward()
+        for name, blocks in zip(masks, masks.parameters(), strict=True):
+            torch.testing.assert_close(blocks.grad, blocks_by_loops(dense.get_parameter(name).grad, masks[name]))
 
     def test_a_use_that_is_no_product_is_right_too(self) -> None:
         table = nn.Embedding(24, 16)

@@ -146,6 +146,11 @@ class TestOtherModels:
 
 
 class TestFiles:
+    def test_a_place_where_nothing_can_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(MaskError, match=r"No masks can be written to .*; name a file"):
+            random_masks(small(), ["0.weight"], 8, 0.5).save(tmp_path / "file" / "masks")
+
     def test_round_trip(self, tmp_path: Path) -> None:
         model = small()
         masks = random_masks(model, ["0.weight", "2.weight"], 16, 0.5)

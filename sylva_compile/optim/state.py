@@ -46,8 +46,8 @@ def settle_state(
         if not isinstance(count, Tensor) or count.dtype != torch.float32 or count.device != parameter.device:
             # torch's SGD counts nothing, but a buffer that is there has seen a first step.
             started = any(state.get(name) is not None for _, name in rule.states)
-            count = torch.as_tensor(float(started) if count is None else count, device=parameter.device)
-            state["step"] = count = count.to(parameter.device, torch.float32)
+            known = float(started) if count is None else count
+            state["step"] = count = torch.as_tensor(known, dtype=torch.float32, device=parameter.device)
     states = []
     for _, name in rule.states:
         value = state.get(name)
