@@ -24,6 +24,9 @@ from typing import Any
 import torch
 import transformers
 from report import write_results
+from sylva_compile.observation import Progress, observe
+from sylva_compile.scope import input_axes, weights_in_scope
+from sylva_compile.selection import Budget, select_blocks
 from torch import Tensor, nn
 
 from sylva_compile.curvature.dense import DenseFactor
@@ -31,9 +34,6 @@ from sylva_compile.curvature.factor import NewFactor
 from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.curvature.online import OnlineHierarchy
-from sylva_compile.observation import Progress, observe
-from sylva_compile.scope import input_axes, weights_in_scope
-from sylva_compile.selection import Budget, select_blocks
 
 Maps = dict[str, Tensor]
 

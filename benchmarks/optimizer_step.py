@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from report import print_table, write_results
+from sylva_compile.site import Site
 from torch import Tensor, nn
 
 import sylva_compile
 from sylva_compile import Masks, embedding
-from sylva_compile.site import Site
 
 HIDDEN, MLP, LAYERS = 4096, 11008, 32
 STREAMED = 1 << 25

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from report import machine, print_table, write_results
-from torch import Tensor
-
-from sylva_compile.kernels.sddmm import sddmm, sddmm_reference
 from sylva_compile.kernels.sddmm_configs import MANY, PANELS, TABLE, Config, choose_config, config_key
 from sylva_compile.kernels.sddmm_cpu import sddmm_by_products
 from sylva_compile.kernels.sddmm_triton import sddmm_shared_triton
+from torch import Tensor
+
+from sylva_compile.kernels.sddmm import sddmm, sddmm_reference
 
 
 def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:

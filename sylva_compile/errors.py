@@ -21,7 +21,7 @@ class MaskError(SylvaError, ValueError):
     """Masks do not fit the model they are used with."""
 
 
-class EmbeddingError(SylvaError, RuntimeError):
+class EmbedError(SylvaError, RuntimeError):
     """The model is, or is not, embedded as the call requires."""
 
 

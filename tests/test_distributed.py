@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from train_two_ranks import case_and_masks, train
 
 import sylva_compile
-from sylva_compile import embedding
-from sylva_compile.errors import EmbeddingError
+from sylva_compile.blocks import embedding
+from sylva_compile.errors import EmbedError
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
@@ -55,9 +55,9 @@ class TestEmbeddedAfterWrapping:
         masks.embed(model)
         sylva_compile.save_adapter(model, tmp_path / "adapter")
         sylva_compile.unload_adapter(model)
-        with pytest.raises(EmbeddingError, match="then wrap"):
+        with pytest.raises(EmbedError, match="then wrap"):
             masks.embed(model)
-        with pytest.raises(EmbeddingError, match="then wrap"):
+        with pytest.raises(EmbedError, match="then wrap"):
             sylva_compile.load_adapter(model, tmp_path / "adapter")
         assert not embedding.sites(model)
 
@@ -75,7 +75,7 @@ class TestEmbeddedAfterWrapping:
             model = torch.compile(model, backend=backend)
         with torch.no_grad():
             model(**case.batch)
-        with pytest.raises(EmbeddingError, match="then wrap"):
+        with pytest.raises(EmbedError, match="then wrap"):
             model(**case.batch)
         assert head.grad is None
 
@@ -86,7 +86,7 @@ class TestEmbeddedAfterWrapping:
         model = DistributedDataParallel(case.model)
         case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
         case.model(**case.batch).loss.backward()
-        with pytest.raises(EmbeddingError, match="then wrap"):
+        with pytest.raises(EmbedError, match="then wrap"):
             model(**case.batch)
 
     @pytest.mark.parametrize("compiled", [False, True])

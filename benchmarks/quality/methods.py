@@ -8,14 +8,14 @@ from typing import Any
 
 import peft
 import torch
+from sylva_compile.scope import input_axes, weights_in_scope
+from sylva_compile.selection import Budget
 from tasks import head_of, heads_of
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from traces import PATTERNS, Scores, budget_elements, choose_once
 
 import sylva_compile
-from sylva_compile.scope import input_axes, weights_in_scope
-from sylva_compile.selection import Budget
 
 Groups = list[dict[str, Any]]
 

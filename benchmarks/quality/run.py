@@ -29,6 +29,7 @@ from cost import beside_floor
 from grid import Grid, Run, best_learning_rate
 from methods import METHODS, Budgeted
 from rows import Rows
+from sylva_compile.scope import weights_in_scope
 from tasks import Batch, Data, Sizes, TaskError, head_of, on
 from torch import nn
 from traces import Scores, block_scores
@@ -36,7 +37,6 @@ from training import optimizer_of, train
 from transformers.utils import logging as transformers_logging
 
 import sylva_compile
-from sylva_compile.scope import weights_in_scope
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from peak import peak_above

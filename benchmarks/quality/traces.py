@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from sylva_compile.observation import observe
+from sylva_compile.scope import input_axes, weights_in_scope
+from sylva_compile.selection import Budget, Choose, select_blocks
 from tasks import Batch
 from torch import Tensor, nn
 
 from sylva_compile.curvature.baselines import magnitude_scores, random_scores
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.kernels.blocks import grid_shape
-from sylva_compile.observation import observe
-from sylva_compile.scope import input_axes, weights_in_scope
-from sylva_compile.selection import Budget, Choose, select_blocks
 
 Pattern = Literal["blocks", "columns", "rectangle"]
 PATTERNS = ("blocks", "columns", "rectangle")

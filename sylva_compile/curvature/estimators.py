@@ -27,7 +27,7 @@ class EstimatorChoice:
 
     Attributes:
         method: "sylva", "kfac" or "fisher".
-        score: "gain", "joint" or "paper"; "fisher" has but one.
+        score: "gain", "greedy" or "paper"; "fisher" has but one.
         block_size: b.
         depth: splits K of hierarchical factors.
         rank: r of hierarchical factors.
@@ -44,9 +44,9 @@ class EstimatorChoice:
     gradient_device: torch.device | None = None
 
     @property
-    def is_joint(self) -> bool:
-        """Whether `Estimators.take_joint_map` chooses."""
-        return self.method != "fisher" and self.score == "joint"
+    def is_greedy(self) -> bool:
+        """Whether `Estimators.take_greedy_map` chooses."""
+        return self.method != "fisher" and self.score == "greedy"
 
     def new_factor(self, queue: UpdateQueue[OnlineHierarchy] | None = None) -> NewFactor:
         """What makes a Kronecker factor: "gain" reads diagonal blocks alone, so "sylva" keeps no more for it.
@@ -136,11 +136,11 @@ class Estimators:
         self._forget(name)
         return found
 
-    def joint_map(self, name: str, count: int, allowed: Tensor) -> Tensor:
+    def greedy_map(self, name: str, count: int, allowed: Tensor) -> Tensor:
         """`count` of the `allowed` blocks, each chosen for what those before it have left to win.
 
         Args:
-            name: of a weight whose score is "joint".
+            name: of a weight whose score is "greedy".
             count: how many.
             allowed: `bool`, as the weight is stored.
 
@@ -153,14 +153,14 @@ class Estimators:
         estimator = self._estimators[name]
         assert isinstance(estimator, Kfac)
         try:
-            found = estimator.joint_map(self._block_size, count, self._turned(name, allowed))
+            found = estimator.greedy_map(self._block_size, count, self._turned(name, allowed))
         except ArithmeticError as error:
             raise ArgumentError(f"{name}: no joint choice ({error}); raise damping, or use score='gain'.") from error
         return self._turned(name, found)
 
-    def take_joint_map(self, name: str, count: int, allowed: Tensor) -> Tensor:
+    def take_greedy_map(self, name: str, count: int, allowed: Tensor) -> Tensor:
         """The same; the weight's statistics are dropped."""
-        found = self.joint_map(name, count, allowed)
+        found = self.greedy_map(name, count, allowed)
         self._forget(name)
         return found
 

@@ -25,7 +25,7 @@ from sylva_compile.curvature.hierarchy_inverse import HierarchyInverse
 
 
 @dataclass(frozen=True)
-class Layout:
+class TreeLayout:
     """Where the lines of a matrix of `size` lie in the slots of a tree of `depth` splits."""
 
     size: int
@@ -80,7 +80,7 @@ class Hierarchy(Covariance):
         values: for each level k, Λ as `[*, 2^k, r]`, not negative.
     """
 
-    layout: Layout
+    layout: TreeLayout
     leaves: Tensor
     bases: Sequence[Tensor]
     values: Sequence[Tensor]
@@ -88,7 +88,7 @@ class Hierarchy(Covariance):
     @classmethod
     def from_dense(cls, matrix: Tensor, depth: int, rank: int) -> "Hierarchy":
         """The best hierarchy of `depth` and `rank` of a symmetric `matrix [*, d, d]` (Eckart-Young in every node)."""
-        layout = Layout(matrix.shape[-1], depth)
+        layout = TreeLayout(matrix.shape[-1], depth)
         whole = layout.spread(layout.spread(matrix, matrix.dim() - 1), matrix.dim() - 2)
         bases, values = [], []
         for level in range(depth):

@@ -8,12 +8,12 @@ from torch.distributed import ProcessGroup, all_reduce
 
 from sylva_compile.curvature.base import Curvature, live_tokens
 from sylva_compile.curvature.factor import Covariance, NewFactor
+from sylva_compile.curvature.greedy import choose_greedily
 from sylva_compile.curvature.importance import GAIN_DAMPING, PAPER_DAMPING, gain_scores, importance, paper_scores
 from sylva_compile.curvature.input_factors import InputFactors
-from sylva_compile.curvature.joint import choose_jointly
 from sylva_compile.kernels.blocks import block_dtype
 
-Score = Literal["gain", "joint", "paper"]
+Score = Literal["gain", "greedy", "paper"]
 
 
 class Kfac(Curvature):
@@ -43,7 +43,7 @@ class Kfac(Curvature):
             outputs: m.
             inputs: n.
             new_factor: makes A and G.
-            score: "gain", "joint" or "paper".
+            score: "gain", "greedy" or "paper".
             damping: fraction of a factor's mean diagonal; None: the score's own.
             shared: where A is kept, for weights that may share it. The caller ends its batches and combines it over
                 ranks. None: A belongs to this weight alone.
@@ -90,7 +90,7 @@ class Kfac(Curvature):
             self.inputs.combine(group)
 
     def block_scores(self, block_size: int) -> Tensor:
-        """See `sylva_compile.curvature.importance`; of "joint", what each block could win alone.
+        """See `sylva_compile.curvature.importance`; of "greedy", what each block could win alone.
 
         The gain is a token's, and weights see different numbers of tokens: of a classifier's last layer only the one
         that it reads has a gradient. Times the number of tokens it is what the block could win on all of them, which
@@ -110,10 +110,10 @@ class Kfac(Curvature):
         )
         return paper_scores(outputs, inputs, block_size).cpu()
 
-    def joint_map(self, block_size: int, count: int, allowed: Tensor) -> Tensor:
-        """See `sylva_compile.curvature.joint`: a map with `count` of the `allowed` blocks."""
+    def greedy_map(self, block_size: int, count: int, allowed: Tensor) -> Tensor:
+        """See `sylva_compile.curvature.greedy`: a map with `count` of the `allowed` blocks."""
         gradient, a, g = self.means()
-        return choose_jointly(gradient, a, g, block_size, self._gain_damping(), count, allowed)
+        return choose_greedily(gradient, a, g, block_size, self._gain_damping(), count, allowed)
 
     def _gain_damping(self) -> float:
         return GAIN_DAMPING if self.damping is None else self.damping

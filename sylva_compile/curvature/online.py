@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_gather, all_reduce, get_world_size
 
 from sylva_compile.curvature.factor import Factor
-from sylva_compile.curvature.hierarchy import Hierarchy, Layout
+from sylva_compile.curvature.hierarchy import Hierarchy, TreeLayout
 from sylva_compile.curvature.update_queue import UpdateQueue
 
 OVERSAMPLING = 2
@@ -72,7 +72,7 @@ class OnlineHierarchy(Factor):
             device: likewise.
             queue: where tokens wait for those of other factors; None: every update is done at once.
         """
-        self.layout, self.rank = Layout(size, depth), rank
+        self.layout, self.rank = TreeLayout(size, depth), rank
         kept = OVERSAMPLING * rank if kept is None else kept
         self.probes = max(4, rank // 2) if probes is None else probes
         self._queue = queue

@@ -13,15 +13,20 @@ from sylva_compile.kernels.blocks import block_dtype, read_blocks
 
 @torch.library.custom_op("sylva::gather_blocks", mutates_args=())
 def gather_blocks(
-    gradient: Tensor, positions: Tensor, input_lines: Tensor, narrow_positions: Tensor, block_size: int, input_axis: int
+    gradient: Tensor,
+    positions: Tensor,
+    input_channels: Tensor,
+    narrow_positions: Tensor,
+    block_size: int,
+    input_axis: int,
 ) -> Tensor:
     """Blocks of a dense weight gradient.
 
     Args:
         gradient: `[m, n]`, the gradient of the weight as stored.
         positions: `int64[2, nnz]`, block rows and block columns.
-        input_lines: `int64[k]`, the elements of the weight's input axis that any block covers, ascending.
-        narrow_positions: `int64[2, nnz]`, the positions once the input axis is restricted to `input_lines`.
+        input_channels: `int64[k]`, the elements of the weight's input axis that any block covers, ascending.
+        narrow_positions: `int64[2, nnz]`, the positions once the input axis is restricted to `input_channels`.
         block_size: b.
         input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 for GPT-2's Conv1D.
 
@@ -33,6 +38,11 @@ def gather_blocks(
 
 @gather_blocks.register_fake
 def _(
-    gradient: Tensor, positions: Tensor, input_lines: Tensor, narrow_positions: Tensor, block_size: int, input_axis: int
+    gradient: Tensor,
+    positions: Tensor,
+    input_channels: Tensor,
+    narrow_positions: Tensor,
+    block_size: int,
+    input_axis: int,
 ) -> Tensor:
     return gradient.new_empty((positions.shape[1], block_size, block_size), dtype=block_dtype(gradient.dtype))

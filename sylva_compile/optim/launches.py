@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sylva_compile.errors import NativeCompilerError
-from sylva_compile.kernels.lowering import Program, Rule, lower
-from sylva_compile.kernels.step_cpu import CpuLaunch
-from sylva_compile.kernels.step_eager import EagerLaunch
-from sylva_compile.kernels.step_table import Launch, Slot, send
-from sylva_compile.kernels.step_triton import TritonLaunch
+from sylva_compile.kernels.step.cpu import CpuLaunch
+from sylva_compile.kernels.step.eager import EagerLaunch
+from sylva_compile.kernels.step.lowering import Program, Rule, lower
+from sylva_compile.kernels.step.table import Launch, Slot, send
+from sylva_compile.kernels.step.triton_launch import TritonLaunch
 from sylva_compile.optim.state import lies_dense
 
 log = logging.getLogger(__name__)

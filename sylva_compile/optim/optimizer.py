@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sylva_compile.blocks.site import BlockState, live_states
 from sylva_compile.errors import ArgumentError, GradientError
-from sylva_compile.kernels.codegen import cpp_source, triton_source
-from sylva_compile.kernels.lowering import Rule
-from sylva_compile.kernels.step_table import TYPES, Launch, Slot, Target
+from sylva_compile.kernels.step.codegen import cpp_source, triton_source
+from sylva_compile.kernels.step.lowering import Rule
+from sylva_compile.kernels.step.table import TYPES, Launch, Slot, Target
 from sylva_compile.optim.launches import Launches, lowered
 from sylva_compile.optim.state import laid_out_as, lies_dense, settle_state
-from sylva_compile.site import Site, iter_sites
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Member(NamedTuple):
     parameter: nn.Parameter
     slot: Slot
     gradient: Tensor | None
-    site: Site | None
+    site: BlockState | None
 
 
 _Work = dict[Launch, tuple[Rule, list[_Member]]]
@@ -171,7 +171,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            for site in iter_sites():
+            for site in live_states():
                 # The hook before the step has done so, but the closure may have edited blocks or dense weights by hand.
                 site.sync()
         before = set(self.state)
@@ -196,7 +196,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__} does not step sparse gradients; use torch.optim.SparseAdam for that "
                         "parameter, or sparse=False in its nn.Embedding."
                     )
-        sites = {id(site.blocks): site for site in iter_sites()}
+        sites = {id(site.blocks): site for site in live_states()}
         work: _Work = {}
         index = 0
         for number, group in enumerate(self.param_groups):
@@ -261,7 +261,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
 
     def _culprit(self) -> str:
         """The name of the first parameter whose gradient is not finite, or its place."""
-        sites = {id(site.blocks): site for site in iter_sites()}
+        sites = {id(site.blocks): site for site in live_states()}
         for number, group in enumerate(self.param_groups):
             for place, parameter in enumerate(group["params"]):
                 if parameter.grad is None or bool(torch.isfinite(parameter.grad).all()):
@@ -273,7 +273,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         return "some parameter"
 
 
-def _target(site: Site) -> Target | None:
+def _target(site: BlockState) -> Target | None:
     """Where the kernel writes the blocks of `site`; None if that is left to the site."""
     blocks, weight, positions = site.blocks, site.weight, site.layout.positions
     reachable = blocks.device == weight.device == positions.device and weight.layout == torch.strided
@@ -295,4 +295,4 @@ def _follow(launch: Launch, members: list[_Member]) -> None:
     torch.autograd.graph.increment_version(written)
     for member in members:
         if member.site is not None:
-            member.site.agree()
+            member.site.mark_synced()

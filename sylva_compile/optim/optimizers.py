@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sylva_compile.errors import ArgumentError
-from sylva_compile.kernels.lowering import Rule
+from sylva_compile.kernels.step.lowering import Rule
 from sylva_compile.optim import rules
 from sylva_compile.optim.optimizer import GeneratedOptimizer
 

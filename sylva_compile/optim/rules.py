@@ -13,7 +13,7 @@ the momentum:
 
 >>> import sympy as sp
 >>> import torch
->>> from sylva_compile.kernels.lowering import Rule, g, p
+>>> from sylva_compile.kernels.step.lowering import Rule, g, p
 >>> from sylva_compile.optim.optimizer import GeneratedOptimizer
 >>> lr, beta, m = sp.symbols("lr beta m", real=True)
 >>> signum = Rule(
@@ -48,7 +48,7 @@ import functools
 
 import sympy as sp
 
-from sylva_compile.kernels.lowering import Rule, g, p, t
+from sylva_compile.kernels.step.lowering import Rule, g, p, t
 
 _lr, _eps, _decay = sp.symbols("lr eps weight_decay", real=True)
 _beta1, _beta2, _alpha, _mu, _tau = sp.symbols("beta1 beta2 alpha mu tau", real=True)

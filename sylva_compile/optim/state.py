@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sylva_compile.errors import ArgumentError
-from sylva_compile.kernels.lowering import Rule
+from sylva_compile.kernels.step.lowering import Rule
 
 
 def lies_dense(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from torch.fx import Graph, Node
 
-from sylva_compile.kernels.sddmm_shared import sddmm_shared
+from sylva_compile.kernels.sddmm.shared_op import sddmm_shared
 from sylva_compile.passes.edit import call
 
 SHARED = sddmm_shared._opoverload

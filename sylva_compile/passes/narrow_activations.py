@@ -6,7 +6,7 @@ Before:
 
 After:
 
-    %x_narrow = aten.index(%x, [None, %lines])                   in the forward half, once for all who need these lines,
+    %x_narrow = aten.index(%x, [None, %channels])                   in the forward half, once for all who need these channels,
                                                                  or what comes to the same (`narrow_copy.py`)
     %blocks   = sylva.sddmm(%gy, %x_narrow, %narrow_positions, b)
 
@@ -14,7 +14,7 @@ The narrow copy is an offer to the partitioner, which then weighs what the forwa
 which the backward makes it again for little (a norm's input, say). It is not made where it could win nothing:
 
 * the activation is of the backward half itself: nothing is saved for it;
-* the lines are more than `WIDE` of it, unless the backward can make it again: an activation that a product reads whole
+* the channels are more than `WIDE` of it, unless the backward can make it again: an activation that a product reads whole
   is saved whole, however little it takes to make, and a copy of it is not;
 * the backward holds all of it anyway: something there reads it that is no pointwise operator (attention, another
   product), or that is one (a ReLU's) while nothing that is held allows to make the activation again.
@@ -35,26 +35,26 @@ WIDE = 0.9
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class SampledProduct:
     """A sampled product that reads its activation whole.
 
     Attributes:
         product: the `sddmm` node.
         activation: its operand that is not a gradient, `[T, n]` once transposed.
         axis: which of its operands that is.
-        lines, narrow_positions: what it needs of the activation, and its positions there.
-        block_size: b; lines come in whole blocks of as many.
+        channels, narrow_positions: what it needs of the activation, and its positions there.
+        block_size: b; channels come in whole blocks of as many.
     """
 
     product: Node
     activation: Operand
     axis: int
-    lines: Node
+    channels: Node
     narrow_positions: Node
     block_size: int
 
 
-def unify_activations(samples: Sequence[Sample]) -> list[Sample]:
+def unify_activations(samples: Sequence[SampledProduct]) -> list[SampledProduct]:
     """The samples, in their order, with equal views of one tensor as one activation: each layer makes its own."""
     first: dict[object, Node] = {}
     for node in sorted(sample.activation.node for sample in samples):
@@ -65,12 +65,12 @@ def unify_activations(samples: Sequence[Sample]) -> list[Sample]:
     ]
 
 
-def narrow_activations(graph: Graph, samples: Sequence[Sample]) -> dict[Sample, str]:
+def narrow_activations(graph: Graph, samples: Sequence[SampledProduct]) -> dict[SampledProduct, str]:
     """Let `samples` read narrow copies where that can win; returns the others, with the reason."""
     gradients = tangent_dependents(graph)
     backward = _Backward(backward_half(graph) - {sample.product for sample in samples})
     copies: dict[tuple[Operand, Node], Node] = {}
-    whole: dict[Sample, str] = {}
+    whole: dict[SampledProduct, str] = {}
     reasons = {sample: _why_whole(sample, gradients, backward) for sample in samples}
     for sample, reason in reasons.items():
         if reason is not None:
@@ -78,7 +78,7 @@ def narrow_activations(graph: Graph, samples: Sequence[Sample]) -> dict[Sample, 
             if not sample.activation.transposed:
                 sample.product.update_arg(sample.axis, sample.activation.node)
             continue
-        key = (sample.activation, sample.lines)
+        key = (sample.activation, sample.channels)
         if key not in copies:
             copies[key] = narrow_copy(graph, *key, sample.block_size, backward.holds)
         sample.product.update_arg(sample.axis, copies[key])
@@ -86,7 +86,7 @@ def narrow_activations(graph: Graph, samples: Sequence[Sample]) -> dict[Sample, 
     return whole
 
 
-def _why_whole(sample: Sample, gradients: set[Node], backward: "_Backward") -> str | None:
+def _why_whole(sample: SampledProduct, gradients: set[Node], backward: "_Backward") -> str | None:
     activation = sample.activation
     if activation.node in gradients:
         return "it is made in the backward pass"
@@ -94,7 +94,7 @@ def _why_whole(sample: Sample, gradients: set[Node], backward: "_Backward") -> s
     while root.target in VIEWS:
         root = root.all_input_nodes[0]
     width = _size(activation.node.meta["val"].shape[0 if activation.transposed else 1])
-    kept = _size(sample.lines.meta["val"].shape[0])
+    kept = _size(sample.channels.meta["val"].shape[0])
     if width is not None and kept is not None and kept > WIDE * width and not backward.can_make(root):
         return "the blocks need nearly all of its columns"
     keeper = backward.keeper(root)

@@ -3,11 +3,11 @@
 Before:
 
     %h        = aten.mul(aten.silu(%gate), %up)                  [T, n], pointwise
-    %h_narrow = aten.index(%h, [None, %lines])
+    %h_narrow = aten.index(%h, [None, %channels])
 
 After:
 
-    %h_narrow = aten.mul(aten.silu(aten.index(%gate, [None, %lines])), aten.index(%up, [None, %lines]))
+    %h_narrow = aten.mul(aten.silu(aten.index(%gate, [None, %channels])), aten.index(%up, [None, %channels]))
 
 Both are the same numbers. But a compiler that makes %h_narrow again in the backward pass may first make all of %h for
 the former, at the very moment when memory is scarcest; the latter reads what is held anyway and makes k columns.
@@ -15,7 +15,7 @@ The way down ends at what is no pointwise operator, at what the backward holds, 
 ways that rows of tokens do not follow.
 
 Lines come in whole blocks of b unless the last block is cut short by the edge. All of the above is then done on
-`[T, k/b, b]`, by blocks of lines: the b innermost elements lie side by side, and code generators load them as vectors.
+`[T, k/b, b]`, by blocks of channels: the b innermost elements lie side by side, and code generators load them as vectors.
 """
 
 from collections.abc import Callable
@@ -56,42 +56,42 @@ def is_pointwise(node: Node) -> bool:
 
 
 def narrow_copy(
-    graph: Graph, activation: Operand, lines: Node, block_size: int, is_held: Callable[[Node], bool]
+    graph: Graph, activation: Operand, channels: Node, block_size: int, is_held: Callable[[Node], bool]
 ) -> Node:
     """Insert a copy of some columns of `activation`; returns its node, `[T, k]`.
 
     Args:
-        graph: edited; the copy comes right after the activation and the lines.
+        graph: edited; the copy comes right after the activation and the channels.
         activation: `[T, n]`, transposed first where it must be.
-        lines: `int64[k]`, the columns: of every `block_size` neighbours, counted from the first column, all or none.
+        channels: `int64[k]`, the columns: of every `block_size` neighbours, counted from the first column, all or none.
         block_size: b.
         is_held: whether the backward holds all of a node, so that its columns cost nothing to get.
     """
-    with graph.inserting_after(_later(activation.node, lines)):
+    with graph.inserting_after(_later(activation.node, channels)):
         whole = materialize(graph, activation, like=activation.node)
     # In the order in which they are made, which inserting after one place would turn around.
-    with graph.inserting_before(_later(whole, lines).next):
-        return _Narrowing(graph, whole, lines, block_size, is_held).made()
+    with graph.inserting_before(_later(whole, channels).next):
+        return _Narrowing(graph, whole, channels, block_size, is_held).made()
 
 
 class _Narrowing:
-    """Copies of the columns `lines` of nodes with the rows of `whole`, `[T, n]`.
+    """Copies of the columns `channels` of nodes with the rows of `whole`, `[T, n]`.
 
     They are `[T, k]`, or, where n is a multiple of b, `[T, k/b, b]` on the way.
     """
 
     def __init__(
-        self, graph: Graph, whole: Node, lines: Node, block_size: int, is_held: Callable[[Node], bool]
+        self, graph: Graph, whole: Node, channels: Node, block_size: int, is_held: Callable[[Node], bool]
     ) -> None:
         self._graph, self._whole, self._is_held = graph, whole, is_held
         self._rows, self._width = whole.meta["val"].shape
         self._made: dict[Node, Node] = {}
-        self._index, self._columns = lines, [self._width]
-        kept = lines.meta["val"].shape[0]
-        # Of no lines at all, -1 would not say how many tokens there are.
+        self._index, self._columns = channels, [self._width]
+        kept = channels.meta["val"].shape[0]
+        # Of no channels at all, -1 would not say how many tokens there are.
         nothing = isinstance(kept, int) and kept == 0
         if block_size > 1 and isinstance(self._width, int) and self._width % block_size == 0 and not nothing:
-            firsts = self._call(aten.slice.Tensor, lines, 0, 0, None, block_size)
+            firsts = self._call(aten.slice.Tensor, channels, 0, 0, None, block_size)
             self._index = self._call(aten.div.Tensor_mode, firsts, block_size, kwargs={"rounding_mode": "floor"})
             self._columns = [self._width // block_size, block_size]
 

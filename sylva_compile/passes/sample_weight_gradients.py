@@ -3,11 +3,11 @@
 Before:
 
     %mm     = aten.mm(aten.t(%gy), %x)                           dense [m, n]
-    %blocks = sylva.gather_blocks(%mm, %positions, %lines, %narrow_positions, b, 1)
+    %blocks = sylva.gather_blocks(%mm, %positions, %channels, %narrow_positions, b, 1)
 
 After:
 
-    %x_narrow = aten.index(%x, [None, %lines])                   in the forward half: this is what gets saved
+    %x_narrow = aten.index(%x, [None, %channels])                   in the forward half: this is what gets saved
     %blocks   = sylva.sddmm(%gy, %x_narrow, %narrow_positions, b)
 
 A sum of products becomes a sum of sampled products. When `%x` is not cut down is the rule of `narrow_activations.py`;
@@ -24,11 +24,11 @@ import torch
 from torch.fx import Graph, Node
 
 from sylva_compile.kernels.gather_blocks import gather_blocks
-from sylva_compile.kernels.sddmm import sddmm
+from sylva_compile.kernels.sddmm.op import sddmm
 from sylva_compile.passes.edit import apply_scales, call, materialize
 from sylva_compile.passes.match_weight_gradient import Term, match_weight_gradient
 from sylva_compile.passes.merge_products import merge_products
-from sylva_compile.passes.narrow_activations import Sample, narrow_activations, unify_activations
+from sylva_compile.passes.narrow_activations import SampledProduct, narrow_activations, unify_activations
 
 aten = torch.ops.aten
 GATHER = gather_blocks._opoverload
@@ -36,7 +36,7 @@ SDDMM = sddmm._opoverload
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RewriteResult:
     """What became of one `gather_blocks`.
 
     Attributes:
@@ -53,17 +53,17 @@ class Outcome:
 
     @property
     def narrowed(self) -> bool:
-        """Whether every activation was cut down to the lines that the blocks need."""
+        """Whether every activation was cut down to the channels that the blocks need."""
         return bool(self.activations) and self.whole is None
 
 
-def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[Outcome], None] | None = None) -> int:
+def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[RewriteResult], None] | None = None) -> int:
     """Rewrite every `gather_blocks` of a joint `graph` in place; returns how many changed, in full or in part."""
     markers = graph.find_nodes(op="call_function", target=GATHER)
     if not markers:
         return 0
     found: list[tuple[Node, str | None, int]] = []
-    samples: list[Sample] = []
+    samples: list[SampledProduct] = []
     for marker in markers:
         gradient, positions = marker.args[:2]
         assert isinstance(gradient, Node) and isinstance(positions, Node)
@@ -86,14 +86,14 @@ def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[Outcome], No
         if report is not None:
             why_whole = next((whole[sample] for sample in own if sample in whole), None)
             activations = tuple(sample.activation.node for sample in own)
-            report(Outcome(positions, missed_reason, why_whole, activations))
+            report(RewriteResult(positions, missed_reason, why_whole, activations))
     return rewritten
 
 
-def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[Sample]:
+def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[SampledProduct]:
     """Replace `marker` by the sum of its sampled terms, which read their activations whole."""
-    positions, lines, narrow_positions, block_size, axis = marker.args[1:]
-    assert isinstance(lines, Node) and isinstance(narrow_positions, Node)
+    positions, channels, narrow_positions, block_size, axis = marker.args[1:]
+    assert isinstance(channels, Node) and isinstance(narrow_positions, Node)
     assert isinstance(block_size, int) and isinstance(axis, int)
     total: Node | None = None
     samples = []
@@ -105,7 +105,7 @@ def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[Sample]:
                 operands = (term.lhs, term.rhs)
                 left, right = (materialize(graph, operand) for operand in operands)
                 blocks = call(graph, SDDMM, left, right, positions, block_size)
-                samples.append(Sample(blocks, operands[axis], axis, lines, narrow_positions, block_size))
+                samples.append(SampledProduct(blocks, operands[axis], axis, channels, narrow_positions, block_size))
             blocks = apply_scales(graph, blocks, term.scales)
             total = blocks if total is None else call(graph, aten.add.Tensor, total, blocks)
         assert total is not None

@@ -18,6 +18,8 @@ import torch
 from grid import Grid, GridError, Run, Settings, best_learning_rate
 from methods import METHODS, Adapter, Budgeted, check_options
 from rows import Rows
+from sylva_compile.scope import weights_in_scope
+from sylva_compile.selection import Budget
 from tasks import Sizes
 from tasks.base import HEAD
 from tasks.classification import COLA, SST2, load_model
@@ -26,8 +28,6 @@ from traces import Scores, block_scores, budget_elements, choose, choose_once
 from training import optimizer_of, train
 
 import sylva_compile
-from sylva_compile.scope import weights_in_scope
-from sylva_compile.selection import Budget
 
 GRIDS = Path(tables.__file__).parent / "grids"
 SCOPE = Settings().scope

@@ -18,7 +18,7 @@ from sylva_compile.errors import ArgumentError, TraceError
 F64 = torch.float64
 CHOICES = [
     ("sylva", "gain"),
-    ("sylva", "joint"),
+    ("sylva", "greedy"),
     ("sylva", "paper"),
     ("kfac", "gain"),
     ("kfac", "paper"),
@@ -31,7 +31,7 @@ class TestScores:
         st.integers(9, 50),
         st.integers(9, 50),
         st.integers(0, 3),
-        st.sampled_from(["gain", "joint", "paper"]),
+        st.sampled_from(["gain", "greedy", "paper"]),
         st.integers(0, 99),
     )
     @settings(deadline=None, max_examples=20)
@@ -52,7 +52,7 @@ class TestScores:
         one.update("w", torch.ones(4, 12, dtype=F64), torch.zeros(4, 20, dtype=F64))
         assert not bool(one.take_scores("w").any())
 
-    @pytest.mark.parametrize(("method", "score"), [("sylva", "gain"), ("kfac", "joint"), ("kfac", "paper")])
+    @pytest.mark.parametrize(("method", "score"), [("sylva", "gain"), ("kfac", "greedy"), ("kfac", "paper")])
     def test_activations_whose_squares_overflow_are_an_error_that_names_the_weight(
         self, method: str, score: str
     ) -> None:
@@ -94,34 +94,34 @@ class TestJointMap:
         count = int(allowed.sum()) // 2
         maps = []
         for method in ("sylva", "kfac"):
-            one = estimators("w", m, n, method, "joint", depth=depth)
+            one = estimators("w", m, n, method, "greedy", depth=depth)
             for at, tokens in enumerate((1, 40, 25)):
                 one.update("w", *batch_of(tokens, m, n, seed + at))
                 one.end_batch()
-            maps.append(one.joint_map("w", count, allowed))
+            maps.append(one.greedy_map("w", count, allowed))
         assert torch.equal(*maps)
         assert int(maps[0].sum()) == count
 
     def test_a_transposed_weight_gives_a_transposed_map(self) -> None:
         weights = {"linear": torch.empty(40, 20, dtype=F64), "conv1d": torch.empty(20, 40, dtype=F64)}
-        one = Estimators(weights, {"linear": 1, "conv1d": 0}, EstimatorChoice("sylva", "joint", 8, 2, 8, None))
+        one = Estimators(weights, {"linear": 1, "conv1d": 0}, EstimatorChoice("sylva", "greedy", 8, 2, 8, None))
         for name in weights:
             one.update(name, *batch_of(30, 40, 20, 0))
         allowed = torch.ones(5, 3, dtype=torch.bool)
         allowed[0] = False
-        maps = one.joint_map("linear", 4, allowed), one.joint_map("conv1d", 4, allowed.t())
+        maps = one.greedy_map("linear", 4, allowed), one.greedy_map("conv1d", 4, allowed.t())
         assert torch.equal(maps[0], maps[1].t())
         assert not bool(maps[0][0].any())
 
     def test_what_cannot_be_chosen_is_an_error_that_says_what_to_do(self) -> None:
-        one = estimators("w", 16, 16, "kfac", "joint")
+        one = estimators("w", 16, 16, "kfac", "greedy")
         one.update("w", torch.ones(4, 16, dtype=F64), torch.full((4, 16), 1e200, dtype=F64))
         with pytest.raises(ArgumentError, match=r"^w: .*raise damping, or use score='gain'"):
-            one.take_joint_map("w", 1, torch.ones(2, 2, dtype=torch.bool))
+            one.take_greedy_map("w", 1, torch.ones(2, 2, dtype=torch.bool))
 
     def test_taken_maps_free_their_statistics(self) -> None:
-        one = estimators("qk", 20, 24, "sylva", "joint")
-        one.take_joint_map("q", 2, torch.ones(3, 3, dtype=torch.bool))
+        one = estimators("qk", 20, 24, "sylva", "greedy")
+        one.take_greedy_map("q", 2, torch.ones(3, 3, dtype=torch.bool))
         assert not any("/q/" in name for name in one.state())
 
 

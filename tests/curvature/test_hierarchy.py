@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sylva_compile.curvature.dense import DenseFactor
-from sylva_compile.curvature.hierarchy import Hierarchy, Layout
+from sylva_compile.curvature.hierarchy import Hierarchy, TreeLayout
 from sylva_compile.curvature.hierarchy_inverse import HierarchyInverse
 from sylva_compile.curvature.importance import diagonal_blocks
 from sylva_compile.curvature.online import OnlineHierarchy
@@ -34,7 +34,7 @@ class TestLayout:
     @given(sizes, depths)
     @settings(deadline=None)
     def test_every_line_has_a_slot_and_nodes_of_a_level_differ_by_one_line(self, size: int, depth: int) -> None:
-        layout = Layout(size, depth)
+        layout = TreeLayout(size, depth)
         index = layout.index(torch.device("cpu"))
         assert index.unique().numel() == size
         assert bool((index.diff() > 0).all())
@@ -43,7 +43,7 @@ class TestLayout:
             assert int(lines.max() - lines.min()) <= 1
 
     def test_spread_and_gather_are_inverse(self) -> None:
-        layout, lines = Layout(13, 2), torch.randn(3, 13)
+        layout, lines = TreeLayout(13, 2), torch.randn(3, 13)
         spread = layout.spread(lines, 1)
         assert spread.shape == (3, 16)
         torch.testing.assert_close(layout.gather(spread, 1), lines, rtol=0, atol=0)
@@ -160,7 +160,7 @@ class TestIndefinite:
     def test_values_that_are_not_finite(self) -> None:
         matrix = torch.eye(8, dtype=torch.float64)
         matrix[0, 0] = torch.nan
-        tree = Hierarchy(Layout(8, 0), matrix[None], [], [])
+        tree = Hierarchy(TreeLayout(8, 0), matrix[None], [], [])
         with pytest.raises(ArithmeticError, match="finite"):
             tree.inverse_diagonal(1e-3)
 

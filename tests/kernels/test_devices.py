@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from sylva_compile.kernels import devices, sddmm_triton, step_triton
-from sylva_compile.kernels.lowering import lower
-from sylva_compile.kernels.sddmm_configs import Config
-from sylva_compile.kernels.step_table import Slot
+from sylva_compile.kernels import devices
+from sylva_compile.kernels.sddmm import triton_kernel as sddmm_triton
+from sylva_compile.kernels.sddmm.configs import Config
+from sylva_compile.kernels.step import triton_launch as step_triton
+from sylva_compile.kernels.step.lowering import lower
+from sylva_compile.kernels.step.table import Slot
 from sylva_compile.optim import rules
 
 

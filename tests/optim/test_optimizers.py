@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from sylva_compile import native
 from sylva_compile.errors import ArgumentError, GradientError
-from sylva_compile.kernels.step_cpu import CpuLaunch
-from sylva_compile.kernels.step_eager import EagerLaunch
+from sylva_compile.kernels.build import native
+from sylva_compile.kernels.step.cpu import CpuLaunch
+from sylva_compile.kernels.step.eager import EagerLaunch
 from sylva_compile.optim import SGD, Adam, AdamW, GeneratedOptimizer, Lion, RMSprop, launches, rules
 
 TWINS: dict[type[GeneratedOptimizer], type[torch.optim.Optimizer]] = {

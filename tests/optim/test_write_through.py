@@ -13,9 +13,10 @@ from oracle import assert_invariant, random_masks
 from torch import Tensor, nn
 
 import sylva_compile
-from sylva_compile import Masks, embedding
+from sylva_compile import Masks
+from sylva_compile.blocks import embedding
 from sylva_compile.kernels.blocks import BlockWriter
-from sylva_compile.kernels.step_eager import EagerLaunch
+from sylva_compile.kernels.step.eager import EagerLaunch
 from sylva_compile.optim import SGD, AdamW, Lion, launches
 
 

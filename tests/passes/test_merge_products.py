@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from sylva_compile.kernels.sddmm import sddmm
-from sylva_compile.kernels.sddmm_shared import sddmm_shared
+from sylva_compile.kernels.sddmm.op import sddmm
+from sylva_compile.kernels.sddmm.shared_op import sddmm_shared
 from sylva_compile.passes.merge_products import merge_products
 
 if TYPE_CHECKING:

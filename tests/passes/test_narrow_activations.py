@@ -7,9 +7,9 @@ import torch
 from torch.fx import Node
 
 from sylva_compile.kernels.gather_blocks import gather_blocks
-from sylva_compile.kernels.sddmm import sddmm
-from sylva_compile.kernels.sddmm_shared import sddmm_shared
-from sylva_compile.passes.sample_weight_gradients import Outcome, sample_weight_gradients_pass
+from sylva_compile.kernels.sddmm.op import sddmm
+from sylva_compile.kernels.sddmm.shared_op import sddmm_shared
+from sylva_compile.passes.sample_weight_gradients import RewriteResult, sample_weight_gradients_pass
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Joint
@@ -22,12 +22,12 @@ NARROW = torch.tensor([[0, 1], [0, 1]])
 
 
 class Layer:
-    """Inputs of a graph: a weight's layout and the gradient of what it puts out; `lines` may be another's."""
+    """Inputs of a graph: a weight's layout and the gradient of what it puts out; `channels` may be another's."""
 
-    def __init__(self, joint: "Joint", lines: Node | None = None) -> None:
+    def __init__(self, joint: "Joint", channels: Node | None = None) -> None:
         self.joint, serial = joint, len(joint.values)
         self.positions = joint.input(f"primals_positions_{serial}", POSITIONS)
-        self.lines = lines or joint.input(f"primals_lines_{serial}", LINES)
+        self.channels = channels or joint.input(f"primals_lines_{serial}", LINES)
         self.narrow = joint.input(f"primals_narrow_{serial}", NARROW)
         self.gy = joint.input(f"tangents_{serial}", normal(T, M, seed=serial))
 
@@ -35,17 +35,17 @@ class Layer:
         """The gradient of the weight's blocks, for inputs `x [T, N]`."""
         self.joint.forward.append(x)
         product = self.joint.call(aten.mm.default, self.joint.call(aten.t.default, self.gy), x)
-        return self.joint.call(gather_blocks._opoverload, product, self.positions, self.lines, self.narrow, B, 1)
+        return self.joint.call(gather_blocks._opoverload, product, self.positions, self.channels, self.narrow, B, 1)
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rewrite(joint: "Joint", *results: Node) -> list[Outcome]:
+def rewrite(joint: "Joint", *results: Node) -> list[RewriteResult]:
     joint.output(*results)
     before = joint.run()
-    outcomes: list[Outcome] = []
+    outcomes: list[RewriteResult] = []
     assert sample_weight_gradients_pass(joint.graph, report=outcomes.append) == len(outcomes)
     for new, old in zip(joint.run(), before, strict=True):
         torch.testing.assert_close(new, old)
@@ -59,7 +59,7 @@ def copies(joint: "Joint") -> int:
 class TestOneCopyForAll:
     def test_weights_with_shared_lines(self, joint: "Joint") -> None:
         first = Layer(joint)
-        second = Layer(joint, first.lines)
+        second = Layer(joint, first.channels)
         x = joint.call(
             aten.mm.default,
             joint.input("primals_1", normal(T, 3, seed=1)),
@@ -73,7 +73,7 @@ class TestOneCopyForAll:
     def test_each_through_a_view_of_its_own(self, joint: "Joint") -> None:
         # Every layer flattens the tokens for itself.
         first = Layer(joint)
-        second = Layer(joint, first.lines)
+        second = Layer(joint, first.channels)
         x = joint.call(aten.neg.default, joint.input("primals_1", normal(2, T // 2, N, seed=1)))
         views = [joint.call(aten.view.default, x, [T, N]) for _ in range(2)]
         outcomes = rewrite(joint, *(layer.mark(view) for layer, view in zip((first, second), views, strict=True)))
@@ -82,7 +82,7 @@ class TestOneCopyForAll:
 
     def test_different_views_are_different_activations(self, joint: "Joint") -> None:
         first = Layer(joint)
-        second = Layer(joint, first.lines)
+        second = Layer(joint, first.channels)
         square = joint.call(aten.neg.default, joint.input("primals_1", normal(N, N, seed=1)))
         halves = [joint.call(aten.slice.Tensor, square, 0, start, start + T) for start in (0, T)]
         outcomes = rewrite(joint, *(layer.mark(half) for layer, half in zip((first, second), halves, strict=True)))
@@ -104,7 +104,7 @@ class TestWide:
     def layer(self, joint: "Joint") -> Layer:
         layer = Layer(joint)
         layer.positions, layer.narrow = (joint.input(f"primals_{name}", self.everything) for name in "pq")
-        layer.lines = joint.input("primals_all", torch.arange(N))
+        layer.channels = joint.input("primals_all", torch.arange(N))
         return layer
 
     def test_is_read_whole(self, joint: "Joint") -> None:
@@ -129,7 +129,7 @@ class TestKeptAnyway:
         operands = joint.input("primals_1", normal(T, 3, seed=1)), joint.input("primals_2", normal(3, N, seed=2))
         return joint.call(aten.mm.default, *operands)
 
-    def check_whole(self, outcomes: list[Outcome], joint: "Joint", keeper: Any) -> None:
+    def check_whole(self, outcomes: list[RewriteResult], joint: "Joint", keeper: Any) -> None:
         [outcome] = outcomes
         assert not outcome.narrowed
         assert str(keeper) in str(outcome.whole)
@@ -185,7 +185,7 @@ class TestKeptAnyway:
         x = self.product_of_inputs(joint)
         product = joint.call(aten.mm.default, joint.call(aten.t.default, dense.gy), x)
         joint.output(layer.mark(x), product)
-        outcomes: list[Outcome] = []
+        outcomes: list[RewriteResult] = []
         sample_weight_gradients_pass(joint.graph, report=outcomes.append)
         assert "keeps it" in str(outcomes[0].whole)
 
@@ -217,7 +217,7 @@ class TestKeptAnyway:
 
     @pytest.mark.parametrize("operator", [aten.sum.default, aten.neg.default])
     def test_a_narrow_copy_is_no_keeper(self, joint: "Joint", operator: Any) -> None:
-        """Two weights with lines of their own do not keep the activation for each other."""
+        """Two weights with channels of their own do not keep the activation for each other."""
         layers = [Layer(joint), Layer(joint)]
         x = self.product_of_inputs(joint)
         outcomes = rewrite(joint, *(layer.mark(x) for layer in layers), joint.call(operator, x))

@@ -18,7 +18,7 @@ INDEX = aten.index.Tensor
 B, S, N = 2, 3, 8
 T = B * S
 LINES: dict[int, list[int]] = {1: [1, 4, 5], 2: [2, 3, 6, 7], 3: [0, 1, 2, 6, 7], 4: []}
-"""By block size: lines one by one, whole blocks, blocks of which the last is cut short, and none."""
+"""By block size: channels one by one, whole blocks, blocks of which the last is cut short, and none."""
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -29,10 +29,10 @@ def check(
     joint: "Joint", activation: Node, held: Callable[[Node], bool] = lambda node: False, transposed: bool = False
 ) -> list[Node]:
     """Copy, compare with the columns of the whole, and return what is cut to columns, not yet reshaped for that."""
-    lines = next(node for node in joint.graph.nodes if node.name == "primals_lines")
-    block_size = next(b for b, chosen in LINES.items() if len(chosen) == lines.meta["val"].shape[0])
+    channels = next(node for node in joint.graph.nodes if node.name == "primals_lines")
+    block_size = next(b for b, chosen in LINES.items() if len(chosen) == channels.meta["val"].shape[0])
     last = list(joint.graph.nodes)[-1]
-    copy = narrow_copy(joint.graph, Operand(activation, transposed), lines, block_size, held)
+    copy = narrow_copy(joint.graph, Operand(activation, transposed), channels, block_size, held)
     with joint.graph.inserting_after(max(last, copy)):
         joint.output(activation, copy)
     joint.graph.lint()
@@ -121,8 +121,8 @@ class TestEndsAt:
     def test_a_move_to_another_device(self, joint: "Joint") -> None:
         x = joint.input("primals_1", normal(T, N))
         moved = joint.call(aten._to_copy.default, x, device=torch.device("meta"))
-        lines = next(node for node in joint.graph.nodes if node.name == "primals_lines")
-        narrow_copy(joint.graph, Operand(joint.call(aten.sin.default, moved), False), lines, 2, lambda node: False)
+        channels = next(node for node in joint.graph.nodes if node.name == "primals_lines")
+        narrow_copy(joint.graph, Operand(joint.call(aten.sin.default, moved), False), channels, 2, lambda node: False)
         [cut] = joint.graph.find_nodes(op="call_function", target=INDEX)
         assert cut.args[0].meta["val"].device.type == "meta"
 

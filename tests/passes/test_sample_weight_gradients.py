@@ -10,9 +10,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from sylva_compile.kernels.blocks import read_blocks
 from sylva_compile.kernels.gather_blocks import gather_blocks
-from sylva_compile.kernels.sddmm import sddmm
-from sylva_compile.kernels.sddmm_shared import sddmm_shared
-from sylva_compile.passes.sample_weight_gradients import Outcome, sample_weight_gradients_pass
+from sylva_compile.kernels.sddmm.op import sddmm
+from sylva_compile.kernels.sddmm.shared_op import sddmm_shared
+from sylva_compile.passes.sample_weight_gradients import RewriteResult, sample_weight_gradients_pass
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Joint
@@ -24,7 +24,7 @@ SDDMM = sddmm._opoverload
 SHARED = sddmm_shared._opoverload
 INDEX = aten.index.Tensor
 
-# A weight [10, 14] in blocks of 4: no size is a multiple, and neither axis needs all of its lines.
+# A weight [10, 14] in blocks of 4: no size is a multiple, and neither axis needs all of its channels.
 T, M, N, B = 5, 10, 14, 4
 POSITIONS = torch.tensor([[0, 0, 2], [1, 3, 0]])
 
@@ -37,21 +37,21 @@ def integers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tens
 def lines_of(positions: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """The elements of the input axis that blocks cover, and the positions among these alone."""
     used = sorted(set(positions[axis].tolist()))
-    lines = [line for line in range((M, N)[axis]) if line // B in used]
+    channels = [line for line in range((M, N)[axis]) if line // B in used]
     narrow = positions.clone()
     narrow[axis] = torch.tensor([used.index(position) for position in positions[axis].tolist()])
-    return torch.tensor(lines), narrow
+    return torch.tensor(channels), narrow
 
 
-class Site:
+class MaskedWeight:
     """A weight `[M, N]` of one linear layer, its layout, and a way to mark its gradient."""
 
     def __init__(self, joint: "Joint", *, axis: int = 1, positions: Tensor = POSITIONS) -> None:
         self.joint, self.axis = joint, axis
-        lines, narrow = lines_of(positions, axis)
+        channels, narrow = lines_of(positions, axis)
         serial = len(joint.values)
         self.positions = joint.input(f"primals_positions_{serial}", positions)
-        self.lines = joint.input(f"primals_lines_{serial}", lines)
+        self.channels = joint.input(f"primals_lines_{serial}", channels)
         self.narrow = joint.input(f"primals_narrow_{serial}", narrow)
         self.dense: list[Tensor] = []
 
@@ -68,16 +68,18 @@ class Site:
         return self.joint.call(aten.mm.default, self.joint.call(aten.t.default, lhs), rhs)
 
     def mark(self, gradient: Node) -> Node:
-        arguments = (self.positions, self.lines, self.narrow, B, self.axis)
+        arguments = (self.positions, self.channels, self.narrow, B, self.axis)
         return self.joint.call(GATHER, gradient, *arguments)
 
 
-def rewrite(joint: "Joint") -> tuple[int, list[Outcome]]:
-    outcomes: list[Outcome] = []
+def rewrite(joint: "Joint") -> tuple[int, list[RewriteResult]]:
+    outcomes: list[RewriteResult] = []
     return sample_weight_gradients_pass(joint.graph, report=outcomes.append), outcomes
 
 
-def check_sampled(joint: "Joint", site: Site, gradient: Node, dense: Tensor, products: int = 1) -> list[Outcome]:
+def check_sampled(
+    joint: "Joint", site: MaskedWeight, gradient: Node, dense: Tensor, products: int = 1
+) -> list[RewriteResult]:
     """Mark `gradient`, run the pass, and compare before, after and the float64 oracle `dense`."""
     marker = site.mark(gradient)
     joint.output(marker)
@@ -100,11 +102,11 @@ class TestProduct:
     """Both ways to store a weight: inputs on its second axis (`nn.Linear`) or on its first (GPT-2's Conv1D)."""
 
     def test_direct(self, joint: "Joint", axis: int) -> None:
-        site = Site(joint, axis=axis)
+        site = MaskedWeight(joint, axis=axis)
         gradient = site.product(*site.use())
         [outcome] = check_sampled(joint, site, gradient, site.dense[0])
         activation = [term for term in joint.graph.nodes if term.name.startswith("primals_x")]
-        assert outcome == Outcome(site.positions, None, None, tuple(activation))
+        assert outcome == RewriteResult(site.positions, None, None, tuple(activation))
         assert outcome.narrowed
 
     @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ class TestProduct:
         [(aten.t.default, ()), (aten.permute.default, ([1, 0],)), (aten.transpose.int, (0, 1))],
     )
     def test_transposed(self, joint: "Joint", axis: int, target: Any, args: tuple[Any, ...]) -> None:
-        site = Site(joint, axis=axis)
+        site = MaskedWeight(joint, axis=axis)
         lhs, rhs = site.use()
         gradient = joint.call(target, site.product(rhs, lhs), *args)
         check_sampled(joint, site, gradient, site.dense[0])
@@ -120,14 +122,14 @@ class TestProduct:
         assert set(joint.targets()) == {INDEX, SDDMM}
 
     def test_transposed_twice(self, joint: "Joint", axis: int) -> None:
-        site = Site(joint, axis=axis)
+        site = MaskedWeight(joint, axis=axis)
         gradient = site.product(*site.use())
         for _ in range(2):
             gradient = joint.call(aten.t.default, gradient)
         check_sampled(joint, site, gradient, site.dense[0])
 
     def test_operand_that_lies_transposed(self, joint: "Joint", axis: int) -> None:
-        site = Site(joint, axis=axis)
+        site = MaskedWeight(joint, axis=axis)
         first = joint.input(("tangents_9", "primals_9")[1 - axis], integers(M, T, seed=1))
         second = joint.input(("tangents_8", "primals_8")[axis], integers(N, T, seed=2))
         gradient = joint.call(aten.mm.default, first, joint.call(aten.t.default, second))
@@ -135,25 +137,25 @@ class TestProduct:
         assert outcome.narrowed
 
     def test_one_token_as_an_outer_product(self, joint: "Joint", axis: int) -> None:
-        site = Site(joint, axis=axis)
+        site = MaskedWeight(joint, axis=axis)
         lhs, rhs = site.use(tokens=1)
         gradient = joint.call(aten.mul.Tensor, joint.call(aten.t.default, lhs), rhs)
         check_sampled(joint, site, gradient, site.dense[0])
 
     def test_batch_of_one(self, joint: "Joint", axis: int) -> None:
-        site = Site(joint, axis=axis)
+        site = MaskedWeight(joint, axis=axis)
         lhs, rhs = site.use()
         operands = [joint.call(aten.unsqueeze.default, node, 0) for node in (joint.call(aten.t.default, lhs), rhs)]
         gradient = joint.call(aten.view.default, joint.call(aten.bmm.default, *operands), [M, N])
         check_sampled(joint, site, gradient, site.dense[0])
 
     def test_view_of_the_same_shape(self, joint: "Joint", axis: int) -> None:
-        site = Site(joint, axis=axis)
+        site = MaskedWeight(joint, axis=axis)
         gradient = joint.call(aten.view.default, site.product(*site.use()), [M, N])
         check_sampled(joint, site, gradient, site.dense[0])
 
     def test_without_tokens(self, joint: "Joint", axis: int) -> None:
-        site = Site(joint, axis=axis)
+        site = MaskedWeight(joint, axis=axis)
         check_sampled(joint, site, site.product(*site.use(tokens=0)), torch.zeros(M, N, dtype=torch.float64))
 
 
@@ -161,7 +163,7 @@ class TestCasts:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("operator", ["_to_copy", "convert_element_type"])
     def test_autocast(self, joint: "Joint", dtype: torch.dtype, operator: str) -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         gradient = site.product(*site.use(dtype))
         if operator == "_to_copy":
             gradient = joint.call(aten._to_copy.default, gradient, dtype=torch.float32)
@@ -170,30 +172,30 @@ class TestCasts:
         check_sampled(joint, site, gradient, site.dense[0])
 
     def test_between_transposes(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         lhs, rhs = site.use(torch.bfloat16)
         gradient = joint.call(aten.t.default, site.product(rhs, lhs))
         gradient = joint.call(aten.t.default, joint.call(cast, gradient, torch.float32))
         check_sampled(joint, site, joint.call(aten.t.default, gradient), site.dense[0])
 
     def test_a_weight_in_bfloat16(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         check_sampled(joint, site, site.product(*site.use(torch.bfloat16)), site.dense[0])
 
     def test_a_weight_in_float64(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         check_sampled(joint, site, site.product(*site.use(torch.float64)), site.dense[0])
 
     @pytest.mark.parametrize(("inner", "outer"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
     def test_the_blocks_keep_the_dtype_of_the_gradient(
         self, joint: "Joint", inner: torch.dtype, outer: torch.dtype
     ) -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         gradient = joint.call(cast, site.product(*site.use(inner)), outer)
         check_sampled(joint, site, gradient, site.dense[0])
 
     def test_sampling_rounds_less_than_the_dense_gradient(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         generator = torch.Generator().manual_seed(0)
         gy = joint.input("tangents_9", torch.randn(64, M, generator=generator).bfloat16())
         x = joint.input("primals_9", torch.randn(64, N, generator=generator).bfloat16())
@@ -207,33 +209,33 @@ class TestCasts:
 
 class TestSums:
     def test_of_two_uses(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         first, second = site.use(), site.use()
         gradient = joint.call(aten.add.Tensor, site.product(*first), site.product(*second))
         check_sampled(joint, site, gradient, site.dense[0] + site.dense[1], products=2)
 
     def test_of_uses_that_differ_in_orientation_and_dtype(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         first, (lhs, rhs) = site.use(), site.use(torch.bfloat16)
         turned = joint.call(cast, joint.call(aten.t.default, site.product(rhs, lhs)), torch.float32)
         gradient = joint.call(aten.add.Tensor, turned, site.product(*first))
         check_sampled(joint, site, gradient, site.dense[0] + site.dense[1], products=2)
 
     def test_of_a_product_with_itself(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         product = site.product(*site.use())
         # Two sampled products of one activation, hence one launch.
         check_sampled(joint, site, joint.call(aten.add.Tensor, product, product), 2 * site.dense[0], products=0)
         assert joint.targets().count(SHARED) == 1
 
     def test_difference(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         first, second = site.use(), site.use()
         gradient = joint.call(aten.sub.Tensor, site.product(*first), site.product(*second))
         check_sampled(joint, site, gradient, site.dense[0] - site.dense[1], products=2)
 
     def test_difference_of_differences(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         uses = [site.use() for _ in range(3)]
         first, second, third = (site.product(*use) for use in uses)
         gradient = joint.call(aten.sub.Tensor, first, joint.call(aten.sub.Tensor, second, third))
@@ -253,26 +255,26 @@ class TestFactors:
         ],
     )
     def test_number(self, joint: "Joint", target: Any, args: tuple[Any, ...], factor: float) -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         gradient = joint.call(target, site.product(*site.use()), *args)
         check_sampled(joint, site, gradient, factor * site.dense[0])
 
     @pytest.mark.parametrize(("target", "factor"), [(aten.mul.Tensor, 4.0), (aten.div.Tensor, 0.25)])
     def test_tensor_without_dimensions(self, joint: "Joint", target: Any, factor: float) -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         scalar = joint.input("tangents_scale", torch.tensor(4.0))
         gradient = joint.call(target, site.product(*site.use()), scalar)
         check_sampled(joint, site, gradient, factor * site.dense[0])
 
     def test_of_one_side_of_a_sum(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         first, second = site.use(), site.use()
         tripled = joint.call(aten.mul.Tensor, site.product(*second), 3.0)
         gradient = joint.call(aten.add.Tensor, site.product(*first), tripled)
         check_sampled(joint, site, gradient, site.dense[0] + 3 * site.dense[1], products=2)
 
     def test_of_a_difference(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         first, second = site.use(), site.use()
         difference = joint.call(aten.sub.Tensor, site.product(*first), site.product(*second))
         gradient = joint.call(aten.neg.default, joint.call(aten.mul.Tensor, difference, 3.0))
@@ -286,7 +288,7 @@ class TestNarrowing:
 
     @pytest.mark.parametrize("axis", [1, 0], ids=["linear", "conv1d"])
     def test_the_forward_half_cuts_the_activation_down(self, joint: "Joint", axis: int) -> None:
-        site = Site(joint, axis=axis)
+        site = MaskedWeight(joint, axis=axis)
         operands = site.use()
         hidden = joint.call(aten.cumsum.default, operands[axis], 0)
         lhs, rhs = (hidden, operands[1]) if axis == 0 else (operands[0], hidden)
@@ -294,7 +296,7 @@ class TestNarrowing:
         values[axis] = values[axis].cumsum(0)
         check_sampled(joint, site, site.product(lhs, rhs), values[0].t() @ values[1])
         index = self.narrow_index(joint)
-        assert index.args == (hidden, [None, site.lines])
+        assert index.args == (hidden, [None, site.channels])
         assert index.meta["val"].shape == (T, len(lines_of(POSITIONS, axis)[0]))
         [product] = joint.graph.find_nodes(op="call_function", target=SDDMM)
         assert product.args[axis] is index
@@ -304,15 +306,15 @@ class TestNarrowing:
 
     def test_placeholders_stay_in_front(self, joint: "Joint") -> None:
         # AOTAutograd puts the tangents last, so an input of the graph that is an activation has others behind it.
-        site = Site(joint)
+        site = MaskedWeight(joint)
         x, gy = joint.input("primals_9", integers(T, N, seed=1)), joint.input("tangents_9", integers(T, M, seed=2))
         check_sampled(joint, site, site.product(gy, x), joint.values[-1].double().t() @ joint.values[-2].double())
         kinds = [node.op == "placeholder" for node in joint.graph.nodes]
         assert kinds == sorted(kinds, reverse=True)
 
     def test_two_masks_cut_one_activation_each_to_its_own(self, joint: "Joint") -> None:
-        first = Site(joint)
-        second = Site(joint, positions=torch.tensor([[1], [2]]))
+        first = MaskedWeight(joint)
+        second = MaskedWeight(joint, positions=torch.tensor([[1], [2]]))
         gy, x = first.use()
         other_gy = joint.input("tangents_9", integers(T, M, seed=9))
         markers = [first.mark(first.product(gy, x)), second.mark(second.product(other_gy, x))]
@@ -325,7 +327,7 @@ class TestNarrowing:
 
     def test_wide_activation_untouched(self, joint: "Joint") -> None:
         everything = torch.ones(3, 4).nonzero().t()
-        site = Site(joint, positions=everything)
+        site = MaskedWeight(joint, positions=everything)
         joint.output(site.mark(site.product(*site.use())))
         [before] = joint.run()
         count, [outcome] = rewrite(joint)
@@ -337,7 +339,7 @@ class TestNarrowing:
 
     def test_operands_both_from_the_backward_untouched(self, joint: "Joint") -> None:
         # A second-order term: what looks like the activation is a gradient too, and nothing is saved for it.
-        site = Site(joint)
+        site = MaskedWeight(joint)
         gy, x = site.use()
         tangent = joint.input("tangents_9", torch.tensor(-1.0))
         later = joint.call(aten.mul.Tensor, x, tangent)
@@ -348,15 +350,15 @@ class TestNarrowing:
     @pytest.mark.parametrize("wide", [False, True])
     def test_a_count_of_lines_that_may_vary_is_judged_by_the_example(self, joint: "Joint", wide: bool) -> None:
         # Layers of one shape with unequal masks share a graph: no guard may come of what is only a choice.
-        site = Site(joint, positions=torch.ones(3, 4).nonzero().t() if wide else POSITIONS)
+        site = MaskedWeight(joint, positions=torch.ones(3, 4).nonzero().t() if wide else POSITIONS)
         environment = ShapeEnv()
         joint.mode = FakeTensorMode(shape_env=environment)
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         for node, value in zip(joint.graph.nodes, list(joint.values), strict=True):
-            symbolic = {"symbolic_context": context} if node is site.lines else {"static_shapes": True}
+            symbolic = {"symbolic_context": context} if node is site.channels else {"static_shapes": True}
             node.meta["val"] = joint.mode.from_tensor(value, **symbolic)
         gy, x = site.use()
-        assert (type(site.lines.meta["val"].shape[0]), type(x.meta["val"].shape[1])) == (torch.SymInt, int)
+        assert (type(site.channels.meta["val"].shape[0]), type(x.meta["val"].shape[1])) == (torch.SymInt, int)
         joint.output(site.mark(site.product(gy, x)))
         [before] = joint.run()
         count, [outcome] = rewrite(joint)
@@ -366,7 +368,7 @@ class TestNarrowing:
 
 
 class TestRefuses:
-    def check_untouched(self, joint: "Joint", site: Site, gradient: Node, *others: Node) -> str:
+    def check_untouched(self, joint: "Joint", site: MaskedWeight, gradient: Node, *others: Node) -> str:
         joint.output(site.mark(gradient), *others)
         before, code = joint.run(), str(joint.graph)
         count, [outcome] = rewrite(joint)
@@ -390,28 +392,28 @@ class TestRefuses:
         ids=["alone", "between transposes", "square"],
     )
     def test_other_operator_untouched(self, joint: "Joint", wrap: "Callable[[Joint, Node], Node]") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         reason = self.check_untouched(joint, site, wrap(joint, site.product(*site.use())))
         assert "cannot be sampled through" in reason
 
     def test_dense_gradient_returned_too_untouched(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         gradient = site.product(*site.use())
         assert "used elsewhere" in self.check_untouched(joint, site, gradient, gradient)
 
     def test_dense_gradient_read_by_another_operator_untouched(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         product = site.product(*site.use())
         norm = joint.call(aten.sum.default, product)
         assert "used elsewhere" in self.check_untouched(joint, site, joint.call(aten.neg.default, product), norm)
 
     def test_gradient_from_outside_the_graph_untouched(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         gradient = joint.input("tangents_9", integers(M, N, seed=3))
         assert "outside the graph" in self.check_untouched(joint, site, gradient)
 
     def test_graph_without_markers_untouched(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         joint.output(site.product(*site.use()))
         code = str(joint.graph)
         assert rewrite(joint) == (0, [])
@@ -421,7 +423,7 @@ class TestRefuses:
     def test_opaque_side_of_a_sum_stays_dense_and_the_other_is_sampled(
         self, joint: "Joint", opaque_first: bool
     ) -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         first, second = site.use(), site.use()
         relu = joint.call(aten.relu.default, site.product(*second))
         sides = [site.product(*first), joint.call(aten.t.default, joint.call(aten.t.default, relu))]
@@ -434,11 +436,11 @@ class TestRefuses:
         assert joint.targets().count(aten.mm.default) == 1
         assert joint.targets().count(SDDMM) == 1
         [gathered] = joint.graph.find_nodes(op="call_function", target=GATHER)
-        assert gathered.args == (relu, site.positions, site.lines, site.narrow, B, 1)
+        assert gathered.args == (relu, site.positions, site.channels, site.narrow, B, 1)
         assert torch.equal(joint.run()[0], before)
 
     def test_opaque_side_that_is_transposed_is_gathered_transposed(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         lhs, rhs = site.use()
         relu = joint.call(aten.relu.default, site.product(rhs, lhs))
         turned = joint.call(aten.t.default, relu)
@@ -451,7 +453,7 @@ class TestRefuses:
 class TestGraphAfterwards:
     @pytest.mark.parametrize("opaque", [False, True])
     def test_a_second_run_changes_nothing(self, joint: "Joint", opaque: bool) -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         first, second = site.use(), site.use()
         other = site.product(*second)
         if opaque:
@@ -464,7 +466,7 @@ class TestGraphAfterwards:
 
     def test_new_nodes_carry_their_value_and_no_other_key(self, joint: "Joint") -> None:
         # A copied `eager_input_vals` describes the old node, and Inductor would believe it.
-        site = Site(joint)
+        site = MaskedWeight(joint)
         first, second = site.use(), site.use()
         total = joint.call(aten.add.Tensor, site.product(*first), joint.call(aten.neg.default, site.product(*second)))
         joint.output(site.mark(joint.call(aten.mul.Tensor, total, 3.0)))
@@ -479,7 +481,7 @@ class TestGraphAfterwards:
             assert node.meta["val"].fake_mode is joint.mode
 
     def test_values_noted_are_the_values_computed(self, joint: "Joint") -> None:
-        site = Site(joint, axis=0)
+        site = MaskedWeight(joint, axis=0)
         joint.output(site.mark(joint.call(aten.div.Tensor, site.product(*site.use(torch.bfloat16)), 4.0)))
         rewrite(joint)
         for node in list(joint.graph.nodes):
@@ -491,7 +493,7 @@ class TestGraphAfterwards:
             assert (noted.shape, noted.dtype, noted.stride()) == (real.shape, real.dtype, real.stride()), node
 
     def test_the_narrow_activation_belongs_to_the_checkpointed_region_of_the_activation(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         gy, x = site.use()
         hidden = joint.call(aten.neg.default, x)
         hidden.meta.update(recompute="must", ac_graph_id=3)
@@ -503,12 +505,12 @@ class TestGraphAfterwards:
         assert product.meta.keys() == {"val"}
 
     def test_works_without_a_listener_for_the_report(self, joint: "Joint") -> None:
-        site = Site(joint)
+        site = MaskedWeight(joint)
         joint.output(site.mark(site.product(*site.use())))
         assert sample_weight_gradients_pass(joint.graph) == 1
 
     def test_each_marker_is_reported_and_counted(self, joint: "Joint") -> None:
-        sites = [Site(joint), Site(joint)]
+        sites = [MaskedWeight(joint), MaskedWeight(joint)]
         gradients = [site.product(*site.use()) for site in sites]
         gradients[1] = joint.call(aten.relu.default, gradients[1])
         joint.output(*(site.mark(gradient) for site, gradient in zip(sites, gradients, strict=True)))

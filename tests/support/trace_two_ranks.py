@@ -10,7 +10,7 @@ from two_ranks import process_group
 import sylva_compile
 from sylva_compile.curvature import update_queue
 
-METHODS = (("sylva", "joint"), ("sylva", "gain"), ("sylva", "paper"), ("kfac", "gain"), ("random", "gain"))
+METHODS = (("sylva", "greedy"), ("sylva", "gain"), ("sylva", "paper"), ("kfac", "gain"), ("random", "gain"))
 
 
 def regression(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,0 +1,130 @@
+"""SDDMM on the CPU: `sddmm.cpp`, compiled for this processor on first use and called through its C interface.
+
+Without a C++ compiler, one small GEMM for each run of neighbouring blocks: as right, and slower where blocks are small.
+"""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sylva_compile.errors import NativeCompilerError
+from sylva_compile.kernels.blocks import block_dtype
+from sylva_compile.kernels.build.native import load
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_TASKS = 64
+_SEGMENT = 256
+
+
+def sddmm_cpu(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """Blocks of `lhsᵀ · rhs`; shapes as in `sylva_compile.kernels.sddmm.op`.
+
+    The result is the same, bit for bit, on any number of threads.
+
+    Raises:
+        IndexError: a position lies outside of the matrix.
+        ValueError: the operands differ in dtype or in tokens, or positions are not int64.
+    """
+    if lhs.dtype != rhs.dtype or lhs.shape[0] != rhs.shape[0] or positions.dtype != torch.int64:
+        # The kernel reads by address, and would read past the end of one of them.
+        raise ValueError(
+            f"lhs {tuple(lhs.shape)} of {lhs.dtype}, rhs {tuple(rhs.shape)} of {rhs.dtype}, positions of "
+            f"{positions.dtype}; give operands of one dtype with equally many rows, and positions of int64."
+        )
+    kernel = _kernel()
+    if kernel is None:
+        return sddmm_by_products(lhs, rhs, positions, block_size)
+    tokens, nnz = lhs.shape[0], positions.shape[1]
+    wide = block_dtype(lhs.dtype)
+    if tokens == 0 or nnz == 0:
+        return torch.zeros((nnz, block_size, block_size), dtype=wide, device="cpu")
+    segments = segments_of(tokens, nnz)
+    out = torch.empty((segments, nnz, block_size, block_size), dtype=wide, device="cpu")
+    positions = positions.contiguous()
+    failed = kernel(
+        _DTYPES[lhs.dtype],
+        lhs.data_ptr(),
+        lhs.shape[1],
+        *lhs.stride(),
+        rhs.data_ptr(),
+        rhs.shape[1],
+        *rhs.stride(),
+        tokens,
+        positions.data_ptr(),
+        nnz,
+        block_size,
+        segments,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    if failed == 1:
+        raise IndexError(f"A block lies outside of its [{lhs.shape[1]}, {rhs.shape[1]}] matrix of b={block_size}.")
+    if failed:
+        raise MemoryError("No memory for the panels of sylva::sddmm.")
+    # A result that is part of a larger buffer would keep the other segments alive.
+    return out[0] if segments == 1 else out[0].clone()
+
+
+def segments_of(tokens: int, nnz: int) -> int:
+    """In how many parts the sum over `tokens` is taken: enough for all threads where blocks are few."""
+    # A function of the shape alone: one of the number of threads would make results differ between machines.
+    return max(1, min(-(-_TASKS // nnz), tokens // _SEGMENT))
+
+
+def sddmm_by_products(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """The same without a compiler.
+
+    No dense `m x n` product and no copy of an operand is made. Operands narrower than float32 are widened a panel of b
+    columns at a time, so that sums are float32 and the widened panel stays in cache.
+    """
+    m, n = lhs.shape[1], rhs.shape[1]
+    wide = block_dtype(lhs.dtype)
+    out = torch.zeros((positions.shape[1], block_size, block_size), dtype=wide, device="cpu")
+    rows, cols = positions.tolist()
+    panel_of, panel = -1, lhs
+    start = 0
+    while start < len(rows):
+        stop = start + 1
+        while stop < len(rows) and rows[stop] == rows[start] and cols[stop] == cols[stop - 1] + 1:
+            stop += 1
+        row, col = rows[start] * block_size, cols[start] * block_size
+        if panel_of != row:
+            panel_of, panel = row, lhs[:, row : row + block_size].to(wide).t()
+        width = min(col + (stop - start) * block_size, n) - col
+        height = min(block_size, m - row)
+        product = panel @ rhs[:, col : col + width].to(wide)
+        for k in range(start, stop):
+            at = (k - start) * block_size
+            piece = product[:, at : at + block_size]
+            out[k, :height, : piece.shape[1]] = piece
+        start = stop
+    return out
+
+
+@functools.cache
+def _kernel() -> Callable[..., int] | None:
+    """The compiled kernel; None, and a word in the log, where nothing compiles it."""
+    try:
+        library = load(Path(__file__).with_name("sddmm.cpp").read_text(), name="the SDDMM kernel")
+    except NativeCompilerError as error:
+        log.warning("SDDMM runs without its compiled kernel, right but slower. %s", error)
+        return None
+    function: Callable[..., int] = library.sylva_sddmm
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    operand = [pointer, size, size, size]
+    function.argtypes = [  # type: ignore[attr-defined]
+        ctypes.c_int,
+        *operand,
+        *operand,
+        *(size, pointer, size, size, size),
+        *(ctypes.c_int, pointer),
+    ]
+    function.restype = ctypes.c_int  # type: ignore[attr-defined]
+    return function

@@ -1,0 +1,46 @@
+"""`sylva::sddmm`: the sampled dense-dense product that computes the gradients of chosen blocks only.
+
+    out[k] = (lhsᵀ · rhs)[r·b : (r+1)·b, c·b : (c+1)·b]      with r, c = positions[:, k]
+
+Sylva, eqn 16: both operands are token-major as layers hold them, `lhs [T, m]` (output gradients for `nn.Linear`) and
+`rhs [T, n]` (activations). Sums over the T tokens are in float32 or wider, and so is the result `[nnz, b, b]`; what
+reaches over the edge of the matrix is zero.
+"""
+
+import torch
+from torch import Tensor
+
+from sylva_compile.kernels.blocks import block_dtype, read_blocks
+from sylva_compile.kernels.sddmm.cpu import sddmm_cpu
+from sylva_compile.kernels.sddmm.triton_kernel import sddmm_triton
+
+
+def sddmm_reference(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """The oracle: the whole dense product, then its blocks. Shapes as in the module's docstring."""
+    wide = block_dtype(lhs.dtype)
+    return read_blocks(lhs.to(wide).t() @ rhs.to(wide), positions, block_size).contiguous()
+
+
+@torch.library.custom_op("sylva::sddmm", mutates_args=())
+def sddmm(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """Blocks of `lhsᵀ · rhs`.
+
+    Args:
+        lhs: `[T, m]`, any strides.
+        rhs: `[T, n]`, any strides, same dtype as `lhs`.
+        positions: `int64[2, nnz]`, block rows (of m) and block columns (of n).
+        block_size: b.
+
+    Returns:
+        `[nnz, b, b]`, contiguous, float32 (float64 for float64 operands).
+    """
+    return sddmm_reference(lhs, rhs, positions, block_size)
+
+
+@sddmm.register_fake
+def _(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    return lhs.new_empty((positions.shape[1], block_size, block_size), dtype=block_dtype(lhs.dtype))
+
+
+sddmm.register_kernel("cpu")(sddmm_cpu)
+sddmm.register_kernel("cuda")(sddmm_triton)

@@ -1,0 +1,74 @@
+"""The optimizer step on the CPU: one call of a compiled function over the tiles of all parameters."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import record_function
+
+from sylva_compile.kernels.build import native
+from sylva_compile.kernels.step.codegen import cpp_source
+from sylva_compile.kernels.step.lowering import Program
+from sylva_compile.kernels.step.table import Slot, StepTable
+
+TILE = 4096
+"""Elements a tile: a block of 64 x 64."""
+
+# Without these a square root keeps its loop from being vectorised; neither errno nor floating-point traps are read.
+_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
+
+
+class CpuLaunch:
+    """A `Launch` of a function that was compiled for this processor."""
+
+    writes_by_address = True
+
+    def __init__(self, program: Program, device: torch.device, *, stochastic: bool) -> None:
+        """Compile, or find in the cache. Raises NativeCompilerError where there is no C++ compiler."""
+        self.device = device
+        self.table = StepTable(device, TILE, whole_blocks=True, stochastic=stochastic)
+        self._library = native.load(cpp_source(program), name=f"the step of {program.rule.name}", flags=_FLAGS)
+        self._profile_name = f"sylva_compile::step({program.rule.name})"
+
+    def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
+        """See `Launch`."""
+        self.table.describe(slots, gradients)
+
+    def squares(self) -> Tensor:
+        """See `Launch`: a sum a tile."""
+        table = self.table
+        sums = torch.empty(len(table.tiles), dtype=torch.float64, device="cpu")
+        self._library.squares(
+            _pointer(table.rows),
+            _pointer(table.gradients),
+            _pointer(table.tiles),
+            ctypes.c_int64(len(table.tiles)),
+            ctypes.c_int64(table.tile),
+            _pointer(sums),
+            torch.get_num_threads(),
+        )
+        return sums
+
+    def step(self, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
+        """See `Launch`."""
+        if skip.item():
+            return
+        table = self.table
+        with record_function(self._profile_name):
+            self._library.step(
+                _pointer(table.rows),
+                _pointer(table.gradients),
+                ctypes.c_int64(len(table.rows)),
+                _pointer(hyper),
+                _pointer(table.tiles),
+                ctypes.c_int64(len(table.tiles)),
+                ctypes.c_int64(table.tile),
+                ctypes.c_double(scale.item()),
+                ctypes.c_uint32(seed),
+                torch.get_num_threads(),
+            )
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,104 @@
+"""The optimizer step in torch's own operations, parameter by parameter, from the same lowered rule.
+
+The oracle of the generated kernels, and what steps where they cannot: no C++ compiler, another kind of device, float64
+on a GPU, a parameter whose elements do not lie side by side.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy as sp
+import torch
+from torch import Tensor
+
+from sylva_compile.kernels.blocks import block_dtype
+from sylva_compile.kernels.step.codegen import torch_expression
+from sylva_compile.kernels.step.lowering import Program, g, p, t
+from sylva_compile.kernels.step.table import Slot
+
+
+class EagerLaunch:
+    """A `Launch` that computes in float32 or wider. Blocks are not written through: whoever calls does that."""
+
+    writes_by_address = False
+
+    def __init__(self, program: Program, device: torch.device, *, stochastic: bool) -> None:
+        """Nothing is compiled."""
+        self.device, self._program, self._stochastic = device, program, stochastic
+        self._pairs: list[tuple[Slot, Tensor]] = []
+        self._scalars = [(symbol, _function(value)) for symbol, value in program.scalars]
+        self._statements = [(symbol, _function(value)) for symbol, value in program.statements]
+
+    def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
+        """See `Launch`."""
+        pairs = zip(slots, gradients, strict=True)
+        # A launch outlives its model, whose weights it must not keep.
+        self._pairs = [(slot._replace(target=None), gradient) for slot, gradient in pairs if gradient is not None]
+
+    def squares(self) -> Tensor:
+        """See `Launch`: a sum a gradient."""
+        sums = [gradient.double().square().sum() for _, gradient in self._pairs]
+        return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self.device)
+
+    def step(self, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
+        """See `Launch`."""
+        for slot, gradient in self._pairs:
+            if slot.step is not None:
+                slot.step.add_((skip == 0).to(slot.step.dtype))
+            self._step_one(slot, gradient, hyper[slot.group], scale, skip, seed)
+
+    def _step_one(self, slot: Slot, gradient: Tensor, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
+        rule = self._program.rule
+        wide = block_dtype(slot.param.dtype)
+        names = [symbol for symbol, _ in rule.states]
+        once: dict[sp.Symbol, Any] = dict(zip((symbol for symbol, _ in rule.hyperparameters), hyper, strict=True))
+        once[t] = torch.ones((), dtype=torch.float64, device="cpu") if slot.step is None else slot.step.double()
+        values: dict[sp.Symbol, Any] = {p: slot.param.to(wide), g: gradient.to(wide) * scale.to(wide)}
+        values |= {symbol: state.to(wide) for symbol, state in zip(names, slot.states, strict=True)}
+        values |= {symbol: compute(once).to(wide) for symbol, compute in self._scalars}
+        for symbol, compute in self._statements:
+            values[symbol] = compute(values)
+        new, *states = [values[symbol] for symbol in self._program.results]
+        slot.param.copy_(torch.where(skip == 0, new, slot.param))
+        for number, (state, value) in enumerate(zip(slot.states, states, strict=True)):
+            if self._stochastic and state.dtype == torch.bfloat16:
+                value = round_stochastically(value.float(), seed, once[t].long(), slot.order, number)
+            state.copy_(torch.where(skip == 0, value, state))
+
+
+def round_stochastically(value: Tensor, seed: int, step: Tensor, index: int, number: int) -> Tensor:
+    """`value`, float32, rounded up or down to bfloat16 by the bits that the kernels draw for that element.
+
+    Elements are numbered in the order of memory. The rest tells draws apart: the seed, the number of the step, the
+    parameter's index in its optimizer and the state's in its rule.
+    """
+    key = _mix(_mix(_mix(step ^ seed) + index) + number)
+    # `torch.empty_like` keeps the layout of memory, which is where an element's number comes from.
+    place = torch.empty_like(value, dtype=torch.int64)
+    order = torch.arange(value.numel(), device=value.device)
+    place.as_strided(order.shape, (1,)).copy_(order)
+    random = _mix(_mix((place & 0xFFFFFFFF) ^ key) + (place >> 32))
+    bits = value.view(torch.int32).to(torch.int64)
+    rounded = ((bits + (random & 0xFFFF)) & ~0xFFFF).to(torch.int32).view(torch.float32)
+    return torch.where(value.isfinite(), rounded, value)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The 32-bit mixer of the kernels, in 64-bit integers."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _function(expression: sp.Expr) -> Any:
+    """A function of `{symbol: tensor}` that computes `expression`."""
+    code = compile(torch_expression(expression), f"<{expression}>", "eval")
+
+    def compute(values: dict[sp.Symbol, Any]) -> Tensor:
+        names = {symbol.name: values[symbol] for symbol in expression.free_symbols}
+        value = eval(code, {"torch": torch}, names)
+        # A number as a tensor on the CPU goes with tensors of any device.
+        return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+
+    return compute

@@ -1,0 +1,181 @@
+"""What every rule's Triton kernel shares: finding a tile, loads and stores of any dtype, write-through, rounding.
+
+The hand-written twin of `step_cpu.cpp`. The same source runs on the CPU under `TRITON_INTERPRET=1`, which must be set
+before this module is imported.
+"""
+
+import triton
+import triton.language as tl
+
+from sylva_compile.kernels.step.table import COLUMNS, STATE_COLUMNS, STOCHASTIC, TYPES
+
+PARAM = tl.constexpr(COLUMNS.index("PARAM"))
+PARAM_TYPE = tl.constexpr(COLUMNS.index("PARAM_TYPE"))
+GRAD_TYPE = tl.constexpr(COLUMNS.index("GRAD_TYPE"))
+COUNT = tl.constexpr(COLUMNS.index("COUNT"))
+HYPER = tl.constexpr(COLUMNS.index("HYPER"))
+STEP = tl.constexpr(COLUMNS.index("STEP"))
+INDEX = tl.constexpr(COLUMNS.index("INDEX"))
+DENSE = tl.constexpr(COLUMNS.index("DENSE"))
+DENSE_TYPE = tl.constexpr(COLUMNS.index("DENSE_TYPE"))
+ROW_STRIDE = tl.constexpr(COLUMNS.index("ROW_STRIDE"))
+COL_STRIDE = tl.constexpr(COLUMNS.index("COL_STRIDE"))
+ROWS = tl.constexpr(COLUMNS.index("ROWS"))
+COLS = tl.constexpr(COLUMNS.index("COLS"))
+BLOCK = tl.constexpr(COLUMNS.index("BLOCK"))
+POSITIONS = tl.constexpr(COLUMNS.index("POSITIONS"))
+BLOCKS = tl.constexpr(COLUMNS.index("BLOCKS"))
+STATES = tl.constexpr(len(COLUMNS))
+STATE_WIDTH = tl.constexpr(len(STATE_COLUMNS))
+_FLOAT32, _BFLOAT16, _FLOAT16, _STOCHASTIC = map(tl.constexpr, [*list(TYPES.values())[:3], STOCHASTIC])
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger, or NaN if `a` is; as torch's."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def sign(a):
+    """1, 0 or -1; 0 for NaN, as torch's."""
+    return (a > 0).to(tl.float32) - (a < 0).to(tl.float32)
+
+
+@triton.jit
+def power(base, exponent):
+    """A power of a base that is not negative."""
+    return tl.exp(exponent * tl.log(base))
+
+
+@triton.jit
+def column(row, number):
+    """An entry of a row of the table."""
+    return tl.load(row + number)
+
+
+@triton.jit
+def find_tile(table, tiles, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """The row of this program's tile, its first element, and the indices of its elements in the parameter."""
+    tile = tiles + 2 * tl.program_id(0)
+    start = tl.load(tile + 1)
+    return table + tl.load(tile) * WIDTH, start, start + tl.arange(0, TILE)
+
+
+@triton.jit
+def _place(row, start, TILE: tl.constexpr):
+    """The row and column of the dense weight where each element of the tile sits."""
+    b = column(row, BLOCK)
+    block = start // (b * b)
+    # Divisions of 64 bits an element would take longer than the memory. A block that a program of SDDMM holds is small.
+    side = b.to(tl.int32)
+    local = (start - block * b * b).to(tl.int32) + tl.arange(0, TILE)
+    further = local // (side * side)
+    within = local - further * side * side
+    inside = start + tl.arange(0, TILE) < column(row, COUNT)
+    positions = column(row, POSITIONS).to(tl.pointer_type(tl.int64)) + block
+    top = tl.load(positions + further, mask=inside, other=0) * b
+    left = tl.load(positions + column(row, BLOCKS) + further, mask=inside, other=0) * b
+    return top + within // side, left + within % side
+
+
+@triton.jit
+def within_matrix(row, start, index, TILE: tl.constexpr):
+    """Which elements of the tile are there and, of blocks, do not reach over the dense weight's edge."""
+    inside = index < column(row, COUNT)
+    if column(row, DENSE) != 0:
+        at_row, at_col = _place(row, start, TILE)
+        inside = inside & (at_row < column(row, ROWS)) & (at_col < column(row, COLS))
+    return inside
+
+
+@triton.jit
+def load(address, code, index, inside):
+    """Elements of any dtype as float32."""
+    if code == _FLOAT32:
+        value = tl.load(address.to(tl.pointer_type(tl.float32)) + index, mask=inside, other=0.0)
+    elif code == _FLOAT16:
+        value = tl.load(address.to(tl.pointer_type(tl.float16)) + index, mask=inside, other=0.0).to(tl.float32)
+    else:
+        bits = tl.load(address.to(tl.pointer_type(tl.uint16)) + index, mask=inside, other=0)
+        value = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def _store(address, code, index, inside, value):
+    """Float32 values, rounded to nearest, to any dtype."""
+    if code == _FLOAT32:
+        tl.store(address.to(tl.pointer_type(tl.float32)) + index, value, mask=inside)
+    elif code == _FLOAT16:
+        tl.store(address.to(tl.pointer_type(tl.float16)) + index, value.to(tl.float16), mask=inside)
+    else:
+        # In integers, so that the interpreter, whose bfloat16 is the bits that spell it, rounds as the device does.
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where(value != value, 0x7FC0, nearest)
+        tl.store(address.to(tl.pointer_type(tl.uint16)) + index, nearest.to(tl.uint16), mask=inside)
+
+
+@triton.jit
+def store_parameter(row, start, index, inside, value, TILE: tl.constexpr):
+    """The new values, and for blocks the dense weight's elements too."""
+    _store(column(row, PARAM), column(row, PARAM_TYPE), index, inside, value)
+    if column(row, DENSE) != 0:
+        at_row, at_col = _place(row, start, TILE)
+        offset = at_row * column(row, ROW_STRIDE) + at_col * column(row, COL_STRIDE)
+        # What the parameter holds now is what is rounded: it may itself be narrower than float32.
+        _store(column(row, DENSE), column(row, DENSE_TYPE), offset, inside, value)
+
+
+@triton.jit
+def load_step(row):
+    """The number of this step, from 1, in float64; counts are advanced before the launch."""
+    t = tl.full((), 1.0, tl.float64)
+    if column(row, STEP) != 0:
+        t = tl.load(column(row, STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return t
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def load_state(row, NUMBER: tl.constexpr, index, inside):
+    """Elements of the state of that number, as float32."""
+    at = row + STATES + STATE_WIDTH * NUMBER
+    return load(tl.load(at), tl.load(at + 1), index, inside)
+
+
+@triton.jit
+def store_state(row, NUMBER: tl.constexpr, index, inside, value, seed, t):
+    """The state's new values; `seed` and the step `t` choose the random bits of stochastic rounding."""
+    at = row + STATES + STATE_WIDTH * NUMBER
+    address, code = tl.load(at), tl.load(at + 1)
+    if code == _STOCHASTIC:
+        # A seed of 1 arrives as a constant, a large one as 64 bits.
+        key = _mix((t.to(tl.int64) ^ seed).to(tl.uint32))
+        key = _mix(_mix(key + column(row, INDEX).to(tl.uint32)) + tl.full((), NUMBER, tl.uint32))
+        random = _mix(_mix(index.to(tl.uint32) ^ key) + (index >> 32).to(tl.uint32))
+        bits = value.to(tl.uint32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        chosen = tl.where(finite, (bits + (random & 0xFFFF)) & 0xFFFF0000, bits)
+        _store(address, _BFLOAT16, index, inside, chosen.to(tl.float32, bitcast=True))
+    else:
+        _store(address, code, index, inside, value)
+
+
+@triton.jit
+def squares_kernel(table, gradients, tiles, sums, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """The sum of squares of each tile's gradient, in float64; not finite where an element is not."""
+    row, _start, index = find_tile(table, tiles, WIDTH, TILE)
+    gradient = tl.load(gradients + tl.load(tiles + 2 * tl.program_id(0)))
+    total = tl.full((), 0.0, tl.float64)
+    if gradient != 0:
+        value = load(gradient, column(row, GRAD_TYPE), index, index < column(row, COUNT)).to(tl.float64)
+        total = tl.sum(value * value)
+    tl.store(sums + tl.program_id(0), total)

@@ -1,0 +1,263 @@
+"""Run a model over batches, with every weight gradient's operands going to a listener, and leave it as it was."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sylva_compile.errors import TraceError
+from sylva_compile.kernels.observe import observing
+from sylva_compile.tracing.batches import LossFn, count_sequences, loss_of, tensors_of, to_device
+from sylva_compile.tracing.capture import capture_backend, compilations_forgotten
+
+log = logging.getLogger(__name__)
+
+_END = object()
+
+
+class Listener(Protocol):
+    """Who is told what is observed."""
+
+    def update(self, name: str, inputs: Tensor, output_gradients: Tensor, /) -> None:
+        """A weight's `inputs [T, n]` and `output_gradients [T, m]` in this batch, summed over sequences."""
+
+    def end_batch(self) -> None:
+        """The backward pass is over."""
+
+
+@dataclass
+class TraceProgress:
+    """How far an observation has come.
+
+    Attributes:
+        batches: observed.
+        sequences: in them.
+        latest: sequences in the last of them.
+        seen: names of the weights that were shown, in the order they came first.
+        missed: weights with a gradient that was not shown, or not all of it, and why. They get no mask: the curvature
+            of some uses of a weight alone would be worse than none.
+    """
+
+    batches: int = 0
+    sequences: int = 0
+    latest: int = 0
+    seen: list[str] = field(default_factory=list)
+    missed: dict[str, str] = field(default_factory=dict)
+
+
+def observe(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    listener: Listener,
+    loader: Iterable[Any],
+    *,
+    num_samples: int,
+    loss_fn: LossFn | None = None,
+    progress_bar: bool = False,
+    start: TraceProgress | None = None,
+    after_batch: Callable[[TraceProgress], None] | None = None,
+) -> TraceProgress:
+    """Show `listener` the operands of the gradients of `weights` over batches of `loader`.
+
+    Args:
+        model: runs in evaluation mode and is left as it was.
+        weights: by name, as stored.
+        listener: is told of every batch.
+        loader: of batches; see `trace_and_mask`.
+        num_samples: stop after so many sequences.
+        loss_fn: see `trace_and_mask`.
+        progress_bar: whether to show one.
+        start: what was observed before; the batches that `loader` gives come after these.
+        after_batch: called between batches.
+
+    Raises:
+        TraceError: no batches, no loss, a loss or gradient that is not finite, or more observed before than wanted.
+    """
+    names: dict[int, str] = {}
+    for name, weight in weights.items():
+        if (twin := names.setdefault(weight.data_ptr(), name)) != name:
+            raise TraceError(f"{twin} and {name} are two Parameters in the same memory; assign one to both modules.")
+    done = start or TraceProgress()
+    if done.sequences - done.latest >= num_samples:
+        raise TraceError(
+            f"The checkpoint holds {done.sequences} sequences already, and {num_samples} are wanted; ask for as many, "
+            "or delete it to trace from the start."
+        )
+    reasons: dict[str, str] = {}
+    checks: dict[str, Tensor] = {}
+
+    def listen(weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool) -> None:
+        name = names.get(weight.data_ptr())
+        if name is None:
+            # A parameter that the model uses but does not list; nobody asks for its gradient.
+            return
+        inputs, gradients = (lhs, rhs) if activation_is_lhs else (rhs, lhs)
+        # Sums in float16 could overflow where no element does.
+        checks[name] = gradients.sum(dtype=torch.float64)
+        listener.update(name, inputs.detach(), gradients.detach())
+        if name not in done.seen:
+            done.seen.append(name)
+
+    def miss(weight: Tensor, reason: str) -> None:
+        name = names.get(weight.data_ptr())
+        if name is not None:
+            reasons[name] = reason
+
+    device = next(iter(weights.values())).device
+    with _untouched(model, weights.values()), compilations_forgotten(), observing(listen):
+        compiled = torch.compile(model, backend=capture_backend(miss))
+        bar = tqdm(
+            total=num_samples,
+            initial=min(done.sequences, num_samples),
+            desc="tracing",
+            unit="seq",
+            disable=not progress_bar,
+        )
+        batches = iter(loader)
+        if done.sequences >= num_samples:
+            # Nothing is left to observe, but asking makes a checkpoint compare what it skips.
+            next(batches, _END)
+        with bar, torch.enable_grad():
+            while done.sequences < num_samples:
+                batch = next(batches, _END)
+                if batch is _END:
+                    break
+                batch = to_device(batch, device)
+                sequences = count_sequences(batch)
+                # Containers of its own: a loss_fn that takes its labels out of the batch leaves them to who asks next.
+                loss = loss_of(compiled, to_device(batch, device), loss_fn)
+                _check_loss(model, loss, batch, loss_fn, weights)
+                # The loss is a mean over the batch; its sum over sequences is what adds up over batches.
+                gradients = torch.autograd.grad(loss * sequences, list(weights.values()), allow_unused=True)
+                _check_gradients(checks, weights)
+                checks.clear()
+                for name, gradient in zip(weights, gradients, strict=True):
+                    # A gradient that was shown is a zero without memory here.
+                    if gradient is not None and any(gradient.stride()) and bool(gradient.any()):
+                        why = "it is used outside of the graphs that torch.compile makes"
+                        done.missed.setdefault(name, reasons.get(name, why))
+                listener.end_batch()
+                done.batches += 1
+                done.sequences += sequences
+                done.latest = sequences
+                bar.update(min(sequences, num_samples - bar.n))
+                if after_batch is not None:
+                    after_batch(done)
+    if done.sequences == 0:
+        raise TraceError("The loader gave no batches; give one with data (an iterator is used up after one pass).")
+    if done.sequences < num_samples:
+        log.warning(
+            "The loader ended after %d of num_samples=%d sequences; the masks are from these.",
+            done.sequences,
+            num_samples,
+        )
+    return done
+
+
+def observed(weights: Iterable[str], progress: TraceProgress) -> list[str]:
+    """Those of `weights` whose whole gradient was shown; the log names the others.
+
+    Raises:
+        TraceError: there are none.
+    """
+    missed = {
+        name: progress.missed.get(name, "the loss does not depend on it")
+        for name in weights
+        if name in progress.missed or name not in progress.seen
+    }
+    found = [name for name in weights if name not in missed]
+    if not found:
+        name, why = next(iter(missed.items()))
+        raise TraceError(
+            f"No weight in scope could be observed; the first, {name}: {why}. Check the loss and the scope."
+        )
+    for name, why in missed.items():
+        log.warning("%s gets no mask: %s.", name, why)
+    return found
+
+
+@contextmanager
+def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode, gradients for `weights` alone and no key-value cache inside; everything as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    # A model compiled in place would run its own graphs instead of ours.
+    compiled = {module: module._compiled_call_impl for module in modes if module._compiled_call_impl is not None}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    devices = {parameter.device for parameter in flags if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            # Not by model.eval(): some layers merge weights there, and would not find back to the same bits.
+            for module in modes:
+                module.training = False
+            for module in compiled:
+                module._compiled_call_impl = None
+            for parameter in flags:
+                parameter.requires_grad_(False)
+            for weight in weights:
+                weight.requires_grad_(True)
+            if use_cache:
+                config.use_cache = False  # type: ignore[union-attr]
+            yield
+        finally:
+            if use_cache:
+                config.use_cache = use_cache  # type: ignore[union-attr]
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+            for module, call in compiled.items():
+                module._compiled_call_impl = call
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _check_loss(
+    model: nn.Module, loss: Tensor, batch: Any, loss_fn: LossFn | None, weights: Mapping[str, nn.Parameter]
+) -> None:
+    if not loss.requires_grad:
+        first = next(iter(weights))
+        raise TraceError(f"The loss has no gradient, not even to {first}; look for detach, no_grad or integer outputs.")
+    if not bool(torch.isfinite(loss)):
+        layer = _first_not_finite(model, batch, loss_fn)
+        raise TraceError(
+            f"The loss is {loss.item()}; the first values that are not finite leave {layer}. Mend the data or dtype."
+        )
+
+
+def _first_not_finite(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> str:
+    """The first layer, in order of execution, with an output that is not finite; runs the model uncompiled once."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            values = output.values() if isinstance(output, Mapping) else [output]
+            if not found and any(
+                t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors_of(list(values))
+            ):
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    try:
+        with torch.no_grad():
+            loss_of(model, batch, loss_fn)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"layer {found[0]}" if found else "the loss function"
+
+
+def _check_gradients(checks: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> None:
+    """Raise on output gradients that are not finite; `checks` holds their sums."""
+    if checks and not bool(torch.isfinite(torch.stack(list(checks.values()))).all()):
+        bad = next(name for name in weights if name in checks and not bool(torch.isfinite(checks[name])))
+        raise TraceError(
+            f"The loss is finite but the output gradient of {bad} is not; scale the loss or widen its dtype."
+        )

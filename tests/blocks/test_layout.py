@@ -1,0 +1,83 @@
+import copy
+
+import torch
+
+from sylva_compile import BlockMask
+from sylva_compile.blocks.layout import BlockLayout, share_input_channels
+from sylva_compile.kernels.sddmm.op import sddmm_reference
+
+CPU = torch.device("cpu")
+
+
+def layout(grid: list[list[int]], shape: tuple[int, int], b: int = 8, axis: int = 1) -> BlockLayout:
+    return BlockLayout(BlockMask.from_block_map(torch.tensor(grid), shape, b), axis, CPU)
+
+
+def check(one: BlockLayout, shape: tuple[int, int]) -> None:
+    """The narrow positions among the lines find what the positions find in the whole."""
+    generator = torch.Generator().manual_seed(0)
+    operands = [torch.randn(5, size, generator=generator) for size in shape]
+    whole = sddmm_reference(*operands, one.positions, one.block_size)
+    operands[one.input_axis] = operands[one.input_axis][:, one.input_channels]
+    narrow = sddmm_reference(*operands, one.narrow_positions, one.block_size)
+    torch.testing.assert_close(narrow, whole)
+
+
+def test_alone_a_weight_has_the_lines_that_its_blocks_cover() -> None:
+    one = layout([[0, 0, 1], [1, 0, 0]], (16, 20))
+    assert one.input_channels.tolist() == [*range(8), *range(16, 20)]
+    check(one, (16, 20))
+
+
+def test_sharing_gives_one_tensor_of_the_lines_of_all() -> None:
+    first, second = layout([[0, 0, 1], [0, 0, 0]], (16, 20)), layout([[1, 0, 0]], (5, 20))
+    assert share_input_channels([first, second])
+    assert first.input_channels is second.input_channels
+    assert first.input_channels.tolist() == [*range(8), *range(16, 20)]
+    check(first, (16, 20))
+    check(second, (5, 20))
+
+
+def test_sharing_again_changes_nothing() -> None:
+    first, second = layout([[0, 0, 1]], (8, 20)), layout([[1, 0, 0]], (8, 20))
+    share_input_channels([first, second])
+    before = first.input_channels
+    assert not share_input_channels([first, second])
+    assert first.input_channels is before
+
+
+def test_a_stored_weight_that_lies_the_other_way_shares_too() -> None:
+    first, second = layout([[0, 0, 1]], (8, 20)), layout([[1], [0], [0]], (20, 8), axis=0)
+    assert share_input_channels([first, second])
+    assert first.input_channels is second.input_channels
+    check(first, (8, 20))
+    check(second, (20, 8))
+
+
+def test_weights_with_unlike_inputs_or_blocks_do_not_share() -> None:
+    first = layout([[0, 0, 1]], (8, 20))
+    for other in (layout([[1, 0, 0]], (8, 24)), layout([[1, 0]], (16, 20), b=16)):
+        own = other.input_channels
+        share_input_channels([first, other])
+        assert other.input_channels is own
+        check(other, (8, 24) if other.block_size == 8 else (16, 20))
+
+
+def test_sharing_with_an_empty_mask() -> None:
+    first, second = layout([[0, 0, 1]], (8, 20)), layout([[0, 0, 0]], (8, 20))
+    share_input_channels([first, second])
+    check(first, (8, 20))
+    check(second, (8, 20))
+
+
+def test_a_copy_still_shares() -> None:
+    pair = [layout([[0, 0, 1]], (8, 20)), layout([[1, 0, 0]], (8, 20))]
+    share_input_channels(pair)
+    first, second = copy.deepcopy(pair)
+    assert first.input_channels is second.input_channels
+
+
+def test_sizes_are_marked_once() -> None:
+    one = layout([[0, 0, 1]], (8, 20))
+    assert one.let_sizes_vary()
+    assert not one.let_sizes_vary()

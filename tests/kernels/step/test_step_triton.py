@@ -1,0 +1,154 @@
+"""The generated Triton kernels against the C++ ones, on a GPU where there is one, else in Triton's interpreter.
+
+As in `test_sddmm_triton.py`, the interpreter needs a process of its own, in which this file runs itself again.
+"""
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+import triton
+from interpreter import run_in_interpreter
+from oracle import assert_invariant, random_masks
+from packaging.version import Version
+from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sylva_compile import Masks
+from sylva_compile.kernels.step.codegen import triton_source
+from sylva_compile.kernels.step.lowering import lower
+from sylva_compile.kernels.step.triton_launch import TILE, TritonLaunch, _import
+from sylva_compile.optim import SGD, Adam, AdamW, GeneratedOptimizer, Lion, RMSprop, launches, rules
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+needs_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in a process of its own")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the cases run in this process")
+@pytest.mark.skipif(Version(triton.__version__) < Version("3.7"), reason="as for sddmm, from Triton 3.7 on")
+def test_the_kernels_in_the_interpreter() -> None:
+    run_in_interpreter(__file__)
+
+
+class Mixed(nn.Module):
+    """Weights, transposed, sliced and with blocks over their edges, and ordinary parameters of every dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(40, 50))
+        self.second = nn.Parameter(torch.randn(30, 45).bfloat16().t())
+        self.third = nn.Parameter(torch.randn(32, 64)[:, ::2].half())
+        self.bias = nn.Parameter(torch.randn(5000))
+        self.norm = nn.Parameter(torch.randn(70).bfloat16())
+        self.scale = nn.Parameter(torch.randn(9, 3).half())
+        self.late = nn.Parameter(torch.randn(4))
+
+
+WEIGHTS = ["first", "second", "third"]
+
+
+def trained(device: str, kind: type[GeneratedOptimizer], options: dict[str, Any]) -> tuple[Mixed, GeneratedOptimizer]:
+    """Three steps, one of which misses a gradient."""
+    torch.manual_seed(7)
+    model = Mixed()
+    masks = random_masks(model, WEIGHTS, 16, 0.6)
+    model.to(device)
+    masks = Masks(masks, model=model)
+    optimizer = kind([*masks.parameters(), model.bias, model.norm, model.scale, model.late], lr=0.01, **options)
+    parameters = optimizer.param_groups[0]["params"]
+    for turn in range(3):
+        for blocks in parameters:
+            blocks.grad = torch.randn(blocks.shape).to(blocks)
+        if turn == 1:
+            model.late.grad = None
+        optimizer.step()
+        assert_invariant(model, masks)
+    return model, optimizer
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AdamW, {"weight_decay": 0.1}),
+        (AdamW, {"amsgrad": True, "maximize": True, "max_grad_norm": 1.0}),
+        (Adam, {"weight_decay": 0.1, "state_dtype": torch.bfloat16, "seed": 3}),
+        (SGD, {}),
+        (SGD, {"momentum": 0.9, "dampening": 0.5, "nonfinite": "raise"}),
+        (Lion, {"weight_decay": 0.1}),
+        (RMSprop, {"centered": True, "momentum": 0.9, "eps": 1e-3}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value) or "plain",
+)
+def test_is_the_cpus(kind: type[GeneratedOptimizer], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, reference = trained("cpu", kind, options)
+    monkeypatch.setattr(launches, "CpuLaunch", TritonLaunch)
+    found, optimizer = trained(DEVICE, kind, options)
+    assert [type(launch) for launch in optimizer._launches] == [TritonLaunch]
+    for (name, value), other in zip(found.named_parameters(), wanted.parameters(), strict=True):
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[value.dtype]
+        torch.testing.assert_close(value.cpu(), other, rtol=tolerance, atol=tolerance, msg=name)
+    ours, theirs = optimizer.state_dict()["state"], reference.state_dict()["state"]
+    for index, states in theirs.items():
+        for name, value in states.items():
+            same = (ours[index][name].cpu().float() - value.float()).abs() <= 1e-6 * max(1.0, float(value.abs().max()))
+            # Stochastic rounding turns on the last bit now and then.
+            assert float(same.float().mean()) > 0.999, (index, name)
+
+
+@needs_triton
+@pytest.mark.parametrize("b", [24, 80])
+def test_tiles_begin_in_the_middle_of_blocks(b: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert b * b % TILE and TILE % (b * b)
+    weights = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        model = nn.Linear(170, 200, bias=False).to(device, torch.bfloat16)
+        masks = Masks(random_masks(model, ["weight"], b, 0.5), model=model)
+        if weights:
+            monkeypatch.setattr(launches, "CpuLaunch", TritonLaunch)
+        optimizer = SGD(masks.parameters(), lr=0.1)
+        for blocks in masks.parameters():
+            blocks.grad = torch.randn(blocks.shape).to(blocks)
+        optimizer.step()
+        assert_invariant(model, masks)
+        weights.append(model.weight.detach().cpu())
+    # One rounding apart at most: the C++ compiler may fuse a product and a sum.
+    torch.testing.assert_close(*weights, rtol=8e-3, atol=1e-6)
+
+
+@needs_triton
+def test_a_step_with_infinity_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "CpuLaunch", TritonLaunch)
+    parameter = nn.Parameter(torch.randn(5000, device=DEVICE))
+    optimizer = AdamW([parameter], nonfinite="skip")
+    for bad, steps in ((False, 1), (True, 1), (False, 2)):
+        parameter.grad = torch.randn_like(parameter)
+        if bad:
+            parameter.grad[4321] = torch.inf
+        before = copy.deepcopy([parameter, optimizer.state_dict()["state"]])
+        optimizer.step()
+        assert float(optimizer.state[parameter]["step"]) == steps
+        after = [parameter, optimizer.state_dict()["state"]]
+        if bad:
+            torch.testing.assert_close(after, before, rtol=0.0, atol=0.0)
+        else:
+            assert not torch.equal(parameter, before[0])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("seed", [1, None], ids=["constant seed", "any seed"])
+def test_compiles_for_a_gpu_that_is_not_here(seed: int | None) -> None:
+    kernel = _import(triton_source(lower(rules.lion()))).step_kernel
+    signature = dict.fromkeys(("table_", "gradients_", "tiles_"), "*i64")
+    signature |= dict.fromkeys(("hyper_", "scale_", "skip_"), "*fp64")
+    signature |= {"seed_": "i64" if seed is None else "constexpr", "TILE_": "constexpr"}
+    signature = {name: signature[name] for name in kernel.arg_names}
+    constants = {"TILE_": TILE} | ({} if seed is None else {"seed_": seed})
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert "cubin" in compiled.asm
