@@ -3,7 +3,7 @@
 MiniLM on SST-2 and a small GPT-2 on E2E, which is first trained for a few steps. All estimators watch the same batches
 of one run. Prints tables and writes them with machine and versions to benchmarks/results:
 
-    HF_HUB_OFFLINE=1 python benchmarks/curvature_agreement.py --data ../shared/data
+    HF_HUB_OFFLINE=1 python -m benchmarks.curvature_agreement --data ../shared/data
 
 Agreement is Jaccard's: blocks chosen by both over blocks chosen by either, over all weights. The exact masks it is
 measured against are those of the same damping and number of samples; in brackets, those of the same damping and all
@@ -23,17 +23,18 @@ from typing import Any
 
 import torch
 import transformers
-from report import write_results
-from sylva_compile.observation import Progress, observe
-from sylva_compile.scope import input_axes, weights_in_scope
-from sylva_compile.selection import Budget, select_blocks
 from torch import Tensor, nn
 
+from benchmarks.command import parser_of
+from benchmarks.report import write_results
+from sylva_compile.blocks.scope import input_axes, weights_in_scope
 from sylva_compile.curvature.dense import DenseFactor
 from sylva_compile.curvature.factor import NewFactor
 from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.curvature.online import OnlineHierarchy
+from sylva_compile.tracing.observation import TraceProgress, observe
+from sylva_compile.tracing.selection import Budget, select_blocks
 
 Maps = dict[str, Tensor]
 
@@ -144,7 +145,7 @@ def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args
         m, n = weight.shape if axes[name] == 1 else reversed(weight.shape)
         panels[name] = Panel(weight, m, n, name, shared)
     listener = Panels(panels, shared)
-    settings = [("paper", damping) for damping in args.dampings] + [("gain", 0.1), ("joint", 0.1)]
+    settings = [("paper", damping) for damping in args.dampings] + [("gain", 0.1), ("greedy", 0.1)]
     sizes = list(itertools.product(args.block_sizes, args.sparsities))
     maps: dict[tuple[Any, ...], Maps] = {}
     total = sum(len(batch["labels"]) for batch in batches)
@@ -158,12 +159,12 @@ def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args
                     estimator = panel.estimators[which]
                     estimator.score, estimator.damping = score, damping
                     scores[name] = turned(estimator.block_scores(block), axes[name])
-                jointly = functools.partial(joint_map, panels, axes, which, block) if score == "joint" else None
+                jointly = functools.partial(greedy_map, panels, axes, which, block) if score == "greedy" else None
                 for sparsity in args.sparsities:
                     chosen = select_blocks(scores, Budget(sparsity), axes, jointly)
                     maps[which, score, damping, block, sparsity, count] = chosen
 
-    def stop_by(progress: Progress) -> None:
+    def stop_by(progress: TraceProgress) -> None:
         if progress.sequences in stops:
             take(progress.sequences)
 
@@ -192,11 +193,11 @@ def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args
     return {"samples": stops, "rows": rows, "factor_bytes": held, "update_seconds": dict(listener.seconds)}
 
 
-def joint_map(
+def greedy_map(
     panels: dict[str, Panel], axes: dict[str, int], which: str, block: int, name: str, count: int, allowed: Tensor
 ) -> Tensor:
     """Blocks that the estimator of one kind chooses jointly, as the weight is stored."""
-    found = panels[name].estimators[which].joint_map(block, count, turned(allowed, axes[name]))
+    found = panels[name].estimators[which].greedy_map(block, count, turned(allowed, axes[name]))
     return turned(found, axes[name])
 
 
@@ -223,9 +224,9 @@ def show(name: str, table: dict[str, Any]) -> None:
         print(f"{which:10s} factors {count / 2**20:8.1f} MiB   updates {table['update_seconds'][which]:7.1f} s")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--models", nargs="+", default=["minilm", "gpt2"], choices=["minilm", "gpt2"])
     parser.add_argument("--variants", nargs="+", default=["4,8", "4,16", "4,32", "2,8", "2,32", "1,8"], help="K,r")
@@ -237,7 +238,7 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.98, 0.9])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     results: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """Everything that wants a GPU, in parts; from a checkout, without a network.
 
-    python benchmarks/gpu.py                               all parts
-    python benchmarks/gpu.py correctness sddmm graphs      some of them
-    python benchmarks/gpu.py tune                          measures the table of launches anew; not among "all"
+    python -m benchmarks.gpu                               all parts
+    python -m benchmarks.gpu correctness sddmm graphs      some of them
+    python -m benchmarks.gpu tune                          measures the table of launches anew; not among "all"
 
 correctness     the kernel and whole compiled steps in every dtype against float64, before anything is timed
 graphs          mode="reduce-overhead": gradients equal those without CUDA graphs, over several steps
@@ -17,29 +17,21 @@ updates         hierarchies of many layers updated one by one and together, size
 Needs torch, triton and transformers; PEFT for the LoRA variants, without which they are left out.
 """
 
-import argparse
 import copy
 import itertools
 import os
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import grouped_updates
-import optimizer_step
-import sddmm
-import step
 import torch
-import trace_cost
 from torch import Tensor, nn
-from variants import llama
 
 import sylva_compile
+from benchmarks import grouped_updates, optimizer_step, sddmm, step, trace_cost
+from benchmarks.command import parser_of
+from benchmarks.variants import llama
 
 LAYER = ["--hidden", "4096", "--mlp", "11008", "--layers", "1", "--length", "1024", "--dtype", "bfloat16"]
 
@@ -189,7 +181,7 @@ PARTS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Run the parts that are named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, "tune", []], help="all if left out")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """Updates of the online hierarchies of many layers, one by one and together: time and number of operations.
 
-    python benchmarks/grouped_updates.py                 prints the table and writes benchmarks/results/*.json
-    python benchmarks/grouped_updates.py --device cuda
+    python -m benchmarks.grouped_updates                 prints the table and writes benchmarks/results/*.json
+    python -m benchmarks.grouped_updates --device cuda
 
 Both take the same tokens in turns, and their sums are compared before anything is timed. Together means a copy of the
 tokens, as what waits is one. Operations are those that reach PyTorch's dispatcher: a GPU is handed each of them as at
@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from report import print_table, write_results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.command import parser_of
+from benchmarks.report import print_table, write_results
 from sylva_compile.curvature.online import OnlineHierarchy, update_together
 
 Update = Callable[[list[OnlineHierarchy], list[Tensor]], None]
@@ -84,7 +85,7 @@ def measure(options: argparse.Namespace, tokens: int, layers: int) -> dict[str, 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--size", type=int, default=768, help="%(default)s")
     parser.add_argument("--depth", type=int, default=4, help="%(default)s")
     parser.add_argument("--rank", type=int, default=8, help="%(default)s")

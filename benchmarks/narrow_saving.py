@@ -1,6 +1,6 @@
 """Bytes saved for the backward where the saving of one activation is at stake, by what is done about it.
 
-    python benchmarks/narrow_saving.py                     prints the table and writes benchmarks/results/*.json
+    python -m benchmarks.narrow_saving                     prints the table and writes benchmarks/results/*.json
 
 three readers       query, key and value, each with a mask of its own, read what a frozen product puts out: nothing else
                     of the backward needs it, and it cannot be made again for little
@@ -10,17 +10,17 @@ Each is compiled as a frozen model (the floor), with a narrow copy for each weig
 so learns nothing from its graphs), and with one shared copy (the usual backend). The last column is the activation.
 """
 
-import argparse
 import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from report import print_table, write_results
 from torch import Tensor, nn
-from variants import Variant, saved_bytes
 
 import sylva_compile
+from benchmarks.command import parser_of
+from benchmarks.report import print_table, write_results
+from benchmarks.variants import Variant, saved_bytes
 
 
 class ThreeReaders(nn.Module):
@@ -91,7 +91,7 @@ def measure(hidden: int, tokens: int, block_size: int, columns: int, inner: str)
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, int]]:
     """Measure, print the table, write the row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--hidden", type=int, default=1024, help="%(default)s")
     parser.add_argument("--tokens", type=int, default=1024, help="in sequences of 256 (%(default)s)")
     parser.add_argument("--block-size", type=int, default=64, help="%(default)s")

@@ -1,6 +1,6 @@
 """Time of an optimizer step with write-through at LLaMA-7B's count of weights, side by side.
 
-    python benchmarks/optimizer_step.py                    prints the table and writes benchmarks/results/*.json
+    python -m benchmarks.optimizer_step                    prints the table and writes benchmarks/results/*.json
 
 224 weights (32 layers of four 4096 x 4096 and three of 4096 x 11008), bfloat16, with 2% of their blocks of 64 trained
 in float32. Every variant leaves the same dense weights behind, so all share them: pages of a dense weight that no block
@@ -11,7 +11,6 @@ take turns, step by step; results are compared before anything is timed. In each
 another in place: what memory can do at that time on that machine, beside which stands what our step moves a second.
 """
 
-import argparse
 import gc
 import statistics
 import time
@@ -20,12 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from report import print_table, write_results
-from sylva_compile.site import Site
+from sylva_compile.blocks.site import BlockState
 from torch import Tensor, nn
 
 import sylva_compile
-from sylva_compile import Masks, embedding
+from benchmarks.command import parser_of
+from benchmarks.report import print_table, write_results
+from sylva_compile import Masks
+from sylva_compile.blocks import embedding
 
 HIDDEN, MLP, LAYERS = 4096, 11008, 32
 STREAMED = 1 << 25
@@ -104,7 +105,7 @@ def variants(masks: Masks, lr: float, names: Sequence[str] = VARIANTS) -> list[V
     return made
 
 
-def write_through(sites: list[Site], blocks: list[nn.Parameter]) -> Callable[[], None]:
+def write_through(sites: list[BlockState], blocks: list[nn.Parameter]) -> Callable[[], None]:
     """One copy, in a single call, onto a view of each block's place."""
     places, values = [], []
     for site, of_weight in zip(sites, blocks, strict=True):
@@ -115,7 +116,7 @@ def write_through(sites: list[Site], blocks: list[nn.Parameter]) -> Callable[[],
     return lambda: torch._foreach_copy_(places, values)
 
 
-def compiled_write_through(sites: list[Site], blocks: list[nn.Parameter]) -> Callable[[], None]:
+def compiled_write_through(sites: list[BlockState], blocks: list[nn.Parameter]) -> Callable[[], None]:
     """A compiled copy a weight, of the rows of its blocks onto the rows of the weight's grid."""
 
     def copy(weight: Tensor, values: Tensor, rows: Tensor) -> None:
@@ -149,7 +150,7 @@ def assert_equal_results(made: list[Variant], masks: Masks) -> None:
             assert torch.equal(site._dense_blocks(), blocks.detach().to(site.weight.dtype)), (
                 f"{variant.name} of {site.name}"
             )
-            site.agree()
+            site.mark_synced()
     assert not torch.equal(before, made[0].blocks[0]), "nothing was stepped"
 
 
@@ -183,7 +184,7 @@ def measure(
                     times[variant.name].append(taken)
                 for site in sites:
                     # The weights now hold another variant's blocks, which ours must not mistake for an edit by hand.
-                    site.agree()
+                    site.mark_synced()
             streaming.append(_milliseconds(lambda: streams[0].add_(streams[1])))
     finally:
         gc.enable()
@@ -224,7 +225,7 @@ def _wait() -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print the table, write the row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--layers", type=int, default=LAYERS, help="%(default)s")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="%(default)s")
     parser.add_argument("--mlp", type=int, default=MLP, help="%(default)s")

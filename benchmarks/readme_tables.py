@@ -1,15 +1,16 @@
 """Write the tables of figures in README.md from the newest results in `benchmarks/results`.
 
-python benchmarks/readme_tables.py                     rewrites what stands between the markers
-python benchmarks/readme_tables.py --check             exits with an error if that would change anything
+python -m benchmarks.readme_tables                     rewrites what stands between the markers
+python -m benchmarks.readme_tables --check             exits with an error if that would change anything
 """
 
-import argparse
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.command import parser_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -29,7 +30,7 @@ def newest(benchmark: str, **settings: Any) -> dict[str, Any]:
     rows = [json.loads(path.read_text()) for path in RESULTS.glob(f"{benchmark}-*.json")]
     fitting = [row for row in rows if settings.items() <= row["settings"].items()]
     if not fitting:
-        raise LookupError(f"No result of {benchmark} with {settings}; run python benchmarks/{benchmark}.py.")
+        raise LookupError(f"No result of {benchmark} with {settings}; run python -m benchmarks.{benchmark}.")
     return max(fitting, key=lambda row: str(row["date"]))
 
 
@@ -148,7 +149,7 @@ def rendered(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Rewrite the README, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(argv)
     before = README.read_text()
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     if not options.check:
         README.write_text(after)
     elif after != before:
-        raise SystemExit("README.md is behind benchmarks/results; run python benchmarks/readme_tables.py.")
+        raise SystemExit("README.md is behind benchmarks/results; run python -m benchmarks.readme_tables.")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Bytes that a training step saves for its backward: frozen model, ours, PEFT LoRA, full fine-tuning, side by side.
 
-    python benchmarks/saved_activations.py                 prints the table and writes benchmarks/results/*.json
+    python -m benchmarks.saved_activations                 prints the table and writes benchmarks/results/*.json
 
 Every variant is compiled, in one process, on the same small Llama and the same batch. Bytes are counted by
 `torch.autograd.graph.saved_tensors_hooks`: each storage once, parameters, buffers and the batch itself left out.
 """
 
-import argparse
 from typing import Any
 
 import torch
-from report import print_table, write_results
-from variants import assert_losses_agree, available, llama, saved_bytes, variants
+
+from benchmarks.command import parser_of
+from benchmarks.report import print_table, write_results
+from benchmarks.variants import assert_losses_agree, available, llama, saved_bytes, variants
 
 
 def measure(hidden: int, layers: int, tokens: int, block_size: int, inner: str) -> dict[str, dict[str, Any]]:
@@ -31,7 +32,7 @@ def measure(hidden: int, layers: int, tokens: int, block_size: int, inner: str) 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Measure, print the table, write the row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--hidden", type=int, default=512, help="%(default)s")
     parser.add_argument("--layers", type=int, default=4, help="%(default)s")
     parser.add_argument("--tokens", type=int, default=1024, help="in sequences of 256 (%(default)s)")

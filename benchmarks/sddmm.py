@@ -1,14 +1,13 @@
 """SDDMM alone: against one dense GEMM of as many FLOPs, and (CUDA) against the roofline of its own bytes and FLOPs.
 
-    python benchmarks/sddmm.py                             prints the table and writes benchmarks/results/*.json
-    python benchmarks/sddmm.py --device cuda --tune        measures sylva_compile/kernels/sddmm_configs.json anew
+    python -m benchmarks.sddmm                             prints the table and writes benchmarks/results/*.json
+    python -m benchmarks.sddmm --device cuda --tune        measures sylva_compile/kernels/sddmm_configs.json anew
 
 The GEMM multiplies `[d, T] x [T, d]` with d² = blocks · b²: the same work where nothing is sparse. Bytes are those of
 the panels that some block reads, once each, and of the result. The roofline's two slopes are measured on the spot: a
 large GEMM in the same dtype, and a large copy.
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -23,13 +22,14 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from report import machine, print_table, write_results
-from sylva_compile.kernels.sddmm_configs import MANY, PANELS, TABLE, Config, choose_config, config_key
-from sylva_compile.kernels.sddmm_cpu import sddmm_by_products
-from sylva_compile.kernels.sddmm_triton import sddmm_shared_triton
 from torch import Tensor
 
-from sylva_compile.kernels.sddmm import sddmm, sddmm_reference
+from benchmarks.command import parser_of
+from benchmarks.report import machine, print_table, write_results
+from sylva_compile.kernels.sddmm.configs import MANY, PANELS, TABLE, Config, choose_config, config_key
+from sylva_compile.kernels.sddmm.cpu import sddmm_by_products
+from sylva_compile.kernels.sddmm.op import sddmm, sddmm_reference
+from sylva_compile.kernels.sddmm.triton_kernel import sddmm_shared_triton
 
 
 def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
@@ -171,7 +171,7 @@ def tune() -> None:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print the table, write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="%(default)s")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], help="%(default)s")
     parser.add_argument("--tokens", type=int, default=1024, help="%(default)s")

@@ -1,6 +1,6 @@
 """A training step's forward and backward pass against the frozen floor, side by side.
 
-    python benchmarks/step.py                              prints the table and writes benchmarks/results/*.json
+    python -m benchmarks.step                              prints the table and writes benchmarks/results/*.json
 
 All variants live in one process and take turns, step by step, so that whatever else the machine does hits all of them
 alike; the ratios are of medians. Gradients are checked and losses compared before anything is timed. The optimizer's
@@ -11,18 +11,19 @@ first step costs over a usual one (compiling), after how many steps that is won 
 of the floor's time that SDDMM takes, by torch's profiler.
 """
 
-import argparse
 import gc
 import statistics
 import time
 from typing import Any
 
 import torch
-from peak import peak_above
-from report import print_table, write_results
 from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
-from variants import VARIANTS, Variant, assert_losses_agree, available, llama, saved_bytes, variants
+
+from benchmarks.command import parser_of
+from benchmarks.peak import peak_above
+from benchmarks.report import print_table, write_results
+from benchmarks.variants import VARIANTS, Variant, assert_losses_agree, available, llama, saved_bytes, variants
 
 
 def one_step(variant: Variant) -> float:
@@ -166,7 +167,7 @@ COLUMNS = ["variant", "trainable", "ms", "of the floor", "saved, MiB", "peak, Mi
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Measure, print the table, write the row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--hidden", type=int, default=1024, help="%(default)s")
     parser.add_argument("--mlp", type=int, default=2752, help="%(default)s")
     parser.add_argument("--layers", type=int, default=2, help="%(default)s")

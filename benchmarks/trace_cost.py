@@ -1,6 +1,6 @@
 """What a trace costs beside the forward and backward passes that it watches: time and peak memory.
 
-    python benchmarks/trace_cost.py                 prints the tables and writes benchmarks/results/*.json
+    python -m benchmarks.trace_cost                 prints the tables and writes benchmarks/results/*.json
 
 Time: seconds a batch, in one process, the methods taking turns over the same batches; the floor is the plain forward
 and backward pass, gradients of all weights included. A trace compiles the model before its first batch; that is shown
@@ -27,14 +27,15 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
-from report import print_table, write_results
 from torch import Tensor, nn
-from variants import llama
 
 import sylva_compile
+from benchmarks.command import parser_of
+from benchmarks.report import print_table, write_results
+from benchmarks.variants import llama
 
 OURS = {
-    "sylva, joint": {"method": "sylva", "score": "joint"},
+    "sylva, joint": {"method": "sylva", "score": "greedy"},
     "sylva, gain": {"method": "sylva", "score": "gain"},
     "sylva, paper": {"method": "sylva", "score": "paper"},
     "kfac": {"method": "kfac", "score": "paper"},
@@ -208,7 +209,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--hidden", type=int, nargs="*", default=[768, 1024], help="for the time (%(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="for the time (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="sequences (%(default)s)")

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
-from importlib.metadata import entry_points, version
+from importlib.metadata import distributions, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import networkx
 import pytest
+from transformers.utils import is_kernels_available
 
 import sylva_compile
 
@@ -24,6 +26,12 @@ def test_links_in_the_root_shadow_nobody(room: str) -> None:
 def test_transformers_imports_from_the_root() -> None:
     code = "import transformers, sylva_compile.kernels.sddmm.op; transformers.LlamaConfig()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_link_to_our_kernels_is_not_taken_for_those_of_hugging_face() -> None:
+    installed = any(found.name == "kernels" for found in distributions())
+    assert find_spec("kernels") is not None, "the root is on the path of the tests"
+    assert is_kernels_available() == installed
 
 
 def test_public_names() -> None:

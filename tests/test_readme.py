@@ -13,6 +13,11 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
+def text_of_tests() -> str:
+    """All test files, one after another."""
+    return "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+
+
 def test_the_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     case = tiny("llama")
@@ -39,12 +44,18 @@ def test_the_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.
     assert names["backend"].report().rewritten == 14
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|benchmarks)/[a-z_]+\.py", TEXT))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|benchmarks)/(?:\w+/)*\w+\.py", TEXT))))
 def test_named_scripts_exist_and_are_tested(path: str) -> None:
     assert (ROOT / path).exists()
     stem = Path(path).stem
-    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
-    assert re.search(rf"import.*\b{stem}\b|{stem}\.py", tests)
+    assert re.search(rf"import.*\b{stem}\b|{stem}\.py", text_of_tests())
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (benchmarks(?:\.\w+)+)", TEXT))))
+def test_named_modules_exist_and_are_tested(module: str) -> None:
+    assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists()
+    package, _, name = module.rpartition(".")
+    assert re.search(rf"from {re.escape(package)} import .*\b{name}\b", text_of_tests())
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:^|`)make ([a-z]+)", TEXT, re.MULTILINE))))

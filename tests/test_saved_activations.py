@@ -1,9 +1,9 @@
 """What a step saves for its backward, and its peak: the frozen model's bytes, and less than LoRA's."""
 
-import saved_activations
-import step
 import torch
-from variants import llama, variants
+
+from benchmarks import saved_activations, step
+from benchmarks.variants import llama, variants
 
 
 def test_within_two_percent_of_the_frozen_model_and_below_lora() -> None:

@@ -1,6 +1,6 @@
 """How much of all that blocks could win the best of them hold: the most that any choice of blocks can do.
 
-    python benchmarks/quality/concentration.py --grid benchmarks/quality/grids/long.toml
+    python -m benchmarks.quality.concentration --grid benchmarks/quality/grids/long.toml
 
 Traces the first task of a grid in several parts of as many samples as the grid says. Blocks are chosen by the gain of
 the first part, as a trace of the grid would; what they could win is told by the other parts, by products of different
@@ -9,26 +9,24 @@ their favour, and so are more than any score could find. Prints shares of all th
 benchmarks/results/concentration-*.json.
 """
 
-import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grid import Grid
-from parts import agreed_gains, best, together, trace_parts
-from run import DATA, Runner
 from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from report import print_table, write_results
+from benchmarks.command import parser_of
+from benchmarks.quality.grid import Grid
+from benchmarks.quality.parts import agreed_gains, best, together, trace_parts
+from benchmarks.quality.run import DATA, Runner
+from benchmarks.report import print_table, write_results
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trace, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--grid", type=Path, required=True, help="its first task and settings")
     parser.add_argument("--parts", type=int, default=7, help="of the trace, 3 or more (%(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of the head and the order of the sentences (%(default)s)")

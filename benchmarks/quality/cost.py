@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from methods import Ready
-from tasks import Batch
-from tasks.base import device_of
 from torch import nn
+
+from benchmarks.quality.methods import Ready
+from benchmarks.quality.tasks import Batch
+from benchmarks.quality.tasks.base import device_of
 
 
 class Cost(NamedTuple):

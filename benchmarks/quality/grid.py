@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS, check_options
-from tasks import Task, TaskError, find_task
+from benchmarks.quality.methods import METHODS, check_options
+from benchmarks.quality.tasks import Task, TaskError, find_task
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Any
 
 import peft
 import torch
-from sylva_compile.scope import input_axes, weights_in_scope
-from sylva_compile.selection import Budget
-from tasks import head_of, heads_of
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from traces import PATTERNS, Scores, budget_elements, choose_once
 
 import sylva_compile
+from benchmarks.quality.tasks import head_of, heads_of
+from benchmarks.quality.traces import PATTERNS, Scores, budget_elements, choose_once
+from sylva_compile.blocks.scope import input_axes, weights_in_scope
+from sylva_compile.tracing.selection import Budget
 
 Groups = list[dict[str, Any]]
 
@@ -238,7 +238,7 @@ def check_options(options: Mapping[str, Any]) -> str | None:
     if kind == "blocks":
         allowed = {
             "trace": ("sylva", "kfac", "fisher", "magnitude", "random"),
-            "score": ("gain", "joint", "paper"),
+            "score": ("gain", "greedy", "paper"),
             "pattern": PATTERNS,
             "allocation": ("layer", "global"),
         }

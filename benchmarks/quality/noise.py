@@ -1,6 +1,6 @@
 """How much of the block gain is the model's, and how much the sample's.
 
-    python benchmarks/quality/noise.py --grid benchmarks/quality/grids/long.toml
+    python -m benchmarks.quality.noise --grid benchmarks/quality/grids/long.toml
 
 Traces the first task of a grid twice, on two halves of its samples, and scores every block in three ways: by the gain
 of all samples; by what the halves agree on, `½ T ⟨L⁻¹ Γ₁ M⁻ᵀ, L⁻¹ Γ₂ M⁻ᵀ⟩` with L and M of all samples, whose
@@ -8,21 +8,19 @@ expectation holds no noise since the halves share none; and by each half's own g
 they share. Prints medians over the weights of each kind and writes benchmarks/results/score_noise-*.json.
 """
 
-import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grid import Grid
-from parts import agreed_gains, best, together, trace_parts
-from run import DATA, Runner
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from report import print_table, write_results
+from benchmarks.command import parser_of
+from benchmarks.quality.grid import Grid
+from benchmarks.quality.parts import agreed_gains, best, together, trace_parts
+from benchmarks.quality.run import DATA, Runner
+from benchmarks.report import print_table, write_results
 
 
 def shared(first: Tensor, second: Tensor, share: float) -> float:
@@ -33,7 +31,7 @@ def shared(first: Tensor, second: Tensor, share: float) -> float:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trace, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--grid", type=Path, required=True, help="its first task and settings, at its first seed")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of data sets in files (%(default)s)")
     parser.add_argument("--no-write", action="store_true", help="print only")

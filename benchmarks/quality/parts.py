@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sylva_compile.observation import observe
-from sylva_compile.scope import input_axes, weights_in_scope
 from torch import Tensor, nn
 
+from sylva_compile.blocks.scope import input_axes, weights_in_scope
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.curvature.importance import GAIN_DAMPING, gain_scores
 from sylva_compile.curvature.kfac import Kfac
+from sylva_compile.tracing.observation import observe
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Train the same model on the same data by every method of a grid, and keep a row of every run.
 
-    python benchmarks/quality/run.py --grid benchmarks/quality/grids/small.toml
+    python -m benchmarks.quality.run --grid benchmarks/quality/grids/small.toml
 
 Rows go to benchmarks/results/quality/<grid>.jsonl. A run whose row is there is skipped, so a grid that was interrupted
 goes on where it stopped. Each method's learning rate is the one, of the grid's, with the best validation metric at the
-first seed; the rows of the other seeds are made at that one. `tables.py` prints the tables. `--processes 2`
-does two runs at a time, each with half of the threads.
+first seed; the rows of the other seeds are made at that one. `benchmarks.quality.tables` prints the tables.
+`--processes 2` does two runs at a time, each with half of the threads.
 
 SST-2, CoLA and E2E are read from --data. Tasks that a grid describes by a table `[tasks.NAME.hub]` take data and models
 from huggingface.co, or from folders. The model "small-gpt2" is pre-trained first, and kept in out/pretrained/.
@@ -15,6 +15,7 @@ import argparse
 import copy
 import functools
 import math
+import os
 import subprocess
 import sys
 import time
@@ -25,24 +26,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cost import beside_floor
-from grid import Grid, Run, best_learning_rate
-from methods import METHODS, Budgeted
-from rows import Rows
-from sylva_compile.scope import weights_in_scope
-from tasks import Batch, Data, Sizes, TaskError, head_of, on
 from torch import nn
-from traces import Scores, block_scores
-from training import optimizer_of, train
 from transformers.utils import logging as transformers_logging
 
 import sylva_compile
+from benchmarks.command import parser_of
+from benchmarks.peak import peak_above
+from benchmarks.quality.cost import beside_floor
+from benchmarks.quality.grid import Grid, Run, best_learning_rate
+from benchmarks.quality.methods import METHODS, Budgeted
+from benchmarks.quality.rows import Rows
+from benchmarks.quality.tasks import Batch, Data, Sizes, TaskError, head_of, on
+from benchmarks.quality.traces import Scores, block_scores
+from benchmarks.quality.training import optimizer_of, train
+from benchmarks.report import RESULTS, machine
+from sylva_compile.blocks.scope import weights_in_scope
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from peak import peak_above
-from report import RESULTS, machine
-
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
 FOLDER = RESULTS / "quality"
 COST_BATCHES = 12
 """So many, spread over the training, time a step beside the frozen floor."""
@@ -262,8 +263,11 @@ def _part(text: str) -> tuple[int, int]:
 def _do_in_processes(argv: Sequence[str], count: int) -> None:
     """The command `argv` again, in parts; exits where one of them fails."""
     # Of an option that is given twice, the last one counts.
-    parts = [[sys.executable, __file__, *argv, "--processes", "1", "--part", f"{n + 1}/{count}"] for n in range(count)]
-    running = [subprocess.Popen(part) for part in parts]
+    command = [sys.executable, "-m", "benchmarks.quality.run", *argv, "--processes", "1"]
+    # Found from any working directory, which paths in `argv` may be relative to.
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    running = [subprocess.Popen([*command, "--part", f"{n + 1}/{count}"], env=environment) for n in range(count)]
     failed = sum(process.wait() != 0 for process in running)
     if failed:
         sys.exit(f"{failed} of {count} processes failed; rows are kept, and the same command goes on from here")
@@ -271,7 +275,7 @@ def _do_in_processes(argv: Sequence[str], count: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run a grid; return the file of its rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__spec__, __doc__)
     parser.add_argument("--grid", type=Path, required=True, help="a TOML file, such as those in grids/")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of data sets in files (%(default)s)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")

@@ -1,6 +1,6 @@
 """Tables and plots of the rows of grids.
 
-    python benchmarks/quality/tables.py --grid benchmarks/quality/grids/small.toml
+    python -m benchmarks.quality.tables --grid benchmarks/quality/grids/small.toml
 
 prints the tables of a grid, or of several, and writes them to benchmarks/results/quality/<grid>.md, and a plot for each
 varied setting beside it. With --readme it also puts them into README.md and benchmarks/quality/README.md, between a
@@ -13,7 +13,6 @@ comment that asks for them and the next `<!-- end -->`:
     <!-- quality pruner summary: begin -->                     a line for each value of a varied setting
 """
 
-import argparse
 import re
 import statistics
 from collections.abc import Sequence
@@ -21,10 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grid import Grid, Run, Settings, best_learning_rate
 from matplotlib.figure import Figure
-from rows import Rows
-from run import FOLDER
+
+from benchmarks.command import parser_of
+from benchmarks.quality.grid import Grid, Run, Settings, best_learning_rate
+from benchmarks.quality.rows import Rows
+from benchmarks.quality.run import FOLDER
 
 HERE = Path(__file__).resolve().parent
 DOCUMENTS = (HERE.parents[1] / "README.md", HERE / "README.md")
@@ -300,8 +301,10 @@ def quoted(text: str, grid: Grid, lines: Sequence[Line]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Print and write the tables of grids."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=Path, nargs="+", required=True, help="files that run.py was given")
+    parser = parser_of(__spec__, __doc__)
+    parser.add_argument(
+        "--grid", type=Path, nargs="+", required=True, help="files that benchmarks.quality.run was given"
+    )
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
     parser.add_argument("--readme", action="store_true", help="put the tables into the two README.md as well")
     options = parser.parse_args(argv)

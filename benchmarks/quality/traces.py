@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from sylva_compile.observation import observe
-from sylva_compile.scope import input_axes, weights_in_scope
-from sylva_compile.selection import Budget, Choose, select_blocks
-from tasks import Batch
 from torch import Tensor, nn
 
+from benchmarks.quality.tasks import Batch
+from sylva_compile.blocks.scope import input_axes, weights_in_scope
 from sylva_compile.curvature.baselines import magnitude_scores, random_scores
 from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
 from sylva_compile.kernels.blocks import grid_shape
+from sylva_compile.tracing.observation import observe
+from sylva_compile.tracing.selection import Budget, ChooseBlocks, select_blocks
 
 Pattern = Literal["blocks", "columns", "rectangle"]
 PATTERNS = ("blocks", "columns", "rectangle")
@@ -37,7 +37,7 @@ class Scores:
     axes: dict[str, int]
     seconds: float
     peak_bytes: int = 0
-    jointly: Choose | None = None
+    jointly: ChooseBlocks | None = None
     chosen: dict[tuple[Budget, Pattern], tuple[dict[str, Tensor], float]] = field(default_factory=dict)
 
 
@@ -72,7 +72,7 @@ def block_scores(
         estimators = Estimators(weights, axes, choice)
         done = observe(model, weights, estimators, batches, num_samples=samples)
         found = {name: estimators.scores(name) for name in weights if name in done.seen}
-        jointly = estimators.joint_map if choice.is_joint else None
+        jointly = estimators.greedy_map if choice.is_greedy else None
     return Scores(found, axes, time.perf_counter() - started, jointly=jointly)
 
 

@@ -3,21 +3,18 @@
 import functools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from methods import Ready
-from tasks import Batch, head_of
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from peak import peak_above
+from benchmarks.peak import peak_above
+from benchmarks.quality.methods import Ready
+from benchmarks.quality.tasks import Batch, head_of
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The benchmark of grouped updates runs, and shows what they are for: operations do not grow with the layers."""
 
-import grouped_updates
 import pytest
+
+from benchmarks import grouped_updates
 
 SMALL = ["--size", "48", "--depth", "2", "--tokens", "20", "--layers", "2", "8", "--repeats", "2", "--no-write"]
 

@@ -1,6 +1,6 @@
 """One copy for three readers saves bytes; where attention keeps the activation, nothing is saved beside it."""
 
-import narrow_saving
+from benchmarks import narrow_saving
 
 
 def test_small() -> None:

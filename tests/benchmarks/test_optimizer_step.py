@@ -1,6 +1,6 @@
 """The optimizer benchmark runs, and compares what it says it compares."""
 
-import optimizer_step
+from benchmarks import optimizer_step
 
 
 def test_small() -> None:

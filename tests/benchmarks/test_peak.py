@@ -1,7 +1,8 @@
 """The peak of tensors' memory is the highest level above the first, not the sum and not the last."""
 
 import torch
-from peak import peak_above
+
+from benchmarks.peak import peak_above
 
 CPU = torch.device("cpu")
 

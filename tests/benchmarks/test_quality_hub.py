@@ -7,14 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
-import run as quality
 import torch
-from grid import Grid, GridError
-from rows import Rows
-from tasks import Sizes, TaskError, find_task
-from tasks.choices import Questions, asked, evaluate_choices
-from tasks.hub import load_splits
-from tasks.small_gpt2 import train_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
@@ -32,6 +25,14 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from benchmarks.quality import run as quality
+from benchmarks.quality.grid import Grid, GridError
+from benchmarks.quality.rows import Rows
+from benchmarks.quality.tasks import Sizes, TaskError, find_task
+from benchmarks.quality.tasks.choices import Questions, asked, evaluate_choices
+from benchmarks.quality.tasks.hub import load_splits
+from benchmarks.quality.tasks.small_gpt2 import train_tokenizer
 
 GRIDS = Path(quality.__file__).parent / "grids"
 PAPER = ("paper_roberta_glue", "paper_gpt2_e2e", "paper_t5_superni", "paper_llama_oasst1")
@@ -179,7 +180,7 @@ def shrunk(grid: Grid, folder: Path) -> Grid:
 def _no_meteor(monkeypatch: pytest.MonkeyPatch) -> None:
     # It takes many seconds to start, and has a test of its own.
     metrics = pytest.importorskip(
-        "tasks.metrics", exc_type=ImportError, reason="a library of the bench extra is missing"
+        "benchmarks.quality.tasks.metrics", exc_type=ImportError, reason="a library of the bench extra is missing"
     )
     monkeypatch.setattr(metrics, "java", lambda: None)
 

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import concentration
-import noise
 import pytest
 import torch
-from grid import Settings
-from parts import Part, agreed_gains, best, together, trace_parts
-from tasks.classification import load_model
 from torch import Tensor
 
+from benchmarks.quality import concentration, noise
+from benchmarks.quality.grid import Settings
+from benchmarks.quality.parts import Part, agreed_gains, best, together, trace_parts
+from benchmarks.quality.tasks.classification import load_model
 from sylva_compile.curvature.importance import diagonal_blocks
 
 

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import run as quality
 import torch
-from grid import Run, Settings
-from tasks import TASKS, Sizes, TaskError, small_gpt2
-from tasks.classification import COLA, SST2
-from tasks.e2e import E2E, prompt_of
-from tasks.generation import IGNORED, Prompt, Writing, token_loss, write
-from tasks.small_gpt2 import Recipe, gather, pretrain, pretrained, train_tokenizer
 from torch import nn
+
+from benchmarks.quality import run as quality
+from benchmarks.quality.grid import Run, Settings
+from benchmarks.quality.tasks import TASKS, Sizes, TaskError, small_gpt2
+from benchmarks.quality.tasks.classification import COLA, SST2
+from benchmarks.quality.tasks.e2e import E2E, prompt_of
+from benchmarks.quality.tasks.generation import IGNORED, Prompt, Writing, token_loss, write
+from benchmarks.quality.tasks.small_gpt2 import Recipe, gather, pretrain, pretrained, train_tokenizer
 
 PLACES = ("Alimentum", "Aromi", "Bibimbap House", "Blue Spice", "Browns Cambridge", "Clowns", "Cocum", "Cotto")
 SCOPE = r".*\bh\..*"
@@ -22,7 +23,9 @@ SCOPE = r".*\bh\..*"
 @pytest.fixture
 def metrics(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The metrics without METEOR, which takes many seconds to start."""
-    found = pytest.importorskip("tasks.metrics", exc_type=ImportError, reason="a library of the bench extra is missing")
+    found = pytest.importorskip(
+        "benchmarks.quality.tasks.metrics", exc_type=ImportError, reason="a library of the bench extra is missing"
+    )
     monkeypatch.setattr(found, "java", lambda: None)
     return found
 

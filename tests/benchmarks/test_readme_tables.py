@@ -1,7 +1,8 @@
 """README's figures are those of the newest results."""
 
 import pytest
-import readme_tables
+
+from benchmarks import readme_tables
 
 
 def test_readme_is_what_the_command_makes_of_the_results() -> None:
@@ -20,5 +21,5 @@ def test_a_table_without_a_place_is_no_silent_loss() -> None:
 
 
 def test_no_result_says_what_to_run() -> None:
-    with pytest.raises(LookupError, match=r"benchmarks/step\.py"):
+    with pytest.raises(LookupError, match=r"python -m benchmarks\.step\."):
         readme_tables.newest("step", device="abacus")

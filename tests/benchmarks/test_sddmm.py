@@ -1,9 +1,9 @@
 """The kernel's benchmark runs; a wrong kernel is never timed."""
 
-import gpu
 import pytest
-import sddmm
 import torch
+
+from benchmarks import gpu, sddmm
 
 SMALL = ["--tokens", "64", "--size", "96", "--blocks", "16", "32", "--shares", "0.2", "--repeats", "3", "--no-write"]
 

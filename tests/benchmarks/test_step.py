@@ -1,9 +1,9 @@
 """The step benchmark runs, and compares what it says it compares."""
 
 import pytest
-import step
-import variants
-from variants import VARIANTS
+
+from benchmarks import step, variants
+from benchmarks.variants import VARIANTS
 
 OPTIONS = "--hidden 64 --mlp 96 --layers 1 --tokens 32 --length 16 --block-size 16 --sparsity 0.7 --repeats 2"
 SMALL = [*OPTIONS.split(), "--inner", "aot_eager", "--no-write"]

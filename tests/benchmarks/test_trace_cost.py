@@ -1,7 +1,8 @@
 """The trace benchmark runs, and compares what it says it compares."""
 
 import pytest
-import trace_cost
+
+from benchmarks import trace_cost
 
 
 def test_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.base import Batch, Data, Sizes, Task, TaskError, head_of, heads_of, on
-from tasks.classification import COLA, SST2
-from tasks.e2e import E2E
-from tasks.hub import hub_task
+from benchmarks.quality.tasks.base import Batch, Data, Sizes, Task, TaskError, head_of, heads_of, on
+from benchmarks.quality.tasks.classification import COLA, SST2
+from benchmarks.quality.tasks.e2e import E2E
+from benchmarks.quality.tasks.hub import hub_task
 
 __all__ = ["TASKS", "Batch", "Data", "Sizes", "Task", "TaskError", "find_task", "head_of", "heads_of", "on"]
 

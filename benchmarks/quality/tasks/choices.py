@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tasks.base import Batch, Examples, device_of, on
-from tasks.generation import padded
+from benchmarks.quality.tasks.base import Batch, Examples, device_of, on
+from benchmarks.quality.tasks.generation import padded
 
 LETTERS = "ABCDEFGHIJ"
 

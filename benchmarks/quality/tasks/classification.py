@@ -20,7 +20,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tasks.base import Batch, Data, Examples, Sizes, Task, TaskError, device_of, existing, on, without_dropout
+from benchmarks.quality.tasks.base import (
+    Batch,
+    Data,
+    Examples,
+    Sizes,
+    Task,
+    TaskError,
+    device_of,
+    existing,
+    on,
+    without_dropout,
+)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tasks.base import Data, Sizes, Task, TaskError, existing, without_dropout
-from tasks.generation import Prompt, Writing, evaluate_writing
-from tasks.small_gpt2 import RECIPES, pretrained
+from benchmarks.quality.tasks.base import Data, Sizes, Task, TaskError, existing, without_dropout
+from benchmarks.quality.tasks.generation import Prompt, Writing, evaluate_writing
+from benchmarks.quality.tasks.small_gpt2 import RECIPES, pretrained
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def prompt_of(meaning: str) -> str:
 
 def _scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Mapping[str, float]:
     # Seconds to import, and only evaluation wants them.
-    from tasks.metrics import text_metrics
+    from benchmarks.quality.tasks.metrics import text_metrics
 
     return text_metrics(texts, [[reference.strip() for reference in each] for each in references])
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tasks.base import Batch, Examples, device_of, on
+from benchmarks.quality.tasks.base import Batch, Examples, device_of, on
 
 IGNORED = -100
 """The label of tokens that the loss leaves out."""

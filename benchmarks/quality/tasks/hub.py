@@ -26,10 +26,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tasks.base import Data, Sizes, Task, TaskError, without_dropout
-from tasks.choices import Questions, evaluate_choices
-from tasks.classification import Score, Sentences, evaluate_labels
-from tasks.generation import Prompt, Writing, evaluate_writing
+from benchmarks.quality.tasks.base import Data, Sizes, Task, TaskError, without_dropout
+from benchmarks.quality.tasks.choices import Questions, evaluate_choices
+from benchmarks.quality.tasks.classification import Score, Sentences, evaluate_labels
+from benchmarks.quality.tasks.generation import Prompt, Writing, evaluate_writing
 
 LABEL_METRICS: Mapping[str, Score] = {
     "accuracy": accuracy_score,
@@ -226,7 +226,7 @@ class HubWriting(HubTask):
     def evaluate(self, model: nn.Module, part: Writing, size: int) -> dict[str, Any]:
         """See `Task`."""
         # Seconds to import, and only evaluation wants them.
-        from tasks.metrics import rouge_l, text_metrics
+        from benchmarks.quality.tasks.metrics import rouge_l, text_metrics
 
         def rouge_alone(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Mapping[str, float]:
             return {"ROUGE-L": 100 * rouge_l(texts, references)}

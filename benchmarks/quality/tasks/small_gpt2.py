@@ -24,8 +24,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tasks.base import without_dropout
-from tasks.classification import COLA, SST2
+from benchmarks.quality.tasks.base import without_dropout
+from benchmarks.quality.tasks.classification import COLA, SST2
 
 CACHE = Path(__file__).resolve().parents[3] / "out" / "pretrained"
 END = "<|endoftext|>"
