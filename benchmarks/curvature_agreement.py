@@ -8,7 +8,7 @@ of one run. Prints tables and writes them with machine and versions to benchmark
 Agreement is Jaccard's: blocks chosen by both over blocks chosen by either, over all weights. The exact masks it is
 measured against are those of the same damping and number of samples; in brackets, those of the same damping and all
 samples. For the gain `trace_and_mask` gathers diagonal blocks, which are exact; here they are read out of hierarchies.
-A joint choice that differs early differs from there on: masks that agree little need not be worse.
+A greedy choice that differs early differs from there on: masks that agree little need not be worse.
 """
 
 import argparse
@@ -27,14 +27,17 @@ from torch import Tensor, nn
 
 from benchmarks.command import parser_of
 from benchmarks.report import write_results
-from sylva_compile.blocks.scope import input_axes, weights_in_scope
+from sylva_compile.blocks.scope import weights_in_scope
+from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.dense import DenseFactor
 from sylva_compile.curvature.factor import NewFactor
 from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.curvature.online import OnlineHierarchy
+from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.tracing.observation import TraceProgress, observe
-from sylva_compile.tracing.selection import Budget, select_blocks
+from sylva_compile.tracing.selection import select_blocks
+from sylva_compile.tracing.trace import weight_specs
 
 Maps = dict[str, Tensor]
 
@@ -42,19 +45,11 @@ Maps = dict[str, Tensor]
 class Panel:
     """Estimators of one weight, all shown the same tokens."""
 
-    def __init__(self, weight: Tensor, outputs: int, inputs: int, name: str, shared: dict[str, InputFactors]) -> None:
-        """One for each kind of factor in `shared`."""
+    def __init__(self, spec: WeightSpec, shared: dict[str, InputFactors]) -> None:
+        """Make one for each kind of factor in `shared`."""
+        self.spec = spec
         self.estimators = {
-            which: Kfac(
-                weight,
-                outputs,
-                inputs,
-                new_factor=factors.new_factor,
-                score="paper",
-                damping=None,
-                shared=factors,
-                reader=name,
-            )
+            which: Kfac(spec, new_factor=factors.new_factor, score="paper", damping=None, shared=factors)
             for which, factors in shared.items()
         }
 
@@ -134,16 +129,13 @@ def jaccard(first: Maps, second: Maps) -> float:
 def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args: argparse.Namespace) -> dict[str, Any]:
     """Tables of one model: rows of settings and factors, a column for each number of samples."""
     weights = weights_in_scope(model, scope)
-    axes = input_axes(model, weights)
+    specs = weight_specs(model, weights)
     kinds: dict[str, NewFactor] = {"exact": DenseFactor}
     for text in args.variants:
         depth, rank = map(int, text.split(","))
         kinds[f"K={depth} r={rank}"] = functools.partial(online_hierarchy, depth, rank)
     shared = {which: InputFactors(new_factor) for which, new_factor in kinds.items()}
-    panels = {}
-    for name, weight in weights.items():
-        m, n = weight.shape if axes[name] == 1 else reversed(weight.shape)
-        panels[name] = Panel(weight, m, n, name, shared)
+    panels = {name: Panel(spec, shared) for name, spec in specs.items()}
     listener = Panels(panels, shared)
     settings = [("paper", damping) for damping in args.dampings] + [("gain", 0.1), ("greedy", 0.1)]
     sizes = list(itertools.product(args.block_sizes, args.sparsities))
@@ -158,10 +150,10 @@ def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args
                 for name, panel in panels.items():
                     estimator = panel.estimators[which]
                     estimator.score, estimator.damping = score, damping
-                    scores[name] = turned(estimator.block_scores(block), axes[name])
-                jointly = functools.partial(greedy_map, panels, axes, which, block) if score == "greedy" else None
+                    scores[name] = panel.spec.turned(estimator.block_scores(block))
+                choose = functools.partial(greedy_map, panels, which, block) if score == "greedy" else None
                 for sparsity in args.sparsities:
-                    chosen = select_blocks(scores, Budget(sparsity), axes, jointly)
+                    chosen = select_blocks(scores, SylvaConfig(sparsity=sparsity), specs, choose)
                     maps[which, score, damping, block, sparsity, count] = chosen
 
     def stop_by(progress: TraceProgress) -> None:
@@ -193,17 +185,11 @@ def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args
     return {"samples": stops, "rows": rows, "factor_bytes": held, "update_seconds": dict(listener.seconds)}
 
 
-def greedy_map(
-    panels: dict[str, Panel], axes: dict[str, int], which: str, block: int, name: str, count: int, allowed: Tensor
-) -> Tensor:
-    """Blocks that the estimator of one kind chooses jointly, as the weight is stored."""
-    found = panels[name].estimators[which].greedy_map(block, count, turned(allowed, axes[name]))
-    return turned(found, axes[name])
-
-
-def turned(grid: Tensor, axis: int) -> Tensor:
-    """Outputs by inputs to the stored orientation, and back."""
-    return grid if axis == 1 else grid.t()
+def greedy_map(panels: dict[str, Panel], which: str, block: int, name: str, count: int, allowed: Tensor) -> Tensor:
+    """Choose `count` blocks of one weight one after another, by the factors of kind `which`."""
+    panel = panels[name]
+    found = panel.estimators[which].greedy_map(block, count, panel.spec.turned(allowed))
+    return panel.spec.turned(found)
 
 
 def online_hierarchy(depth: int, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> OnlineHierarchy:

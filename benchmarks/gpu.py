@@ -1,20 +1,20 @@
-"""Everything that wants a GPU, in parts; from a checkout, without a network.
+"""All checks and benchmarks that need a GPU, in parts; they run from a checkout, without a network.
 
     python -m benchmarks.gpu                               all parts
     python -m benchmarks.gpu correctness sddmm graphs      some of them
-    python -m benchmarks.gpu tune                          measures the table of launches anew; not among "all"
+    python -m benchmarks.gpu tune                          measures the table of launches anew; not part of "all"
 
 correctness     the kernel and whole compiled steps in every dtype against float64, before anything is timed
 graphs          mode="reduce-overhead": gradients equal those without CUDA graphs, over several steps
-training        trace, compile, train, save and load: the same losses as the uncompiled twin's
+training        trace, compile, train, save and load: the same losses as an uncompiled copy's
 sddmm           the kernel against its roofline and a GEMM of as many FLOPs
 step-2048       the training step at the shapes of a LLaMA-7B layer, bfloat16, 2,048 tokens
 step-8192       the same with 8,192 tokens
 optimizer       the optimizer's step with write-through at LLaMA-7B's 224 weights
-trace           what a trace costs beside the passes it watches, at the width of LLaMA-7B
+trace           the cost of a trace beside the forward and backward passes, at the width of LLaMA-7B
 updates         hierarchies of many layers updated one by one and together, sizes of BERT and of LLaMA-7B
 
-Needs torch, triton and transformers; PEFT for the LoRA variants, without which they are left out.
+Needs torch, triton and transformers; without PEFT the LoRA variants are left out.
 """
 
 import copy
@@ -37,7 +37,7 @@ LAYER = ["--hidden", "4096", "--mlp", "11008", "--layers", "1", "--length", "102
 
 
 def gradients(model: nn.Module, masks: sylva_compile.Masks, x: Tensor) -> dict[str, Tensor]:
-    """The blocks' gradients after one step of `model`, which may be compiled."""
+    """Run `model`, compiled or not, forward and backward on `x`; return the gradients of the blocks by weight."""
     model.zero_grad(set_to_none=True)
     model(x).float().square().mean().backward()
     found = {name: parameter.grad for name, parameter in zip(masks, masks.parameters(), strict=True)}
@@ -45,19 +45,19 @@ def gradients(model: nn.Module, masks: sylva_compile.Masks, x: Tensor) -> dict[s
 
 
 def small(dtype: torch.dtype) -> nn.Module:
-    """Two weights whose sizes are no multiples of anything."""
+    """Make a model of two weights whose sizes are no multiples of any block size here."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 330), nn.GELU(), nn.Linear(330, 150)).to("cuda", dtype)
     return model.requires_grad_(False)
 
 
 def masks_of(model: nn.Module, block: int) -> sylva_compile.Masks:
-    """A third of the blocks, at random."""
+    """Choose a third of the blocks, at random."""
     return sylva_compile.trace_and_mask(model, method="random", sparsity=0.67, block_size=block)
 
 
 def correctness() -> None:
-    """Kernel and compiled step against float64; compiling takes longest, so many processes share the work."""
+    """Check kernel and compiled step against float64, in many processes, since compilation takes the longest."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     with ProcessPoolExecutor(min(10, os.cpu_count() or 1), get_context("spawn")) as processes:
         for said in processes.map(check, *zip(*itertools.product(dtypes, (16, 24, 32, 64, 128)), strict=True)):
@@ -65,7 +65,7 @@ def correctness() -> None:
 
 
 def check(dtype: torch.dtype, block: int) -> str:
-    """One dtype and one block size. Raises AssertionError where an error is more than rounding."""
+    """Check one dtype and block size; return a line to print. Raises AssertionError where an error exceeds rounding."""
     for tokens, size, share in ((1, 100, 1.0), (300, 500, 0.3), (5000, 1024, 0.02)):
         sddmm.check(*sddmm.operands(tokens, size, block, share, dtype, "cuda"), block)
     model = small(dtype)
@@ -84,7 +84,7 @@ def check(dtype: torch.dtype, block: int) -> str:
 
 
 def graphs() -> None:
-    """CUDA graphs give the same gradients as none."""
+    """Check that gradients with CUDA graphs equal those without."""
     model = small(torch.bfloat16)
     masks = masks_of(model, 32)
     backend = sylva_compile.backend(masks, on_miss="error")
@@ -101,7 +101,7 @@ def graphs() -> None:
 
 
 def training() -> None:
-    """A small Llama from trace to adapter, compiled; its uncompiled twin takes the same steps."""
+    """Take a compiled small Llama from trace to adapter, and check it against an uncompiled copy on the same steps."""
     torch.manual_seed(0)
     compiled = llama(256, 688, 2).to("cuda")
     ids = torch.randint(0, 1024, (8, 64), device="cuda")
@@ -135,14 +135,14 @@ def training() -> None:
 
 
 def kernel() -> None:
-    """The kernel at the shapes of a LLaMA-7B layer."""
+    """Benchmark the kernel at the shapes of a LLaMA-7B layer."""
     for tokens in ("2048", "8192"):
         options = ["--device", "cuda", "--dtypes", "bfloat16", "--tokens", tokens, "--size", "4096"]
         sddmm.main([*options, "--blocks", "64", "128", "--shares", "0.01", "0.02", "0.05"])
 
 
 def steps(tokens: str) -> None:
-    """A training step of one layer, at 2% of the blocks: beside LoRA and full fine-tuning, then beside the floor."""
+    """Benchmark a step of one layer with 2% of its blocks: beside LoRA and full fine-tuning, then beside the floor."""
     for block, names in (("64", []), ("128", ["--names", "frozen", "sylva"])):
         step.main([*LAYER, "--device", "cuda", "--tokens", tokens, "--block-size", block, *names, "--repeats", "40"])
         torch._dynamo.reset()
@@ -150,18 +150,18 @@ def steps(tokens: str) -> None:
 
 
 def optimizer() -> None:
-    """Without torch's compiled step, which takes minutes to compile at so many weights."""
+    """Benchmark the optimizer, without torch's compiled step: it takes minutes to compile for so many weights."""
     optimizer_step.main(["--device", "cuda", "--names", "torch fused", "torch foreach"])
 
 
 def trace() -> None:
-    """Two layers as wide as LLaMA-7B's."""
+    """Benchmark a trace of two layers as wide as LLaMA-7B's."""
     shape = ["--hidden", "4096", "--batch", "2", "--length", "1024", "--dtype", "bfloat16"]
     trace_cost.main(["--device", "cuda", *shape, "--memory-hidden", "0", "--rounds", "1", "--batches", "6"])
 
 
 def updates() -> None:
-    """Updates of the trace's hierarchies, single and grouped; their sums are compared first."""
+    """Benchmark updates of the trace's hierarchies, single and grouped; their sums are compared first."""
     for size in ("768", "4096"):
         grouped_updates.main(["--device", "cuda", "--size", size, "--layers", "6", "24"])
 
@@ -180,7 +180,7 @@ PARTS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the parts that are named, or all."""
+    """Run the named parts, or all."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, "tune", []], help="all if left out")
     options = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""Updates of the online hierarchies of many layers, one by one and together: time and number of operations.
+"""Compare updates of many layers' online hierarchies, one by one and together: time and number of operations.
 
     python -m benchmarks.grouped_updates                 prints the table and writes benchmarks/results/*.json
     python -m benchmarks.grouped_updates --device cuda
 
-Both take the same tokens in turns, and their sums are compared before anything is timed. Together means a copy of the
-tokens, as what waits is one. Operations are those that reach PyTorch's dispatcher: a GPU is handed each of them as at
-least one launch, and QR and SVD as more.
+Both take the same tokens in turns, and their sums are compared before anything is timed. The time of "together"
+includes a copy of the tokens, since an update queue stores copies. Operations are those that reach PyTorch's
+dispatcher: on a GPU each of them launches at least one kernel, and QR and SVD launch several.
 """
 
 import argparse
@@ -26,31 +26,31 @@ Update = Callable[[list[OnlineHierarchy], list[Tensor]], None]
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations."""
+    """A dispatch mode that counts operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count one, and run it; what only looks at memory in another way is none."""
+        """Run an operation and count it, unless it only makes a view."""
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
 
 
 def one_by_one(trees: list[OnlineHierarchy], tokens: list[Tensor]) -> None:
-    """As on a CPU."""
+    """Update each hierarchy by itself, as a trace on a CPU does."""
     for tree, one in zip(trees, tokens, strict=True):
         tree.update(one)
 
 
 def together(trees: list[OnlineHierarchy], tokens: list[Tensor]) -> None:
-    """As a queue does it."""
+    """Update all hierarchies in one call, as an update queue does."""
     update_together(trees, [tree.layout.spread(one.clone(), 1) for tree, one in zip(trees, tokens, strict=True)])
 
 
 def measure(options: argparse.Namespace, tokens: int, layers: int) -> dict[str, Any]:
-    """Median milliseconds and operations of an update of `layers` factors."""
+    """Return the median milliseconds and the operations of an update of `layers` factors."""
     device = torch.device(options.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     variants: dict[str, Update] = {"one_by_one": one_by_one, "together": together}
@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace, tokens: int, layers: int) -> dict[str, 
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print, write."""
+    """Measure, print the table and write the results."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--size", type=int, default=768, help="%(default)s")
     parser.add_argument("--depth", type=int, default=4, help="%(default)s")

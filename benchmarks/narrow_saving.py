@@ -1,13 +1,14 @@
-"""Bytes saved for the backward where the saving of one activation is at stake, by what is done about it.
+"""Compare the bytes saved for the backward with a narrow copy for each weight and with one shared narrow copy.
 
     python -m benchmarks.narrow_saving                     prints the table and writes benchmarks/results/*.json
 
-three readers       query, key and value, each with a mask of its own, read what a frozen product puts out: nothing else
-                    of the backward needs it, and it cannot be made again for little
-kept by attention   the output projection reads what attention puts out, which attention's own backward needs
+three readers       query, key and value, each with its own mask, read the output of a frozen product: nothing else in
+                    the backward needs this output, and it is expensive to recompute
+kept by attention   the output projection reads the output of attention, which attention's own backward needs
 
-Each is compiled as a frozen model (the floor), with a narrow copy for each weight (a backend that knows no model, and
-so learns nothing from its graphs), and with one shared copy (the usual backend). The last column is the activation.
+Each model is compiled as a frozen model (the floor), with a narrow copy for each weight (a backend without masks knows
+no model, and so updates no layouts), and with one shared copy (the usual backend). The last column is the whole
+activation.
 """
 
 import copy
@@ -24,7 +25,7 @@ from benchmarks.variants import Variant, saved_bytes
 
 
 class ThreeReaders(nn.Module):
-    """Sums of query, key and value of a projected input."""
+    """Query, key and value of a projected input."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -32,20 +33,20 @@ class ThreeReaders(nn.Module):
         self.readers = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """A number, from `x [B, S, hidden]`."""
+        """Return a scalar, from `x [B, S, hidden]`."""
         x = self.project(x)
         return torch.stack([reader(x).square().mean() for reader in self.readers]).sum()
 
 
 class KeptByAttention(nn.Module):
-    """Attention of an input to itself, and the projection behind it."""
+    """Self-attention and the output projection behind it."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.out = nn.Linear(hidden, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A number, from `x [B, S, hidden]`."""
+        """Return a scalar, from `x [B, S, hidden]`."""
         heads = x.unflatten(-1, (-1, 64)).transpose(1, 2)
         attended = F.scaled_dot_product_attention(heads, heads, heads)
         return self.out(attended.transpose(1, 2).flatten(2)).square().mean()
@@ -58,7 +59,7 @@ CASES = {
 
 
 def saved(model: nn.Module, backend: Any, tokens: int, hidden: int) -> int:
-    """Bytes that one forward pass of `model` saves."""
+    """Return the bytes that one forward pass of `model` saves."""
     torch._dynamo.reset()
     x = torch.randn(tokens // 256, 256, hidden, requires_grad=True)
     compiled = torch.compile(model, backend=backend)
@@ -67,7 +68,7 @@ def saved(model: nn.Module, backend: Any, tokens: int, hidden: int) -> int:
 
 
 def measure(hidden: int, tokens: int, block_size: int, columns: int, inner: str) -> dict[str, dict[str, int]]:
-    """Saved bytes of each case; every mask uses `columns` block columns, chosen at random."""
+    """Return the saved bytes of each case; every mask uses `columns` block columns, chosen at random."""
     results: dict[str, dict[str, int]] = {}
     for case, (make, names) in CASES.items():
         torch.manual_seed(0)
@@ -90,7 +91,7 @@ def measure(hidden: int, tokens: int, block_size: int, columns: int, inner: str)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, int]]:
-    """Measure, print the table, write the row."""
+    """Measure, print the table and write the results."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--hidden", type=int, default=1024, help="%(default)s")
     parser.add_argument("--tokens", type=int, default=1024, help="in sequences of 256 (%(default)s)")

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sylva_compile.blocks.site import BlockState
 from torch import Tensor, nn
 
 import sylva_compile
 from benchmarks.command import parser_of
 from benchmarks.report import print_table, write_results
 from sylva_compile import Masks
-from sylva_compile.blocks import embedding
+from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.embed import block_states
 
 HIDDEN, MLP, LAYERS = 4096, 11008, 32
 STREAMED = 1 << 25
@@ -80,7 +80,7 @@ def variants(masks: Masks, lr: float, names: Sequence[str] = VARIANTS) -> list[V
     """Ours and those of `names`, from the same values and with the same gradients."""
     ours = masks.parameters()
     assert masks.model is not None
-    sites = list(embedding.sites(masks.model).values())
+    states = list(block_states(masks.model).values())
     made = [Variant("sylva", ours, sylva_compile.AdamW(ours, lr=lr, weight_decay=0.01).step)]
     for blocks in ours:
         nn.init.normal_(blocks, std=0.02)
@@ -94,7 +94,7 @@ def variants(masks: Masks, lr: float, names: Sequence[str] = VARIANTS) -> list[V
         fused = name == "torch fused"
         optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=0.01, fused=fused, foreach=not fused)
         compiled = name.endswith("compiled")
-        write = compiled_write_through(sites, own) if compiled else write_through(sites, own)
+        write = compiled_write_through(states, own) if compiled else write_through(states, own)
         stepped: Any = torch.compile(optimizer.step) if compiled else optimizer.step
 
         def step(stepped: Any = stepped, write: Callable[[], None] = write) -> None:
@@ -105,18 +105,18 @@ def variants(masks: Masks, lr: float, names: Sequence[str] = VARIANTS) -> list[V
     return made
 
 
-def write_through(sites: list[BlockState], blocks: list[nn.Parameter]) -> Callable[[], None]:
+def write_through(states: list[BlockState], blocks: list[nn.Parameter]) -> Callable[[], None]:
     """One copy, in a single call, onto a view of each block's place."""
     places, values = [], []
-    for site, of_weight in zip(sites, blocks, strict=True):
-        b = site.mask.block_size
-        for row, col in zip(site.mask.rows.tolist(), site.mask.cols.tolist(), strict=True):
-            places.append(site.weight.detach()[row * b : (row + 1) * b, col * b : (col + 1) * b])
+    for state, of_weight in zip(states, blocks, strict=True):
+        b = state.mask.block_size
+        for row, col in zip(state.mask.rows.tolist(), state.mask.cols.tolist(), strict=True):
+            places.append(state.weight.detach()[row * b : (row + 1) * b, col * b : (col + 1) * b])
         values += of_weight.detach().unbind(0)
     return lambda: torch._foreach_copy_(places, values)
 
 
-def compiled_write_through(sites: list[BlockState], blocks: list[nn.Parameter]) -> Callable[[], None]:
+def compiled_write_through(states: list[BlockState], blocks: list[nn.Parameter]) -> Callable[[], None]:
     """A compiled copy a weight, of the rows of its blocks onto the rows of the weight's grid."""
 
     def copy(weight: Tensor, values: Tensor, rows: Tensor) -> None:
@@ -125,11 +125,11 @@ def compiled_write_through(sites: list[BlockState], blocks: list[nn.Parameter]) 
 
     compiled = torch.compile(copy, dynamic=False)
     work = []
-    for site, of_weight in zip(sites, blocks, strict=True):
-        b, across = site.mask.block_size, site.mask.shape[1] // site.mask.block_size
-        top, left = site.layout.positions
+    for state, of_weight in zip(states, blocks, strict=True):
+        b, across = state.mask.block_size, state.mask.shape[1] // state.mask.block_size
+        top, left = state.layout.positions
         rows = ((top[:, None] * b + torch.arange(b, device=top.device)) * across + left[:, None]).flatten()
-        work.append((site.weight.detach(), of_weight.detach(), rows))
+        work.append((state.weight.detach(), of_weight.detach(), rows))
 
     def write() -> None:
         for arguments in work:
@@ -141,16 +141,16 @@ def compiled_write_through(sites: list[BlockState], blocks: list[nn.Parameter]) 
 def assert_equal_results(made: list[Variant], masks: Masks) -> None:
     """One step of each variant leaves the same blocks, and each leaves its blocks in the dense weights."""
     assert masks.model is not None
-    sites = list(embedding.sites(masks.model).values())
+    states = list(block_states(masks.model).values())
     before = made[0].blocks[0].detach().clone()
     for variant in made:
         variant.step()
-        for site, blocks, wanted in zip(sites, variant.blocks, made[0].blocks, strict=True):
+        for state, blocks, wanted in zip(states, variant.blocks, made[0].blocks, strict=True):
             torch.testing.assert_close(blocks.detach(), wanted.detach(), rtol=1e-5, atol=1e-6)
-            assert torch.equal(site._dense_blocks(), blocks.detach().to(site.weight.dtype)), (
-                f"{variant.name} of {site.name}"
+            assert torch.equal(state._dense_blocks(), blocks.detach().to(state.weight.dtype)), (
+                f"{variant.name} of {state.name}"
             )
-            site.mark_synced()
+            state.mark_synced()
     assert not torch.equal(before, made[0].blocks[0]), "nothing was stepped"
 
 
@@ -170,7 +170,7 @@ def measure(
     masks = masks_for(model, block_size, sparsity)
     made = variants(masks, 1e-3, names)
     assert_equal_results(made, masks)
-    sites = list(embedding.sites(model).values())
+    states = list(block_states(model).values())
     streams = torch.ones(2, STREAMED, device=device)
     times: dict[str, list[float]] = {variant.name: [] for variant in made}
     streaming: list[float] = []
@@ -182,9 +182,9 @@ def measure(
                 taken = _milliseconds(variant.step)
                 if turn >= 2:
                     times[variant.name].append(taken)
-                for site in sites:
+                for state in states:
                     # The weights now hold another variant's blocks, which ours must not mistake for an edit by hand.
-                    site.mark_synced()
+                    state.mark_synced()
             streaming.append(_milliseconds(lambda: streams[0].add_(streams[1])))
     finally:
         gc.enable()
@@ -201,7 +201,7 @@ def measure(
     # Two vectors are read and one is written.
     streamed = 3 * 4 * STREAMED / statistics.median(streaming[2:]) / 1e6
     return {
-        "weights": len(sites),
+        "weights": len(states),
         "elements": elements,
         "gigabytes_per_second": moved / ours / 1e6,
         "streaming_gigabytes_per_second": streamed,

@@ -1,4 +1,4 @@
-"""Peak memory of tensors while something runs."""
+"""Peak memory of tensors during a call."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 def peak_above(work: Callable[[], T], device: torch.device) -> tuple[T, int]:
-    """What `work` returns, and the most bytes of tensors on `device` at one time above those at its beginning.
+    """Run `work`; return its result, and the peak bytes of tensors on `device` above those at its start.
 
-    torch keeps no account of the CPU's memory, but its profiler sees every allocation; `work` runs a little slower
-    under it. What is allocated past torch (by a compiler, for a library's own workspace) is not seen there, and what
-    was there before counts to the end even if `work` frees it.
+    torch has no memory statistics for the CPU, so there its profiler records every allocation, and `work` runs a little
+    slower. The profiler misses memory that others than torch allocate (a compiler, a library's own workspace), and
+    tensors that existed before: they count until the end even if `work` frees them.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,7 +1,7 @@
 """Write the tables of figures in README.md from the newest results in `benchmarks/results`.
 
-python -m benchmarks.readme_tables                     rewrites what stands between the markers
-python -m benchmarks.readme_tables --check             exits with an error if that would change anything
+python -m benchmarks.readme_tables                     rewrites the tables between the markers
+python -m benchmarks.readme_tables --check             exits with an error if a table is out of date
 """
 
 import json
@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 def newest(benchmark: str, **settings: Any) -> dict[str, Any]:
-    """The latest result of `benchmark` that was made with these settings. Raises LookupError if there is none."""
+    """Return the latest result of `benchmark` with these settings. Raises LookupError if there is none."""
     rows = [json.loads(path.read_text()) for path in RESULTS.glob(f"{benchmark}-*.json")]
     fitting = [row for row in rows if settings.items() <= row["settings"].items()]
     if not fitting:
@@ -35,7 +35,7 @@ def newest(benchmark: str, **settings: Any) -> dict[str, Any]:
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column holds names, the others figures."""
+    """Return a Markdown table whose first column holds names and the others figures."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -49,7 +49,7 @@ def _ratio(value: int | None, floor: int | None) -> str:
 
 
 def step_table() -> str:
-    """Time of a step on the CPU, at the default shapes; a dash for what an older result did not measure."""
+    """Return the table of steps on the CPU, at the default shapes; a dash marks a value that an older result lacks."""
     row = newest("step", device="cpu", hidden=1024, tokens=1024, block_size=64, sparsity=0.98)
     floor = row["results"]["frozen"]
     rows = [
@@ -88,7 +88,7 @@ def step_table() -> str:
 
 
 def gpu_table() -> str:
-    """Time and peak of a step of one LLaMA-7B layer on a GPU, at two batch sizes."""
+    """Return the table of steps of one LLaMA-7B layer on a GPU, at two batch sizes."""
     at = {
         tokens: newest("step", device="cuda", hidden=4096, tokens=tokens, block_size=64, sparsity=0.98)
         for tokens in (2048, 8192)
@@ -114,7 +114,7 @@ def gpu_table() -> str:
 
 
 def saved_table() -> str:
-    """Bytes saved for the backward, at the default shapes."""
+    """Return the table of bytes saved for the backward, at the default shapes."""
     row = newest("saved_activations", hidden=512, layers=4, tokens=1024, block_size=64)
     floor = row["results"]["frozen"]["saved_bytes"]
     rows = [
@@ -137,7 +137,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rendered(text: str) -> str:
-    """`text` with each table between its markers made anew."""
+    """Return `text` with every table between its markers made anew."""
     for name, make in TABLES.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         if not pattern.search(text):

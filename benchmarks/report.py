@@ -1,4 +1,4 @@
-"""What every benchmark shares: a printed table, and a dated JSON file that says where its numbers come from."""
+"""The output of every benchmark: a printed table, and a dated JSON file that names the machine and the versions."""
 
 import json
 import os
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, the first column as names, the others as figures; a plain one where rich is not installed."""
+    """Print a table whose first column holds names and the others figures; plain text without rich."""
     if Console is None:
         print("\n".join([title, *("  ".join(cell.rjust(12) for cell in row) for row in [columns, *rows])]))
         return
@@ -35,7 +35,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions that a number depends on."""
+    """Return the machine and the versions that a measurement depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": _processor(),
@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_results(name: str, settings: Mapping[str, Any], results: Any) -> Path:
-    """Write `benchmarks/results/<name>-<UTC time>.json`; an older file is never overwritten."""
+    """Write `benchmarks/results/<name>-<UTC time>.json` and return its path; an older file is never overwritten."""
     RESULTS.mkdir(exist_ok=True)
     moment = datetime.now(UTC)
     path = RESULTS / f"{name}-{moment:%Y%m%dT%H%M%S}.json"
@@ -81,7 +81,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout, and whether its code differs; a copy without its history is told by SYLVA_COMMIT."""
+    """Return SYLVA_COMMIT (set it for a copy without history), or the commit, "-dirty" if the code differs."""
     if "SYLVA_COMMIT" in os.environ:
         return os.environ["SYLVA_COMMIT"]
 
@@ -91,7 +91,7 @@ def _commit() -> str | None:
         ).stdout
 
     try:
-        # Rows that a benchmark has added a minute ago are no other code.
+        # New result files of benchmarks do not change the code.
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS}")
         return git("describe", "--always").strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,9 +1,10 @@
-"""Bytes that a training step saves for its backward: frozen model, ours, PEFT LoRA, full fine-tuning, side by side.
+"""Compare the bytes that a step saves for its backward: frozen model, sylva_compile, PEFT LoRA, full fine-tuning.
 
     python -m benchmarks.saved_activations                 prints the table and writes benchmarks/results/*.json
 
 Every variant is compiled, in one process, on the same small Llama and the same batch. Bytes are counted by
-`torch.autograd.graph.saved_tensors_hooks`: each storage once, parameters, buffers and the batch itself left out.
+`torch.autograd.graph.saved_tensors_hooks`: each storage once, without parameters and buffers. Saved input embeddings
+count.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from benchmarks.variants import assert_losses_agree, available, llama, saved_byt
 
 
 def measure(hidden: int, layers: int, tokens: int, block_size: int, inner: str) -> dict[str, dict[str, Any]]:
-    """Saved bytes, trainable parameters and loss of each variant."""
+    """Return saved bytes, trainable parameters and loss of each variant."""
     torch.manual_seed(0)
     base = llama(hidden, hidden * 11 // 4, layers)
     ids = torch.randint(0, base.config.vocab_size, (tokens // 256, 256))
@@ -31,7 +32,7 @@ def measure(hidden: int, layers: int, tokens: int, block_size: int, inner: str) 
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Measure, print the table, write the row."""
+    """Measure, print the table and write the results."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--hidden", type=int, default=512, help="%(default)s")
     parser.add_argument("--layers", type=int, default=4, help="%(default)s")

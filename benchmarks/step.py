@@ -1,14 +1,14 @@
-"""A training step's forward and backward pass against the frozen floor, side by side.
+"""Compare the forward and backward pass of each way to train with those of the frozen model, the floor.
 
     python -m benchmarks.step                              prints the table and writes benchmarks/results/*.json
 
-All variants live in one process and take turns, step by step, so that whatever else the machine does hits all of them
-alike; the ratios are of medians. Gradients are checked and losses compared before anything is timed. The optimizer's
-step is not part of the figure.
+All variants live in one process and take turns, step by step, so that other load on the machine slows all of them
+alike; the ratios are ratios of medians. Gradients are checked and losses compared before anything is timed. The
+optimizer's step is not measured.
 
-Beside the time: the bytes saved for the backward, the peak of memory above what is held between steps, what the
-first step costs over a usual one (compiling), after how many steps that is won back against eager LoRA, and the share
-of the floor's time that SDDMM takes, by torch's profiler.
+Measured beside the time: the bytes saved for the backward, the peak of memory above that between steps, the time of the
+first step above a usual one (compilation), the number of steps that win this time back against eager LoRA, and the time
+in SDDMM as a share of the floor, from torch's profiler.
 """
 
 import gc
@@ -27,7 +27,7 @@ from benchmarks.variants import VARIANTS, Variant, assert_losses_agree, availabl
 
 
 def one_step(variant: Variant) -> float:
-    """Milliseconds of a forward and a backward pass."""
+    """Run a forward and a backward pass and return the milliseconds that they take."""
     variant.model.zero_grad()
     variant.inputs.grad = None
     _wait()
@@ -43,20 +43,20 @@ def _wait() -> None:
 
 
 def warm_compiler(device: str, inner: str) -> None:
-    """Let the compiler load itself: the first variant shall not pay for that."""
+    """Compile a small model, so that the first variant does not pay for loading the compiler."""
     model = torch.nn.Linear(8, 8).to(device)
     torch.compile(model.__call__, backend=inner)(torch.zeros(2, 8, device=device)).sum().backward()
 
 
 def peak_bytes(variant: Variant) -> int:
-    """The most that a step allocates at one time, gradients included."""
+    """Return the peak bytes that a step allocates, gradients included."""
     variant.model.zero_grad(set_to_none=True)
     variant.inputs.grad = None
     return peak_above(lambda: one_step(variant), variant.inputs.device)[1]
 
 
 def sddmm_ms(variant: Variant, steps: int = 5) -> float:
-    """Milliseconds a step that are spent in SDDMM."""
+    """Return the milliseconds that a step spends in SDDMM."""
     on_gpu = variant.inputs.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:
@@ -68,12 +68,12 @@ def sddmm_ms(variant: Variant, steps: int = 5) -> float:
 
 
 def take_turns(ready: list[Variant], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of `repeats` steps of each variant, after two that do not count."""
+    """Return the milliseconds of `repeats` steps of each variant, after two warm-up steps."""
     times: dict[str, list[float]] = {variant.name: [] for variant in ready}
     gc.disable()
     try:
         for turn in range(repeats + 2):
-            # Each turn begins with another variant: nobody always follows the same neighbour.
+            # Each turn begins with another variant, so that no variant is always the first.
             for variant in ready[turn % len(ready) :] + ready[: turn % len(ready)]:
                 elapsed = one_step(variant)
                 if turn >= 2:
@@ -97,7 +97,7 @@ def measure(
     inner: str,
     names: list[str],
 ) -> dict[str, dict[str, Any]]:
-    """What each variant takes: quantiles of its step time, its ratio to the floor, bytes, the cost of compiling."""
+    """Return, by variant: quantiles of the step time, its ratio to the floor, bytes, and the time of compilation."""
     warm_compiler(device, inner)
     torch.manual_seed(0)
     base = llama(hidden, mlp, layers).to(device=device, dtype=getattr(torch, dtype))
@@ -135,7 +135,7 @@ def measure(
 
 
 def break_even(row: dict[str, Any], eager: dict[str, Any] | None) -> int | None:
-    """After how many steps compiling is won back against eager LoRA; None if never, or without it."""
+    """Return the number of steps that win compilation back against eager LoRA; None if none do or LoRA was not run."""
     if eager is None or row["step_ms"]["median"] >= eager["step_ms"]["median"]:
         return None
     won = (eager["step_ms"]["median"] - row["step_ms"]["median"]) / 1e3
@@ -143,7 +143,7 @@ def break_even(row: dict[str, Any], eager: dict[str, Any] | None) -> int | None:
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The rows that are printed."""
+    """Return the rows of the printed table."""
     rows = []
     for name, row in results.items():
         steps = row["break_even_steps"]
@@ -166,7 +166,7 @@ COLUMNS = ["variant", "trainable", "ms", "of the floor", "saved, MiB", "peak, Mi
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Measure, print the table, write the row."""
+    """Measure, print the table and write the results."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--hidden", type=int, default=1024, help="%(default)s")
     parser.add_argument("--mlp", type=int, default=2752, help="%(default)s")
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args(argv)
     settings = {key: value for key, value in vars(options).items() if key != "no_write"}
-    # Code that an earlier run left behind would make compiling look quick.
+    # Code in the cache of an earlier run would make compilation look quick.
     with fresh_cache():
         results = measure(**settings)
     print_table("Forward and backward", COLUMNS, table(results))

@@ -1,14 +1,14 @@
-"""What a trace costs beside the forward and backward passes that it watches: time and peak memory.
+"""The cost of a trace beside that of plain forward and backward passes: time and peak memory.
 
     python -m benchmarks.trace_cost                 prints the tables and writes benchmarks/results/*.json
 
-Time: seconds a batch, in one process, the methods taking turns over the same batches; the floor is the plain forward
-and backward pass, gradients of all weights included. A trace compiles the model before its first batch; that is shown
-on its own. Memory: each method in a process of its own, one after the other, over two sequences; its peak
+Time: seconds a batch, in one process; the methods take turns over the same batches. The floor is the plain forward and
+backward pass, with the gradients of all weights. A trace compiles the model before its first batch; that time is shown
+separately. Memory: each method runs in its own process, one after the other, over two sequences; the figure is its peak
 above that of the plain passes.
 
-Where kronfluence is installed, its fit of A and G (it keeps no mean gradient) stands beside ours. It asks for
-torchvision, which it does not need here and which must be of torch's own version:
+Where kronfluence is installed, its fit of A and G (it keeps no mean gradient) is measured too. It depends on
+torchvision, which is not needed here and would have to match the version of torch, so install it without dependencies:
 
     pip install --no-deps kronfluence einops opt_einsum einconv
 """
@@ -35,7 +35,7 @@ from benchmarks.report import print_table, write_results
 from benchmarks.variants import llama
 
 OURS = {
-    "sylva, joint": {"method": "sylva", "score": "greedy"},
+    "sylva, greedy": {"method": "sylva", "score": "greedy"},
     "sylva, gain": {"method": "sylva", "score": "gain"},
     "sylva, paper": {"method": "sylva", "score": "paper"},
     "kfac": {"method": "kfac", "score": "paper"},
@@ -45,7 +45,13 @@ Batch = dict[str, Tensor]
 
 
 class Times(NamedTuple):
-    """Seconds of each batch but the first and the last, of what came before the second batch, and of the scores."""
+    """The times of a run, in seconds.
+
+    Attributes:
+        batches: the time of each batch but the first and the last.
+        before: the time until the second batch, compilation included.
+        after: the time after the last batch, in which the scores are computed.
+    """
 
     batches: list[float]
     before: float
@@ -53,17 +59,17 @@ class Times(NamedTuple):
 
 
 def _now() -> float:
-    """Seconds, once the device has nothing left to do."""
+    """Return the time in seconds, once the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Stamped:
-    """Batches that note when each is asked for."""
+    """A loader that notes when each batch is asked for."""
 
     def __init__(self, batches: list[Batch]) -> None:
-        """Of `batches`, four or more."""
+        """Take `batches`, four or more."""
         self.batches, self.stamps = batches, [_now()]
 
     def __len__(self) -> int:
@@ -75,28 +81,28 @@ class Stamped:
             yield batch
 
     def times(self) -> Times:
-        """After a run over all of them. Nobody asks when the last batch is done: it is taken for an ordinary one."""
+        """Return the times of a run over all batches. The last batch is not timed: it counts as a median one."""
         start, _, *stamps = self.stamps
         seconds = [later - earlier for earlier, later in itertools.pairwise(stamps)]
         return Times(seconds, stamps[0] - start, _now() - stamps[-1] - statistics.median(seconds))
 
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:
-    """What a trace in the scope "all-linear" watches."""
+    """Return the weights that a trace with the scope "all-linear" observes."""
     return [
         module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     ]
 
 
 def run_floor(model: nn.Module, loader: Stamped) -> None:
-    """Forward and backward, eagerly."""
+    """Run forward and backward passes, eagerly."""
     for batch in loader:
         gradients = torch.autograd.grad(model(**batch).loss, weights_of(model))
         assert all(bool(gradient.any()) for gradient in gradients)
 
 
 def run_ours(method: str) -> Callable[[nn.Module, Stamped], None]:
-    """`trace_and_mask`."""
+    """Return a function that runs `trace_and_mask` with the options `OURS[method]`."""
 
     def run(model: nn.Module, loader: Stamped) -> None:
         samples = sum(len(batch["labels"]) for batch in loader.batches)
@@ -107,7 +113,7 @@ def run_ours(method: str) -> Callable[[nn.Module, Stamped], None]:
 
 
 def run_kronfluence(model: nn.Module, loader: Stamped) -> None:
-    """Covariance matrices of activations and of gradients, as kronfluence gathers them."""
+    """Compute the covariance matrices of activations and of gradients with kronfluence."""
     from kronfluence.analyzer import prepare_model
     from kronfluence.arguments import FactorArguments
     from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
@@ -147,7 +153,7 @@ if importlib.util.find_spec("kronfluence") is not None:
 
 
 def made(options: argparse.Namespace, layers: int, hidden: int) -> tuple[nn.Module, list[Batch]]:
-    """A randomly initialised Llama and random batches."""
+    """Make a randomly initialised Llama and random batches."""
     torch.manual_seed(0)
     model = llama(hidden, hidden * 11 // 4, layers).eval().to(options.device, getattr(torch, options.dtype))
     shape = (options.batches, options.batch, options.length)
@@ -156,13 +162,13 @@ def made(options: argparse.Namespace, layers: int, hidden: int) -> tuple[nn.Modu
 
 
 def measure_time(options: argparse.Namespace, hidden: int) -> dict[str, dict[str, Any]]:
-    """Medians over rounds and batches, and their ratio to the floor."""
+    """Return medians over rounds and batches, and their ratio to the floor."""
     seconds: dict[str, list[float]] = {name: [] for name in RUNS}
     before: dict[str, list[float]] = {name: [] for name in RUNS}
     after: dict[str, list[float]] = {name: [] for name in RUNS}
     for _ in range(options.rounds):
         for name, run in RUNS.items():
-            # kronfluence wraps the modules of the model that it is given.
+            # Each run gets a new model, since kronfluence wraps the modules of the model that it is given.
             model, batches = made(options, options.layers, hidden)
             loader = Stamped(batches)
             run(model, loader)
@@ -185,16 +191,16 @@ def measure_time(options: argparse.Namespace, hidden: int) -> dict[str, dict[str
 
 
 def peak_of(name: str, options: argparse.Namespace) -> int:
-    """Peak resident bytes of this process after a run; to be called once a process."""
+    """Run a method and return the peak resident bytes of this process; call it once a process."""
     torch.set_num_threads(options.threads)
     model, batches = made(options, options.memory_layers, options.memory_hidden)
-    # What factors and gradients take does not depend on the tokens.
+    # The memory of factors and gradients does not depend on the number of tokens.
     RUNS[name](model, Stamped([{key: value[:1] for key, value in batch.items()} for batch in batches[:2]]))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """Peak bytes of each method, and those above the floor's; for ours also what `estimate` says."""
+    """Return the peak bytes of each method and those above the floor's; for our methods also the `estimate`."""
     peaks = {}
     for name in RUNS:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
@@ -208,7 +214,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print, write."""
+    """Measure, print the tables and write the results."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--hidden", type=int, nargs="*", default=[768, 1024], help="for the time (%(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="for the time (%(default)s)")

@@ -1,4 +1,4 @@
-"""The same small Llama, trained in the ways that the benchmarks compare."""
+"""One small Llama, trained in each of the ways that the benchmarks compare."""
 
 import copy
 import importlib.util
@@ -14,11 +14,11 @@ import sylva_compile
 
 VARIANTS = ("frozen", "sylva", "lora", "lora eager", "full")
 FLOORS = ("frozen", "sylva")
-"""The pair whose ratio is the figure that matters."""
+"""The two variants whose ratio is the main figure."""
 
 
 def available(names: tuple[str, ...] = VARIANTS) -> tuple[str, ...]:
-    """`names` without LoRA where PEFT is not installed, which is said."""
+    """Return `names`; where PEFT is not installed, drop the LoRA variants and print a line."""
     if importlib.util.find_spec("peft") is not None:
         return names
     print("PEFT is not installed: no LoRA variants. Install peft to compare with it.")
@@ -27,15 +27,15 @@ def available(names: tuple[str, ...] = VARIANTS) -> tuple[str, ...]:
 
 @dataclass
 class Variant:
-    """A model ready to step.
+    """A model that is ready for training steps.
 
     Attributes:
         name: one of VARIANTS.
         model: the module that holds the parameters.
-        loss: runs the forward pass.
-        trained: what requires grad; empty for the frozen floor.
-        inputs: embeddings `[B, S, hidden]`; the frozen floor needs their gradient, so that its backward pass goes all
-            the way down, as it must for any method that trains the lowest layer.
+        loss: runs the forward pass and returns the loss.
+        trained: the parameters that require grad; none for the frozen floor.
+        inputs: embeddings `[B, S, hidden]`; in the frozen floor they require grad, so that its backward pass goes down
+            through the lowest layer, as it must for any method that trains that layer.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Variant:
     inputs: Tensor
 
     def gradients(self) -> list[Tensor]:
-        """What a backward pass has to leave behind; AssertionError where a gradient is missing or all are zero."""
+        """Return the gradients after a backward pass. Raises AssertionError where one is missing or all are zero."""
         found = [t.grad for t in (self.trained or [self.inputs]) if t.grad is not None]
         assert len(found) == len(self.trained or [self.inputs]), f"{self.name}: a gradient is missing"
         assert any(bool(gradient.abs().max() > 0) for gradient in found), f"{self.name}: every gradient is zero"
@@ -53,7 +53,7 @@ class Variant:
 
 
 def llama(hidden: int, mlp: int, layers: int) -> LlamaForCausalLM:
-    """A randomly initialised Llama with heads of 64."""
+    """Make a randomly initialised Llama with heads of size 64."""
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=mlp,
@@ -75,10 +75,10 @@ def variants(
     inner: str,
     names: tuple[str, ...] = VARIANTS,
 ) -> Iterator[Variant]:
-    """Each variant of `base`, compiled, on the batch `ids [B, S]`.
+    """Yield each variant of `base`, compiled, on the batch `ids [B, S]`.
 
-    LoRA gets as many trainable parameters as ours, up to one rank. Ours must have every weight gradient sampled once it
-    has run; the benchmarks assert that through `on_miss="error"`.
+    LoRA gets as many trainable parameters as "sylva", up to one rank. "sylva" must sample every weight gradient:
+    `on_miss="error"` raises where one stays dense.
     """
     embeddings = base.get_input_embeddings()(ids).detach()
     plain: Any = "inductor" if inner == "inductor" else "aot_eager"
@@ -117,13 +117,13 @@ def variants(
 
 
 def assert_losses_agree(losses: list[float], dtype: torch.dtype = torch.float32) -> None:
-    """All variants start from the same weights, so their first losses must be equal up to rounding."""
+    """Assert that the first losses are equal up to rounding, since all variants start from the same weights."""
     allowed = max(1e-3, 4 * torch.finfo(dtype).eps) * abs(losses[0])
     assert max(losses) - min(losses) < allowed, f"losses differ: {losses}"
 
 
 def saved_bytes(variant: Variant) -> tuple[int, float]:
-    """Bytes of distinct storages that the forward pass saves for the backward, and the loss."""
+    """Return the bytes of distinct storages that the forward pass saves for the backward, and the loss."""
     known = {t.untyped_storage().data_ptr() for t in [*variant.model.parameters(), *variant.model.buffers()]}
     storages: dict[int, Any] = {}
 

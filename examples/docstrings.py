@@ -1,7 +1,7 @@
 """Docstrings of Python's own standard library, labelled with the package that they come from.
 
-Real text that every machine with Python has, and a question that cannot be answered by looking a word up: the names of
-the packages are taken out, and no module gives docstrings to both training and test.
+Every machine with Python has this text. A model cannot tell the package by a single word: the names of the packages are
+removed, and no module has docstrings in both the training and the test set.
 """
 
 import ast
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The packages of the standard library with the most documented modules. Those that a distribution may leave out
-# (tkinter, idlelib, lib2to3) or that Python 3.12 dropped (distutils) would make another task of it elsewhere.
+# The packages of the standard library with the most documented modules. The list omits packages that a distribution
+# may leave out (tkinter, idlelib, lib2to3) or that Python 3.12 dropped (distutils): the task must be equal everywhere.
 PACKAGES = (
     "asyncio",
     "email",
@@ -41,12 +41,12 @@ class Docstring:
 
 
 def collect_docstrings(library: Path | None = None) -> list[Docstring]:
-    """Every docstring of `PACKAGES` of `MIN_WORDS` words or more, in the order of the files.
+    """Return every docstring of `PACKAGES` with at least `MIN_WORDS` words, in the order of the files.
 
-    A text that stands in several modules is left out: it has no single label, or would be trained and tested on.
+    A text that occurs in several modules is left out: it has no single label, or could be in both training and test.
 
     Args:
-        library: folder of the standard library; None for that of the running Python.
+        library: folder of the standard library; None means that of the running Python.
     """
     library = library or Path(sysconfig.get_paths()["stdlib"])
     found: dict[Docstring, None] = {}
@@ -60,9 +60,10 @@ def collect_docstrings(library: Path | None = None) -> list[Docstring]:
 
 
 def split_by_module(docstrings: Sequence[Docstring], test_share: float) -> tuple[list[Docstring], list[Docstring]]:
-    """Training and test docstrings, with every module on one side only.
+    """Split docstrings into training and test, with every module on one side only.
 
-    In each package the test side gets the modules that bring it nearest to `test_share`; the largest stays in training.
+    In each package, the largest module stays in training. Each other module, from large to small, goes to the test side
+    if it brings that side nearer to `test_share` of the package's docstrings.
     """
     modules: dict[str, Counter[str]] = defaultdict(Counter)
     for docstring in docstrings:

@@ -1,6 +1,6 @@
 """Fine-tune a causal language model from a local folder on a text or CSV file, with Hugging Face's Trainer.
 
-Only the blocks that second-order information picks are trained; the adapter that holds them is written at the end.
+The script trains only the blocks that second-order information picks, and writes them as an adapter at the end.
 
     python examples/finetune_causal_lm.py --model path/to/model --data notes.txt
     python examples/finetune_causal_lm.py --model path/to/model --data reviews.csv --column text --bf16
@@ -39,11 +39,15 @@ IGNORED = -100
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is one line and says what to do."""
+    """The user's input cannot be used; the message is one line and says what to do."""
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and model of `folder`, all of it frozen. Raises InputError if there are none."""
+    """Return the tokenizer and the model of `folder`, with all weights frozen.
+
+    Raises:
+        InputError: `folder` holds no causal language model with a tokenizer.
+    """
     if not (folder / "config.json").is_file():
         raise InputError(f"--model {folder} holds no config.json; give a folder written by save_pretrained.")
     try:
@@ -56,7 +60,11 @@ def load_model(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBas
 
 
 def read_texts(path: Path, column: str | None) -> list[str]:
-    """One column of a CSV or TSV file, without empty rows, or a text file as a single text. Raises InputError."""
+    """Return the non-empty texts of one column of a CSV or TSV file, or any other file as a single text.
+
+    Raises:
+        InputError: there is no such file or column, or the file is not readable as UTF-8 or as a table.
+    """
     if not path.is_file():
         raise InputError(f"--data {path} is no file; give a text, CSV or TSV file.")
     separator = SEPARATORS.get(path.suffix.lower())
@@ -83,13 +91,17 @@ def read_texts(path: Path, column: str | None) -> list[str]:
 def cut_into_sequences(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, *, rows: bool
 ) -> Dataset:
-    """Columns input_ids, attention_mask and labels, each `[L]` with one L for all: a compiler sees a single shape.
+    """Return sequences of one length L, so that the compiler sees a single shape.
 
     Args:
         texts: rows, or texts to be cut.
         tokenizer: the model's own.
-        max_length: L at most; less if every row is shorter.
-        rows: each text is one sequence, cut short and padded; otherwise all are joined and cut into whole sequences.
+        max_length: L at most; L is less if every row is shorter.
+        rows: True makes one sequence of each text, cut short or padded; False joins all texts and cuts them into
+            sequences of `max_length`, without the remainder.
+
+    Returns:
+        A data set with the columns input_ids, attention_mask and labels, each `[L]`.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = [tokenizer(text, verbose=False)["input_ids"] + end for text in texts]
@@ -100,7 +112,7 @@ def cut_into_sequences(
         joined = list(itertools.chain.from_iterable(tokens))
         whole = len(joined) // max_length * max_length
         sequences = [joined[start : start + max_length] for start in range(0, whole, max_length)]
-    # Padding carries neither attention nor loss, so any token will do where the tokenizer has none for it.
+    # Padding gets neither attention nor loss, so any token serves where the tokenizer defines none for padding.
     filler = tokenizer.pad_token_id or 0
     missing = [max_length - len(sequence) for sequence in sequences]
     return Dataset.from_dict(
@@ -113,7 +125,11 @@ def cut_into_sequences(
 
 
 def hold_out(sequences: Dataset, batch_size: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Training and held-out sequences; a tenth, in whole batches, is held out. Raises InputError for too few."""
+    """Split into training and held-out sequences; about a tenth is held out, in whole batches.
+
+    Raises:
+        InputError: there are too few sequences for a training batch beside the held-out ones.
+    """
     held_out = max(1, round(len(sequences) / 10 / batch_size)) * batch_size
     if len(sequences) < held_out + batch_size:
         raise InputError(
@@ -125,7 +141,11 @@ def hold_out(sequences: Dataset, batch_size: int, seed: int) -> tuple[Dataset, D
 
 
 def scope_of(names: Sequence[str]) -> str | list[str]:
-    """What `trace_and_mask` takes: plain names are endings; one that is none is "all-linear" or an expression."""
+    """Return `names` in a form that `trace_and_mask` accepts.
+
+    A single name that holds other characters than a module's name is "all-linear" or a regular expression; other names
+    are endings of module names.
+    """
     return list(names) if len(names) > 1 or re.fullmatch(r"[\w.]+", names[0]) else names[0]
 
 
@@ -137,7 +157,7 @@ def run(options: argparse.Namespace) -> None:
     sequences = cut_into_sequences(texts, tokenizer, options.max_length, rows=options.column is not None)
     train, held_out = hold_out(sequences, options.batch_size, options.seed)
     try:
-        # Now and not after the training.
+        # A folder that cannot be made must not come to light after the training.
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {options.out} cannot be made ({error}); give a folder of yours.") from error
@@ -149,7 +169,7 @@ def run(options: argparse.Namespace) -> None:
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
-        # A last batch of another size would be compiled for nothing.
+        # A smaller last batch would make the compiler compile a second graph.
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         logging_steps=10,
@@ -172,12 +192,12 @@ def run(options: argparse.Namespace) -> None:
     )
     masks.embed(model)
     if options.gradient_checkpointing:
-        # The method changed its name within transformers 5. Reentrant recomputation would need an input that requires
-        # grad, and the embeddings are frozen.
+        # A release of transformers 5 renamed the method. Reentrant checkpointing needs an input that requires grad, and
+        # the frozen embeddings give none.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     backend = sylva_compile.backend(masks, inner=options.inner)
-    # In place: Trainer(torch.compile(model)) would lose the columns of the data and prefix the names in checkpoints.
+    # Compiled in place, because Trainer(torch.compile(model)) drops columns of the data and prefixes checkpoint keys.
     model.compile(backend=backend)
     trainer = Trainer(
         model,
@@ -201,7 +221,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fine-tune as the command line says; `argv` replaces it."""
+    """Fine-tune with the arguments `argv`, or those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="folder with a causal language model and tokenizer")
@@ -209,14 +229,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--column", help="column of a CSV or TSV file")
     add("--out", type=Path, default=Path("out/adapter"), help="folder for the adapter (%(default)s)")
     add("--sparsity", type=float, default=0.98, help="share of each weight's blocks that stays frozen (%(default)s)")
-    add("--block-size", type=int, default=64, help="lines and columns of a block (%(default)s)")
+    add("--block-size", type=int, default=64, help="rows and columns of a block (%(default)s)")
     methods = ["sylva", "kfac", "fisher", "magnitude", "random"]
-    add("--method", default="sylva", choices=methods, help="what the blocks are chosen by (%(default)s)")
+    add("--method", default="sylva", choices=methods, help="method that chooses the blocks (%(default)s)")
     help_of_scope = "all-linear, endings of module names, or a regular expression for whole names (all-linear)"
     add("--scope", nargs="+", default=["all-linear"], metavar="NAME", help=help_of_scope)
     add("--num-samples", type=int, default=256, help="sequences to choose the blocks by (%(default)s)")
     add("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
-    add("--steps", type=int, default=-1, help="stop after so many steps, whatever --epochs says")
+    add("--steps", type=int, default=-1, help="number of steps; it overrides --epochs")
     add("--lr", type=float, default=2e-4, help="learning rate (%(default)s)")
     add("--batch-size", type=int, default=8, help="sequences in a step (%(default)s)")
     add("--max-length", type=int, default=256, help="tokens in a sequence (%(default)s)")
@@ -224,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
     inners = ["inductor", "aot_eager"]
     add("--inner", default="inductor", choices=inners, help="compiler; aot_eager is for debugging (%(default)s)")
-    add("--seed", type=int, default=0, help="of the order of the data (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of all random choices (%(default)s)")
     options = parser.parse_args(argv)
     for name in ("batch_size", "max_length", "epochs", "lr"):
         if getattr(options, name) <= 0:

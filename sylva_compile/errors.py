@@ -1,8 +1,8 @@
-"""Every error the package raises on purpose. Each message says what was found and what to do."""
+"""The errors that the package raises on purpose. Each message says what was found and what to do."""
 
 
 class SylvaError(Exception):
-    """Base of all errors of this package."""
+    """The base class of all errors of this package."""
 
 
 class ArgumentError(SylvaError, ValueError):
@@ -10,11 +10,11 @@ class ArgumentError(SylvaError, ValueError):
 
 
 class ScopeError(SylvaError, ValueError):
-    """The scope names no weight, or a weight that cannot carry blocks."""
+    """The scope matches no weight, or a weight that cannot carry blocks."""
 
 
 class TraceError(SylvaError, RuntimeError):
-    """Stage 1 could not observe what it needs: no batches, no loss, no gradient."""
+    """Stage 1 cannot observe the model: there are no batches, no loss, or no gradient."""
 
 
 class MaskError(SylvaError, ValueError):
@@ -22,7 +22,7 @@ class MaskError(SylvaError, ValueError):
 
 
 class EmbedError(SylvaError, RuntimeError):
-    """The model is, or is not, embedded as the call requires."""
+    """The call needs an embedded model and this one carries no blocks, or the other way round."""
 
 
 class RewriteError(SylvaError, RuntimeError):

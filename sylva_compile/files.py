@@ -1,4 +1,4 @@
-"""Files that are whole at every moment: written beside their place, then renamed onto it."""
+"""Atomic writes: a file is written under a temporary name and then renamed, so that readers see it whole."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ from pathlib import Path
 def write_file(path: Path, content: bytes, *, private: bool = False) -> None:
     """Write `content` to `path`; a crash leaves the old file or the new one, never a part.
 
-    `private` keeps it from everybody else, whatever the umask allows.
+    With `private`, only the owner can read the file, whatever the umask allows.
     """
     with replacing(path, private=private) as beside:
         beside.write_bytes(content)
@@ -18,7 +18,7 @@ def write_file(path: Path, content: bytes, *, private: bool = False) -> None:
 
 @contextmanager
 def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """A file to write beside `path`, renamed onto it at the end; after an error it is gone and `path` is as before."""
+    """Yield a temporary path beside `path`: renamed to `path` at the end, deleted after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
     os.close(handle)

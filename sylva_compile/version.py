@@ -1,3 +1,3 @@
-"""The version, known without an installed package, so that a checkout on the path works too."""
+"""The version, as a constant, so that a checkout on `sys.path` works without an installed package."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Every test starts from a clean compiler, and leaves none of its compiled code nor a changed log level behind."""
+"""Fixtures of every test: it starts from a fixed seed and leaves no compiled code and no changed log level behind."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ import torch
 
 
 def pytest_configure() -> None:
-    """Processes that test side by side share the cores, and do not each take all of them."""
+    """Split the cores among the processes of pytest-xdist, so that each does not take all of them."""
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from train_two_ranks import case_and_masks, train
 
 import sylva_compile
-from sylva_compile.blocks import embedding
+from sylva_compile.blocks.embed import block_states
 from sylva_compile.errors import EmbedError
 
 
@@ -59,7 +59,7 @@ class TestEmbeddedAfterWrapping:
             masks.embed(model)
         with pytest.raises(EmbedError, match="then wrap"):
             sylva_compile.load_adapter(model, tmp_path / "adapter")
-        assert not embedding.sites(model)
+        assert not block_states(model)
 
     # It broadcasts buffers, which Dynamo does not trace.
     @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")

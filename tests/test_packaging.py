@@ -1,18 +1,22 @@
 """The shape of the project: links, imports, names."""
 
+import pkgutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import distributions, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 
-import networkx
+import grimp
 import pytest
 from transformers.utils import is_kernels_available
 
 import sylva_compile
 
 ROOT = Path(__file__).parent.parent
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 @pytest.mark.parametrize("room", ["kernels", "passes"])
@@ -46,27 +50,113 @@ def test_the_backend_is_registered() -> None:
     assert callable(entry.load())
 
 
-def imports() -> networkx.DiGraph:
-    """Which module of the package names which in its import lines."""
-    graph = networkx.DiGraph()
-    for path in (ROOT / "sylva_compile").rglob("*.py"):
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for line in path.read_text().splitlines():
-            if line.startswith("from sylva_compile"):
-                _, source, _, names = line.split(maxsplit=3)
-                found = [f"{source}.{name.strip()}" for name in names.strip("()").split(",") if name.strip()]
-                inside = [name for name in found if (ROOT / Path(*name.split("."))).with_suffix(".py").exists()]
-                graph.add_edges_from((module, name) for name in inside or [source])
-    return graph
-
-
 def test_imports_point_one_way() -> None:
-    graph = imports()
-    assert networkx.is_directed_acyclic_graph(graph), networkx.find_cycle(graph)
-    # Compiling and caching code know nothing of models either.
-    kernels = {"kernels", "native", "code_cache", "errors"}
-    for room, may_use in (("kernels", kernels), ("passes", {"passes", "kernels"})):
-        for module in graph:
-            if module.startswith(f"sylva_compile.{room}."):
-                used = {name.split(".")[1] for name in graph.successors(module)}
-                assert used <= may_use, f"{module} imports from {used - may_use}"
+    """The contracts in pyproject.toml, which `make lint` checks too."""
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    found = subprocess.run([*command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_the_contracts_see_every_file() -> None:
+    settings = CONFIG["tool"]["importlinter"]
+    # Imports under TYPE_CHECKING make circles too.
+    assert not settings.get("exclude_type_checking_imports", False)
+    seen = grimp.build_graph(*settings["root_packages"], cache_dir=None).modules
+    files = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "sylva_compile").rglob("*.py"))
+    assert {".".join(path.parts).removesuffix(".__init__") for path in files} <= seen
+
+
+def test_files_that_are_no_python_are_packaged() -> None:
+    package = ROOT / "sylva_compile"
+    patterns = CONFIG["tool"]["setuptools"]["package-data"]["sylva_compile"]
+    packaged = {path for pattern in patterns for path in package.glob(pattern)}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == packaged
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sylva_compile").rglob("*.py")), ids=lambda path: path.stem)
+def test_files_are_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("pattern", [*CONFIG["tool"]["ruff"]["lint"]["per-file-ignores"]])
+def test_paths_in_the_settings_of_ruff_exist(pattern: str) -> None:
+    assert any(ROOT.glob(pattern))
+
+
+def test_modules_in_the_settings_of_mypy_exist() -> None:
+    for override in CONFIG["tool"]["mypy"]["overrides"]:
+        for module in override["module"]:
+            assert not module.startswith("sylva_compile") or find_spec(module) is not None
+
+
+def test_a_public_function_hides_no_module() -> None:
+    assert callable(sylva_compile.backend)
+    assert find_spec("sylva_compile.backend") is None
+    functions = {name for name in sylva_compile.__all__ if isinstance(getattr(sylva_compile, name), FunctionType)}
+    assert not functions & {module.name for module in pkgutil.iter_modules(sylva_compile.__path__)}
+
+
+RUN = """
+import sys, time
+{before}
+started = time.perf_counter()
+import {module}
+print(time.perf_counter() - started)
+"""
+
+
+def seconds_to_import(module: str, before: str = "") -> float:
+    """The least of three processes."""
+    runs = (
+        subprocess.run(
+            [sys.executable, "-c", RUN.format(module=module, before=before)], capture_output=True, text=True, check=True
+        )
+        for _ in range(3)
+    )
+    return min(float(run.stdout) for run in runs)
+
+
+def test_importing_the_package_costs_little_beside_torch() -> None:
+    assert seconds_to_import("sylva_compile", before="import torch") < 0.1 * seconds_to_import("torch")
+
+
+WITHOUT = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+import torch
+import sylva_compile
+
+model = torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.GELU(), torch.nn.Linear(32, 16))
+batches = [torch.randn(6, 24) for _ in range(3)]
+def loss_fn(model, batch): return model(batch).square().mean()
+masks = sylva_compile.trace_and_mask(
+    model, batches, block_size=8, sparsity=0.5, num_samples=18, loss_fn=loss_fn, progress=False
+)
+model.compile(backend=sylva_compile.backend(masks, inner="aot_eager", on_miss="error"))
+optimizer = sylva_compile.AdamW(masks.parameters(), lr=1e-2)
+losses = []
+for _ in range(5):
+    optimizer.zero_grad()
+    loss = loss_fn(model, batches[0])
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+sylva_compile.save_adapter(model, sys.argv[1])
+assert {blocked!r} not in sys.modules
+print("done")
+"""
+
+
+@pytest.mark.parametrize("blocked", ["triton", "transformers"])
+def test_trains_on_the_cpu_without(blocked: str, tmp_path: Path) -> None:
+    code = WITHOUT.format(blocked=blocked)
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert run.stdout.endswith("done\n"), run.stderr

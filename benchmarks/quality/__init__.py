@@ -1,1 +1,1 @@
-"""The same model trained on the same data by every method of a grid, and what can be said of it."""
+"""The same model trained on the same data by every method of a grid, and the tables of the results."""

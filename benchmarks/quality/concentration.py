@@ -1,11 +1,11 @@
-"""How much of all that blocks could win the best of them hold: the most that any choice of blocks can do.
+"""Measure which share of the total gain of all blocks the best blocks hold: a bound for any choice of blocks.
 
     python -m benchmarks.quality.concentration --grid benchmarks/quality/grids/long.toml
 
-Traces the first task of a grid in several parts of as many samples as the grid says. Blocks are chosen by the gain of
-the first part, as a trace of the grid would; what they could win is told by the other parts, by products of different
-ones, which hold no noise (`parts.agreed_gains`). The best blocks by that measure itself have its own noise in
-their favour, and so are more than any score could find. Prints shares of all that is to be won, and writes
+Traces the first task of a grid in several parts, each with as many samples as the grid sets. The gain of the first part
+chooses blocks, as a trace of the grid would. The other parts measure the gain of these blocks by products of different
+parts, which are free of noise (`parts.agreed_gains`). The best blocks by that measure itself profit from its own noise,
+so their share is larger than any score could find. Prints shares of the total gain, and writes
 benchmarks/results/concentration-*.json.
 """
 
@@ -25,7 +25,7 @@ from benchmarks.report import print_table, write_results
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trace, print, write."""
+    """Trace, print the table and write the results."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--grid", type=Path, required=True, help="its first task and settings")
     parser.add_argument("--parts", type=int, default=7, help="of the trace, 3 or more (%(default)s)")

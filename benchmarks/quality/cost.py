@@ -1,4 +1,4 @@
-"""The time of a method's training step beside the floor: the frozen model, there and back."""
+"""The time of a method's training step beside the floor: the forward and backward pass of the frozen model."""
 
 import statistics
 import time
@@ -17,8 +17,8 @@ class Cost(NamedTuple):
     """Medians over batches, in milliseconds.
 
     Attributes:
-        floor_ms: of a forward and backward pass of the frozen model, the backward going down to the embeddings.
-        step_ms: of a forward and backward pass and the optimizer's step.
+        floor_ms: a forward and backward pass of the frozen model; the backward pass goes down to the embeddings.
+        step_ms: a forward and backward pass and the optimizer's step of the method.
     """
 
     floor_ms: float
@@ -28,14 +28,14 @@ class Cost(NamedTuple):
 def beside_floor(
     floor: nn.Module, ready: Ready, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], warm_up: int
 ) -> Cost:
-    """Let the frozen model and the method take turns, batch by batch.
+    """Time the frozen model and the method in turns, batch by batch.
 
     Args:
-        floor: the model as it was before the method; frozen here.
-        ready: the model to step.
-        optimizer: of it.
-        batches: few, and of the lengths that training saw.
-        warm_up: so many of them are taken once before all count; a compiler must have seen their lengths.
+        floor: the model as it was before the method changed it; frozen here.
+        ready: the model that the method trains.
+        optimizer: the optimizer of `ready`.
+        batches: a few batches, of lengths that training saw.
+        warm_up: the number of batches to run once before all are timed; a compiler must have seen their lengths.
     """
     floor.requires_grad_(False).train()
     ready.model.train()

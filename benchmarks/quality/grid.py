@@ -1,4 +1,4 @@
-"""What a grid file says: which tasks, methods, settings, learning rates and seeds; every combination is a run."""
+"""Grid files: they list tasks, methods, settings, learning rates and seeds; every combination is a run."""
 
 import itertools
 import json
@@ -11,24 +11,25 @@ from typing import Any
 
 from benchmarks.quality.methods import METHODS, check_options
 from benchmarks.quality.tasks import Task, TaskError, find_task
+from sylva_compile.config import SylvaConfig
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a grid share, unless `[vary]` says otherwise.
+    """The settings that all runs of a grid share, unless `[vary]` changes them.
 
     Attributes:
-        model: "minilm", of writing "small-gpt2", "tiny" (random weights, for tests), or a folder or hub name.
-        scope: the weights that methods with a budget may change, as `trace_and_mask` takes it.
-        train, validation: examples of the training file to train on, and to choose learning rates on. A hub's data
-            know 0 too: all that are left.
-        extra_test: further ones that are tested on besides those that the task keeps for that.
-        epochs, batch, length: passes over the training examples, examples of a batch, most tokens of an example.
-        head_learning_rate: of the classifier, in every method but "head", whose learning rate it is.
-        head_steps: steps that the classifier takes alone before anything else happens, in every method.
+        model: "minilm"; for writing tasks "small-gpt2"; "tiny" (random weights, for tests); or a folder or hub name.
+        scope: the weights that methods with a budget may change, in the form that `trace_and_mask` takes.
+        train, validation: the numbers of examples to train on and to choose learning rates on, from the training file.
+            For a hub's data 0 means all that are left.
+        extra_test: the number of examples to test on besides those that the task keeps for testing.
+        epochs, batch, length: passes over the training examples, examples in a batch, maximum tokens of an example.
+        head_learning_rate: the learning rate of the classifier in every method but "head", which uses the run's own.
+        head_steps: the number of steps that train the classifier alone before a method starts, the same for all.
         sparsity, block_size: they fix the budget, in trainable parameters, of every method that has one.
-        samples, partitions, rank: of the trace.
-        compile: "none", or the `inner` of the compiler that every model is trained with.
+        samples, partitions, rank: the settings of the trace.
+        compile: "none", or the `inner` of the backend that compiles every model for training.
     """
 
     model: str = "minilm"
@@ -48,6 +49,19 @@ class Settings:
     rank: int = 8
     compile: str = "none"
 
+    def trace_config(self, options: Mapping[str, Any]) -> SylvaConfig:
+        """Return the settings of a trace for a method with `options`, without its sparsity."""
+        return SylvaConfig(
+            scope=self.scope,
+            block_size=self.block_size,
+            num_partitions=self.partitions,
+            rank=self.rank,
+            num_samples=self.samples,
+            method=options["trace"],
+            score=options.get("score", "gain"),
+            damping=options.get("damping"),
+        )
+
 
 _BUDGET = frozenset({"sparsity", "block_size", "scope"})
 _TRACE = frozenset({"samples", "partitions", "rank"})
@@ -55,15 +69,15 @@ _TRACE = frozenset({"samples", "partitions", "rank"})
 
 @dataclass(frozen=True)
 class Run:
-    """One training: the whole of what its result depends on, but for machine and versions.
+    """One training run: everything that its result depends on, except for machine and versions.
 
     Attributes:
-        task: a name in `TASKS`, or of a task on a hub's data.
-        method: the name that the grid gives it.
-        options: `kind`, a name in `METHODS`, and what that takes.
-        settings: of the grid.
-        learning_rate: of everything but the head.
-        seed: of the head, the batches' order, and chance wherever a method uses it.
+        task: a name in `TASKS`, or the name of a task on a hub's data.
+        method: the method's name in the grid.
+        options: `kind`, a name in `METHODS`, and the options of that kind.
+        settings: the settings of the run.
+        learning_rate: the learning rate of everything but the head.
+        seed: the seed of the head, of the order of batches, and of the method's random choices.
         hub: the table of a task on a hub's data; empty for the others.
     """
 
@@ -76,11 +90,11 @@ class Run:
     hub: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def about(self) -> Task:
-        """The task that the name stands for."""
+        """Return the task with the run's name."""
         return find_task(self.task, self.hub)
 
     def parts(self) -> dict[str, Any]:
-        """All settings that bear on the result; those that this method does not look at are left out."""
+        """Return all settings that affect the result, without those that this method does not use."""
         kind = METHODS[self.options["kind"]]
         unused = (set() if kind.has_budget else _BUDGET) | (set() if kind.is_traced(self.options) else _TRACE)
         settings = {name: value for name, value in asdict(self.settings).items() if name not in unused}
@@ -94,36 +108,36 @@ class Run:
         } | ({"hub": dict(self.hub)} if self.hub else {})
 
     def key(self) -> str:
-        """The same for the same settings, whatever order they are written in."""
+        """Return `parts` as JSON with sorted keys, so that equal settings give equal keys."""
         return json.dumps(self.parts(), sort_keys=True)
 
     def group(self) -> str:
-        """The key without learning rate and seed: what a line of a table stands for."""
+        """Return the key without learning rate and seed, which the runs of one table line share."""
         return group_of(self.parts())
 
 
 def group_of(parts: Mapping[str, Any]) -> str:
-    """`Run.group` of what `Run.parts` returned."""
+    """Return `Run.group` from the result of `Run.parts`."""
     return json.dumps({k: v for k, v in parts.items() if k not in ("learning_rate", "seed")}, sort_keys=True)
 
 
 class GridError(ValueError):
-    """A grid file says something that cannot be run."""
+    """A grid file asks for something that cannot be run."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file.
+    """The content of a grid file.
 
     Attributes:
-        name: of the file.
-        tasks: names in `TASKS`, or of tasks on a hub's data, each with the settings in which it differs.
-        hub: tables of the latter.
-        methods: names for the tables, each with its options.
-        settings: of every run.
+        name: the name of the file.
+        tasks: names in `TASKS`, or names of tasks on a hub's data, each with the settings in which it differs.
+        hub: the tables of tasks on a hub's data.
+        methods: the methods' names in the tables, each with its options.
+        settings: the settings of every run.
         vary: values of single settings, changed one at a time.
-        learning_rates: what every method chooses from.
-        seeds: the first one chooses each method's learning rate; all are then reported at that one.
+        learning_rates: the learning rates that every method chooses from.
+        seeds: runs with the first seed choose each method's learning rate; all seeds are then reported at that rate.
     """
 
     name: str
@@ -137,7 +151,7 @@ class Grid:
 
     @classmethod
     def read(cls, path: Path) -> "Grid":
-        """Read and check a TOML file. Raises GridError for names that mean nothing here."""
+        """Read and check a TOML file. Raises GridError for unknown or missing names."""
         with path.open("rb") as file:
             said = tomllib.load(file)
         known = {"tasks", "methods", "settings", "vary", "learning_rates", "seeds"}
@@ -170,11 +184,11 @@ class Grid:
         )
 
     def about(self, task: str) -> Task:
-        """The task that a name stands for."""
+        """Return the task of this name."""
         return find_task(task, self.hub.get(task, {}))
 
     def variations(self, task: str) -> Iterator[Settings]:
-        """The settings of a task as they stand, then with one of them changed at a time; each once."""
+        """Yield the settings of a task, first unchanged, then with one of them changed at a time; each once."""
         settings = replace(self.settings, **self.tasks[task])
         found = {settings: None}
         for name, values in self.vary.items():
@@ -182,7 +196,7 @@ class Grid:
         yield from found
 
     def groups(self) -> Iterator[Run]:
-        """A run, at the first learning rate and seed, for every line of the table; each once."""
+        """Yield one run, with the first learning rate and seed, for every line of the tables; each once."""
         found: dict[str, Run] = {}
         for task in self.tasks:
             for settings, (method, options) in itertools.product(self.variations(task), self.methods.items()):
@@ -192,18 +206,18 @@ class Grid:
         yield from found.values()
 
     def tuning(self, group: Run) -> list[Run]:
-        """The runs that choose the learning rate of a line."""
+        """Return the runs that choose the learning rate of a line."""
         return [replace(group, learning_rate=rate, seed=self.seeds[0]) for rate in self.learning_rates]
 
     def reported(self, group: Run, learning_rate: float) -> list[Run]:
-        """The runs that a line reports."""
+        """Return the runs that a line reports."""
         return [replace(group, learning_rate=learning_rate, seed=seed) for seed in self.seeds]
 
 
 def best_learning_rate(rows: Sequence[Mapping[str, Any]]) -> float:
-    """That of the row with the best validation metric; of equals, the one with the lower validation loss.
+    """Return the learning rate of the row with the best validation metric.
 
-    A metric that is not a number is worse than any.
+    Among equal metrics the lower validation loss wins. A metric that is NaN is worse than any number.
     """
 
     def goodness(row: Mapping[str, Any]) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import peft
 import torch
@@ -14,8 +14,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import sylva_compile
 from benchmarks.quality.tasks import head_of, heads_of
 from benchmarks.quality.traces import PATTERNS, Scores, budget_elements, choose_once
-from sylva_compile.blocks.scope import input_axes, weights_in_scope
-from sylva_compile.tracing.selection import Budget
+from sylva_compile.blocks.scope import weights_in_scope
+from sylva_compile.config import Allocation, Score, SylvaConfig
+from sylva_compile.config import Method as TraceMethod
+from sylva_compile.tracing.trace import weight_specs
 
 Groups = list[dict[str, Any]]
 
@@ -117,8 +119,8 @@ def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
     kind = options["kind"]
     weights = weights_in_scope(model, budget.scope)
     # LoRA: r(m + n) elements a weight. SHiRA: as many of the weight itself. DoRA: m magnitudes more than LoRA.
-    axes = input_axes(model, weights)
-    magnitudes = sum(weight.shape[1 - axes[name]] for name, weight in weights.items()) if kind == "dora" else 0
+    specs = weight_specs(model, weights).values()
+    magnitudes = sum(spec.outputs for spec in specs) if kind == "dora" else 0
     per_rank = sum(sum(weight.shape) for weight in weights.values())
     rank = max(1, round((budget.elements(model) - magnitudes) / per_rank))
     targets = [name.removesuffix(".weight") for name in weights]
@@ -133,7 +135,7 @@ def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
             target_modules=targets,
             use_dora=kind == "dora",
             # GPT-2's layers store their weights transposed.
-            fan_in_fan_out=set(axes.values()) == {0},
+            fan_in_fan_out=all(spec.input_axis == 0 for spec in specs),
         )
     )
     wrapped = peft.get_peft_model(model, config)
@@ -193,8 +195,12 @@ def prepare_adapter(model: nn.Module, options: Mapping[str, Any], budget: Budget
 def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
     """Trainable blocks inside frozen weights. With `prune`, the rest of those weights is zeroed."""
     scores = traced(options)
-    rules = Budget(budget.sparsity, options.get("allocation", "layer"), options.get("column_budget"))
-    maps, seconds = choose_once(scores, rules, options.get("pattern", "blocks"))
+    config = SylvaConfig(
+        sparsity=budget.sparsity,
+        allocation=options.get("allocation", "layer"),
+        column_budget=options.get("column_budget"),
+    )
+    maps, seconds = choose_once(scores, config, options.get("pattern", "blocks"))
     masks = sylva_compile.Masks.from_block_maps(model, maps, budget.block_size)
     if options.get("prune", False):
         with torch.no_grad():
@@ -237,10 +243,10 @@ def check_options(options: Mapping[str, Any]) -> str | None:
         return f"unknown options {sorted(strange)}; kind={kind!r} takes {sorted(METHODS[kind].options)}"
     if kind == "blocks":
         allowed = {
-            "trace": ("sylva", "kfac", "fisher", "magnitude", "random"),
-            "score": ("gain", "greedy", "paper"),
+            "trace": get_args(TraceMethod),
+            "score": get_args(Score),
             "pattern": PATTERNS,
-            "allocation": ("layer", "global"),
+            "allocation": get_args(Allocation),
         }
         if "trace" not in options:
             return f"no trace; use one of {allowed['trace']}"

@@ -1,11 +1,11 @@
-"""How much of the block gain is the model's, and how much the sample's.
+"""Measure how much of the block gain comes from the model, and how much from noise of the sample.
 
     python -m benchmarks.quality.noise --grid benchmarks/quality/grids/long.toml
 
 Traces the first task of a grid twice, on two halves of its samples, and scores every block in three ways: by the gain
-of all samples; by what the halves agree on, `½ T ⟨L⁻¹ Γ₁ M⁻ᵀ, L⁻¹ Γ₂ M⁻ᵀ⟩` with L and M of all samples, whose
-expectation holds no noise since the halves share none; and by each half's own gain, to see how many of the best blocks
-they share. Prints medians over the weights of each kind and writes benchmarks/results/score_noise-*.json.
+of all samples; by the gain that the halves agree on, `½ T ⟨L⁻¹ Γ₁ M⁻ᵀ, L⁻¹ Γ₂ M⁻ᵀ⟩` with L and M of all samples, whose
+expectation is free of noise since the halves share no sample; and by each half's own gain, to count the best blocks
+that the halves share. Prints medians over the weights of each kind and writes benchmarks/results/score_noise-*.json.
 """
 
 import statistics
@@ -24,13 +24,13 @@ from benchmarks.report import print_table, write_results
 
 
 def shared(first: Tensor, second: Tensor, share: float) -> float:
-    """Which part of the best `share` of blocks two scores have in common."""
+    """Return the fraction of the best `share` of blocks that two scores have in common."""
     chosen = [set(best(score, share).tolist()) for score in (first, second)]
     return len(chosen[0] & chosen[1]) / len(chosen[0])
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trace, print, write."""
+    """Trace, print the table and write the results."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--grid", type=Path, required=True, help="its first task and settings, at its first seed")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of data sets in files (%(default)s)")

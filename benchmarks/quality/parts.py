@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sylva_compile.blocks.scope import input_axes, weights_in_scope
-from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
+from sylva_compile.blocks.scope import weights_in_scope
+from sylva_compile.config import SylvaConfig
+from sylva_compile.curvature.estimators import Estimators
 from sylva_compile.curvature.importance import GAIN_DAMPING, gain_scores
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.tracing.observation import observe
+from sylva_compile.tracing.trace import weight_specs
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Part:
 def trace_parts(model: nn.Module, parts: Sequence[Sequence[Any]], scope: str, block_size: int) -> dict[str, list[Part]]:
     """Of every weight in scope, what each of `parts` (batches with labels) shows."""
     weights = weights_in_scope(model, scope)
-    axes = input_axes(model, weights)
+    specs = weight_specs(model, weights)
+    config = SylvaConfig(score="gain", block_size=block_size)
     found: dict[str, list[Part]] = {name: [] for name in weights}
     for batches in parts:
-        estimators = Estimators(weights, axes, EstimatorChoice("sylva", "gain", block_size, 1, 1, None))
+        estimators = Estimators(specs, config)
         observe(model, weights, estimators, batches, num_samples=sum(len(batch["labels"]) for batch in batches))
         for name in weights:
             kfac = estimators[name]

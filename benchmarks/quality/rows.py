@@ -1,4 +1,4 @@
-"""Results on disk: JSON lines, one a run, appended and never changed."""
+"""Results on disk: JSON lines, one for each run, appended and never changed."""
 
 import json
 import os
@@ -8,19 +8,19 @@ from typing import Any
 
 
 class Rows:
-    """The rows of a grid, and those that other grids keep beside them. Several processes may append to one file."""
+    """The rows of a grid and of the other grids in the same folder. Several processes may append to one file."""
 
     def __init__(self, path: Path) -> None:
-        """At `path`, which need not exist yet."""
+        """Use the file `path`, which need not exist yet."""
         self.path = path
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Rows of all grids in the folder, by key: what one grid has done, another need not do again.
+        """Return the rows of all grids in the folder, by key, so that no grid repeats a run of another.
 
-        A last line that was cut off (power failure) is not a row; the next row starts a new line.
+        A last line that was cut off (power failure) is skipped; the next row starts a new line.
         """
         found: dict[str, dict[str, Any]] = {}
-        # This grid's file first: of two processes that did the same run, the first one's row stands.
+        # This grid's file first, each file in its order: where a run was done twice, the first row counts.
         for path in sorted(self.path.parent.glob("*.jsonl"), key=lambda path: (path != self.path, path)):
             for line in path.read_text().split("\n"):
                 try:

@@ -151,30 +151,16 @@ class Runner:
     def scores(self, run: Run, options: Mapping[str, Any]) -> Scores:
         """Block scores for a run that trains blocks; runs that differ in sparsity or learning rate share them."""
         s = run.settings
-        how = {
-            "method": options["trace"],
-            "score": options.get("score", "gain"),
-            "damping": options.get("damping"),
-            "num_partitions": s.partitions,
-            "rank": s.rank,
-        }
+        config = s.trace_config(options)
         data = (run.task, s.model, s.train, s.validation, s.extra_test, s.batch, s.length)
-        key = (*data, s.scope, s.block_size, s.samples, s.head_steps, s.head_learning_rate, run.seed, *how.values())
+        key = (*data, s.head_steps, s.head_learning_rate, run.seed, config)
         if key not in self._scores:
             model = self.model(run)
-            trace = functools.partial(
-                block_scores,
-                model,
-                self.batches(run, 1000 * run.seed + 999),
-                scope=s.scope,
-                block_size=s.block_size,
-                seed=run.seed,
-                **how,
-            )
-            scores = trace(samples=s.samples)
-            # What is held at most, two batches show; to account for all of them would take more memory than the trace.
-            few = functools.partial(trace, samples=min(s.samples, 2 * s.batch))
-            _, peak = peak_above(few, next(model.parameters()).device)
+            trace = functools.partial(block_scores, model, self.batches(run, 1000 * run.seed + 999), seed=run.seed)
+            scores = trace(config)
+            # Two batches show the peak; to account for all of them would take more memory than the trace.
+            few = replace(config, num_samples=min(s.samples, 2 * s.batch))
+            _, peak = peak_above(functools.partial(trace, few), next(model.parameters()).device)
             self._scores[key] = replace(scores, peak_bytes=peak)
         return self._scores[key]
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality.tables --grid benchmarks/quality/grids/small.toml
 
-prints the tables of a grid, or of several, and writes them to benchmarks/results/quality/<grid>.md, and a plot for each
-varied setting beside it. With --readme it also puts them into README.md and benchmarks/quality/README.md, between a
+prints the tables of a grid, or of several, writes them to benchmarks/results/quality/<grid>.md, and draws a plot beside
+it for each varied setting. With --readme it also puts them into README.md and benchmarks/quality/README.md, between a
 comment that asks for them and the next `<!-- end -->`:
 
     <!-- quality small: begin -->                              all tables
@@ -33,31 +33,31 @@ DOCUMENTS = (HERE.parents[1] / "README.md", HERE / "README.md")
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: a method under some settings, and its rows at the learning rate that it chose."""
+    """A line of a table: a method with its settings, and its rows at the learning rate that was chosen for it."""
 
     run: Run
     learning_rate: float
     rows: list[dict[str, Any]]
 
     def values(self, *path: str) -> list[float]:
-        """A result of every seed, such as `values("test", "metric")`."""
+        """Return one result for every seed; `path` leads to it, as in `values("test", "metric")`."""
         found: list[Any] = [row["result"] for row in self.rows]
         for name in path:
             found = [each[name] for each in found]
         return found
 
     def values_if_any(self, name: str) -> list[float]:
-        """A result of every seed; none where a row is older than its measurement."""
+        """Return one result for every seed; an empty list if a row is older than this measurement."""
         found = [row["result"].get(name) for row in self.rows]
         return [] if None in found else found
 
     def middle(self, name: str) -> float:
-        """Median over seeds."""
+        """Return the median of a result over seeds."""
         return statistics.median(self.values(name))
 
 
 def lines_of(grid: Grid, rows: Rows) -> list[Line]:
-    """The lines whose learning rate is chosen, with the seeds that are done."""
+    """Return the lines whose learning rate is chosen, with the seeds that are done."""
     known = rows.read()
     lines = []
     for group in grid.groups():
@@ -72,11 +72,11 @@ def lines_of(grid: Grid, rows: Rows) -> list[Line]:
 
 
 def markdown(grid: Grid, lines: Sequence[Line], quality: bool = True, costs: bool = True) -> str:
-    """Tables for every task and every variation: quality and what it cost, or one of them."""
+    """Return the tables of every task and variation: quality, costs, or both."""
     parts = []
     for task in grid.tasks:
         for settings in grid.variations(task):
-            # Methods that a varied setting does not touch have one run for all its values.
+            # Methods that do not use a varied setting have one run for all its values.
             shown = [line for line in lines if line.run.task == task and _belongs(line, settings)]
             if shown:
                 parts.append(_title(grid, task, settings))
@@ -85,9 +85,9 @@ def markdown(grid: Grid, lines: Sequence[Line], quality: bool = True, costs: boo
 
 
 def summary(grid: Grid, lines: Sequence[Line]) -> str:
-    """A table for every task and varied setting: its values, and metric and loss of each method at them.
+    """Return a table for every task and varied setting: its values, and metric and loss of each method at them.
 
-    All of a table are means over the same seeds, those that every line of it has.
+    All figures of a table are means over the same seeds, those that every line of it has.
     """
     parts = []
     for task in grid.tasks:
@@ -112,9 +112,9 @@ def _metric_and_loss(line: Line) -> str:
 
 
 def _varied(grid: Grid, lines: Sequence[Line], task: str, name: str) -> dict[Any, dict[str, Line]]:
-    """The values of a varied setting in order, the usual one among them, and for each the lines by method.
+    """Return the lines by value of a varied setting (in order, the default included) and by method.
 
-    Only rows of seeds that all of these lines have: a seed is easy or hard for all methods.
+    They keep only rows of seeds that all of these lines have: a seed is easy or hard for all methods.
     """
     base = next(grid.variations(task))
     found: dict[Any, dict[str, Line]] = {}
@@ -148,7 +148,7 @@ def _title(grid: Grid, task: str, settings: Settings) -> str:
 
 def _quality(lines: Sequence[Line]) -> str:
     task = lines[0].run.about()
-    # Metrics that need something which the machine may lack have no column then.
+    # A metric whose tool some machine lacked (METEOR needs Java) gets no column.
     found = [each for line in lines for each in line.values("test", "further")] if task.further else []
     further = [name for name in task.further if all(name in each for each in found)]
     chance = next((line for line in lines if line.run.options == {"kind": "blocks", "trace": "random"}), None)
@@ -170,7 +170,7 @@ def _quality(lines: Sequence[Line]) -> str:
 
 
 def _difference(line: Line, other: Line) -> str:
-    """The metric above that of `other`, seed by seed: the same head and the same batches."""
+    """Format the metric minus that of `other`, seed by seed: both have the same head and the same batches."""
     theirs = {row["run"]["seed"]: row["result"]["test"]["metric"] for row in other.rows}
     gaps = [
         100 * (row["result"]["test"]["metric"] - theirs[row["run"]["seed"]])
@@ -191,7 +191,7 @@ def _cost(lines: Sequence[Line]) -> str:
         "trace, s",
         "trace, MiB",
     ]
-    # What multiplication by these weights costs where zeros are skipped; all of it for methods that prune nothing.
+    # The share of nonzero weights, the cost of products where zeros are skipped; 100% for methods that prune nothing.
     pruned = any(value < 0.999 for line in lines for value in line.values_if_any("nonzero"))
     table = [
         [
@@ -212,13 +212,13 @@ def _percent(values: Sequence[float]) -> str:
 
 
 def _over_floor(line: Line) -> str:
-    """Median over seeds of a step's time by the floor's; nothing where a row has none measured on the same batches."""
+    """Format the median over seeds of step time / floor time; empty if a row has no floor from the same batches."""
     found = [row["result"].get("beside_floor") for row in line.rows]
     return "" if None in found else f"{statistics.median(each['step_ms'] / each['floor_ms'] for each in found):.2f}"
 
 
 def _mebibytes(line: Line, name: str) -> str:
-    """Median over seeds."""
+    """Format the median over seeds, in MiB."""
     found = line.values_if_any(name)
     return f"{statistics.median(found) / 2**20:.1f}" if found else ""
 
@@ -229,7 +229,7 @@ def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    # No column for what nobody measured.
+    # Columns without any value are dropped.
     kept = [at for at in range(len(head)) if any(row[at] for row in rows)]
     head, rows = [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -237,9 +237,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
-    """Test metric over the values of the varied setting `name`, a curve a method and a panel a task.
+    """Plot the test metric over the values of the varied setting `name`: one curve per method, one panel per task.
 
-    Values stand at even distances, whether they span decades or crowd below 1; methods are a little apart.
+    Values stand at equal distances, whether they span decades or crowd below 1; methods are shifted a little apart.
     """
     figure = Figure(figsize=(5 * len(grid.tasks), 4.5), layout="constrained")
     axes = figure.subplots(1, len(grid.tasks), squeeze=False)[0]
@@ -256,7 +256,7 @@ def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
                 means = [100 * statistics.mean(values) for _, values in points]
                 spread = [100 * statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
                 places = [place for place, _ in points]
-                # A colour of its own even where an earlier method has no rows yet.
+                # The colour depends on the place among all methods, so that methods without rows yet do not shift it.
                 style: Any = {"color": f"C{number % 10}", "marker": "osD^v<>pPX"[number % 10]}
                 axis.errorbar(places, means, spread, label=method, markersize=4, linewidth=1, capsize=2, **style)
         axis.set(title=task, xlabel=name.replace("_", " "), ylabel=f"{grid.about(task).metric}, %")
@@ -269,7 +269,7 @@ def plot(grid: Grid, lines: Sequence[Line], name: str, path: Path) -> None:
 
 
 def places(grid: Grid) -> re.Pattern[str]:
-    """Where a document asks for tables of `grid`."""
+    """Return the pattern of the places where a document asks for tables of `grid`."""
     return re.compile(
         rf"(?P<begin><!-- quality {re.escape(grid.name)}(?P<form> without costs| costs alone| summary)?"
         r'(?P<methods>(?: "[^"]+")*): begin -->\n).*?(?P<end><!-- end -->)',
@@ -278,9 +278,9 @@ def places(grid: Grid) -> re.Pattern[str]:
 
 
 def quoted(text: str, grid: Grid, lines: Sequence[Line]) -> str:
-    """`text` with the tables of `lines` wherever it asks for those of `grid`.
+    """Return `text` with the tables of `lines` wherever it asks for those of `grid`.
 
-    Raises ValueError where it asks for a method that the grid has not.
+    Raises ValueError where it asks for a method that the grid lacks.
     """
 
     def tables(found: re.Match[str]) -> str:

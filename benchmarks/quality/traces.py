@@ -3,18 +3,21 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.tasks import Batch
-from sylva_compile.blocks.scope import input_axes, weights_in_scope
-from sylva_compile.curvature.baselines import magnitude_scores, random_scores
-from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
+from sylva_compile.blocks.scope import weights_in_scope
+from sylva_compile.config import SylvaConfig
+from sylva_compile.curvature.estimators import Estimators
+from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.kernels.blocks import grid_shape
 from sylva_compile.tracing.observation import observe
-from sylva_compile.tracing.selection import Budget, ChooseBlocks, select_blocks
+from sylva_compile.tracing.scoring import score_without_data
+from sylva_compile.tracing.selection import ChooseBlocks, select_blocks
+from sylva_compile.tracing.trace import weight_specs
 
 Pattern = Literal["blocks", "columns", "rectangle"]
 PATTERNS = ("blocks", "columns", "rectangle")
@@ -26,81 +29,70 @@ class Scores:
 
     Attributes:
         by_weight: weight name to `[ceil(m/b), ceil(n/b)]`; higher is better.
-        axes: weight name to the axis that the inputs meet.
-        seconds: of the trace.
-        peak_bytes: that the trace held at one time beside the model, where somebody measured them.
-        jointly: what chooses blocks of a weight together, for scores that do.
+        specs: weight name to its description.
+        seconds: duration of the trace.
+        peak_bytes: the most that the trace held at one time beside the model, where it was measured.
+        choose: chooses the blocks of a weight, for scores that depend on the blocks chosen before.
         chosen: choices that were made before, and the seconds that each took.
     """
 
     by_weight: dict[str, Tensor]
-    axes: dict[str, int]
+    specs: dict[str, WeightSpec]
     seconds: float
     peak_bytes: int = 0
-    jointly: ChooseBlocks | None = None
-    chosen: dict[tuple[Budget, Pattern], tuple[dict[str, Tensor], float]] = field(default_factory=dict)
+    choose: ChooseBlocks | None = None
+    chosen: dict[tuple[SylvaConfig, Pattern], tuple[dict[str, Tensor], float]] = field(default_factory=dict)
 
 
-def block_scores(
-    model: nn.Module, batches: Iterable[Batch], *, scope: str, block_size: int, samples: int, seed: int, **how: Any
-) -> Scores:
-    """What `trace_and_mask` scores blocks with before it chooses.
+def block_scores(model: nn.Module, batches: Iterable[Batch], config: SylvaConfig, *, seed: int) -> Scores:
+    """Score blocks as `trace_and_mask` does before it chooses.
 
     Args:
-        model: untouched afterwards.
+        model: left as it is.
         batches: to trace.
-        scope: as for `trace_and_mask`.
-        block_size: b.
-        samples: sentences of `batches` to look at.
-        seed: for random scores.
-        how: `method`, and for those that look at data `score`, `damping`, `num_partitions`, `rank`.
+        config: the method, its settings and the number of samples.
+        seed: of random scores.
     """
     started = time.perf_counter()
-    weights = weights_in_scope(model, scope)
-    axes = input_axes(model, weights)
-    method, jointly = how["method"], None
-    if method == "magnitude":
-        found = {name: magnitude_scores(weight, block_size) for name, weight in weights.items()}
-    elif method == "random":
+    weights = weights_in_scope(model, config.scope)
+    specs = weight_specs(model, weights)
+    if not config.needs_data:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            found = {name: random_scores(weight, block_size) for name, weight in weights.items()}
-    else:
-        choice = EstimatorChoice(
-            method, how["score"], block_size, how["num_partitions"], how["rank"], how.get("damping")
-        )
-        estimators = Estimators(weights, axes, choice)
-        done = observe(model, weights, estimators, batches, num_samples=samples)
-        found = {name: estimators.scores(name) for name in weights if name in done.seen}
-        jointly = estimators.greedy_map if choice.is_greedy else None
-    return Scores(found, axes, time.perf_counter() - started, jointly=jointly)
+            scored = score_without_data(weights, config)
+        return Scores(scored.scores, specs, time.perf_counter() - started)
+    estimators = Estimators(specs, config)
+    done = observe(model, weights, estimators, batches, num_samples=config.num_samples)
+    found = {name: estimators.scores(name) for name in weights if name in done.seen}
+    choose = estimators.greedy_map if config.is_greedy else None
+    return Scores(found, specs, time.perf_counter() - started, choose=choose)
 
 
-def choose_once(scores: Scores, budget: Budget, pattern: Pattern) -> tuple[dict[str, Tensor], float]:
+def choose_once(scores: Scores, config: SylvaConfig, pattern: Pattern) -> tuple[dict[str, Tensor], float]:
     """What `choose` says and the seconds that it took; runs that differ in learning rate share them."""
-    if (budget, pattern) not in scores.chosen:
+    if (config, pattern) not in scores.chosen:
         started = time.perf_counter()
-        maps = choose(scores, budget, pattern)
-        scores.chosen[budget, pattern] = maps, time.perf_counter() - started
-    return scores.chosen[budget, pattern]
+        maps = choose(scores, config, pattern)
+        scores.chosen[config, pattern] = maps, time.perf_counter() - started
+    return scores.chosen[config, pattern]
 
 
-def choose(scores: Scores, budget: Budget, pattern: Pattern = "blocks") -> dict[str, Tensor]:
+def choose(scores: Scores, config: SylvaConfig, pattern: Pattern = "blocks") -> dict[str, Tensor]:
     """Block maps by weight name: single blocks, whole block columns, or a rectangle of rows and columns a weight.
 
     Columns and rectangles come in large pieces; what one weight has too little or too much, the next one makes up for.
     """
     if pattern == "blocks":
-        return select_blocks(scores.by_weight, budget, scores.axes, scores.jointly)
+        return select_blocks(scores.by_weight, config, scores.specs, scores.choose)
     maps: dict[str, Tensor] = {}
     owed = 0
     for name, score in scores.by_weight.items():
         # Outputs by inputs, whatever way the weight is stored.
-        values = score if scores.axes[name] == 1 else score.t()
-        owed += budget.blocks(score.numel())
+        values = scores.specs[name].turned(score)
+        owed += config.blocks(score.numel())
         chosen = _columns(values, owed) if pattern == "columns" else _rectangle(values, owed)
         owed -= int(chosen.sum())
-        maps[name] = chosen if scores.axes[name] == 1 else chosen.t()
+        maps[name] = scores.specs[name].turned(chosen)
     return maps
 
 
@@ -129,8 +121,8 @@ def _rectangle(scores: Tensor, wanted: int) -> Tensor:
 
 def budget_elements(weights: Mapping[str, Tensor], sparsity: float, block_size: int) -> int:
     """Trainable elements of all weights at a sparsity, as near as whole blocks come."""
-    budget, total = Budget(sparsity), 0.0
+    config, total = SylvaConfig(sparsity=sparsity), 0.0
     for weight in weights.values():
         rows, columns = grid_shape(weight.shape, block_size)
-        total += weight.numel() * budget.blocks(rows * columns) / (rows * columns)
+        total += weight.numel() * config.blocks(rows * columns) / (rows * columns)
     return round(total)

@@ -1,4 +1,4 @@
-"""Training, the same for every method and task."""
+"""The training loop of every method and task."""
 
 import functools
 import math
@@ -19,14 +19,15 @@ from benchmarks.quality.tasks import Batch, head_of
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training was like.
+    """The measurements of a training run.
 
     Attributes:
         loss: mean over the last tenth of the steps; NaN or infinite where the training diverged.
-        step_ms: median of forward pass, backward pass and optimizer step.
-        state_bytes: of the optimizer.
-        saved_bytes: that the first batch's forward pass saved for the backward.
-        peak_bytes: of tensors during the second step: the model, the optimizer's state and what the step adds at most.
+        step_ms: median time of forward pass, backward pass and optimizer step.
+        state_bytes: the bytes of the optimizer's state.
+        saved_bytes: the bytes that the first batch's forward pass saved for the backward.
+        peak_bytes: the peak bytes of tensors during the second step: the model, the optimizer's state, and the most
+            that the step adds.
     """
 
     loss: float
@@ -37,7 +38,7 @@ class Trained:
 
 
 def optimizer_of(ready: Ready, learning_rate: float, head_learning_rate: float) -> torch.optim.Optimizer:
-    """A fresh optimizer of all that a method trains, the head among it."""
+    """Make a new optimizer for all parameters that a method trains, those of the head included."""
     ids = {id(parameter) for parameter in ready.trained}
     groups: list[dict[str, Any]] = [{"params": ready.trained, "lr": learning_rate}]
     head = [p for p in head_of(ready.model) if p.requires_grad and id(p) not in ids]
@@ -47,12 +48,12 @@ def optimizer_of(ready: Ready, learning_rate: float, head_learning_rate: float) 
 
 
 def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Trained:
-    """Take a step a batch, with a linear warm-up over a tenth of them and a linear decay to zero.
+    """Take one step per batch, with a linear warm-up over a tenth of the steps and a linear decay to zero.
 
     A loss that is not finite ends the training.
 
     Raises:
-        AssertionError: something that should learn gets no gradient.
+        AssertionError: no trained parameter gets a gradient.
     """
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     schedule = get_linear_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
@@ -79,7 +80,7 @@ def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimiz
         seconds.append(time.perf_counter() - started)
 
     for at, batch in enumerate(batches):
-        # The first step also compiles, and makes the optimizer's state.
+        # The peak is measured in the second step: the first one also compiles and makes the optimizer's state.
         if at == min(1, len(batches) - 1):
             model = [*ready.model.parameters(), *ready.model.buffers()]
             held = sum(storage.nbytes() for storage in _storages([*model, *_state(inner)]).values())
@@ -100,7 +101,7 @@ def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimiz
 
 
 def _counting_saved(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """The loss, and the bytes of distinct storages saved for the backward; parameters, buffers, batch left out."""
+    """Return the loss, and the bytes of storages saved for the backward besides parameters, buffers and the batch."""
     known = _storages([*model.parameters(), *model.buffers(), *batch.values()])
     storages: dict[int, Any] = {}
 
@@ -114,7 +115,7 @@ def _counting_saved(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, Any]:
-    """Distinct storages by address."""
+    """Return the distinct storages of `tensors`, by address."""
     found = {}
     for tensor in tensors:
         # SHiRA's weights are sparse tensors, which have two storages.
@@ -124,10 +125,10 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, Any]:
 
 
 def _state(optimizer: Any) -> list[Tensor]:
-    """Every tensor of an optimizer's state."""
+    """Return every tensor of an optimizer's state."""
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 def _check_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    # Embeddings of words that a batch lacks have none, and a fresh LoRA's first matrix has a gradient of zero.
-    assert any(p.grad is not None and bool(p.grad.any()) for p in parameters), "nothing that is trained has a gradient"
+    # One parameter suffices: some are not used by every batch, and a new LoRA's first matrix has a zero gradient.
+    assert any(p.grad is not None and bool(p.grad.any()) for p in parameters), "no trained parameter has a gradient"

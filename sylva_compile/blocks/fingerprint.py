@@ -1,4 +1,7 @@
-"""A quick fingerprint of tensors: tells one base model from another, wherever the tensors live."""
+"""A quick fingerprint of tensors: tells one base model from another, on any device."""
+
+import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ _MULTIPLIER = 0x5851F42D4C957F2D
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> str:
-    """16 hexadecimal digits that depend on every bit of `tensor`, on their order and on its dtype.
+    """Return 16 hexadecimal digits that depend on every bit of `tensor`, on their order and on its dtype.
 
     Words of 64 bits are multiplied by a factor of their place and summed modulo 2⁶⁴: exact integer arithmetic, so the
     result is the same on every device, at the speed of memory. It guards against mistakes, not against malice.
@@ -31,3 +34,8 @@ def checksum(tensor: Tensor) -> str:
         place = torch.arange(1, rest + 1, device=tensor.device)
         total += (data[words * 8 :].to(torch.int64) * place).sum() * _MULTIPLIER
     return f"{int(total) % (1 << 64):016x}"
+
+
+def base_fingerprint(weights: Iterable[Tensor]) -> str:
+    """Return 16 hexadecimal digits that depend on every bit of `weights`, in this order."""
+    return hashlib.sha256("".join(map(checksum, weights)).encode()).hexdigest()[:16]

@@ -1,13 +1,11 @@
-"""`BlockMask`, the chosen blocks of one weight, and `Masks`, those of a model."""
+"""`Masks`: the chosen blocks of a model's weights."""
 
 import copy
-import hashlib
 import json
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,103 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from sylva_compile.blocks import embedding
-from sylva_compile.blocks.fingerprint import checksum
+from sylva_compile.blocks.block_mask import BlockMask, check_block_fits
+from sylva_compile.blocks.embed import block_states, embed
+from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
-from sylva_compile.errors import ArgumentError, MaskError
+from sylva_compile.config import check_block_size
+from sylva_compile.errors import MaskError
 from sylva_compile.files import write_file
 from sylva_compile.kernels.blocks import grid_shape
 
 log = logging.getLogger(__name__)
 
 _FORMAT = "sylva-masks-1"
-
-
-@dataclass(frozen=True, eq=False)
-class BlockMask:
-    """The chosen blocks of one weight.
-
-    Attributes:
-        shape: `(m, n)` of the weight as stored.
-        block_size: b.
-        rows, cols: `int64[nnz]` on the CPU, block coordinates, sorted by row, then column.
-    """
-
-    shape: tuple[int, int]
-    block_size: int
-    rows: Tensor
-    cols: Tensor
-
-    def __post_init__(self) -> None:
-        rows, cols = grid_shape(self.shape, self.block_size)
-        if self.rows.shape != self.cols.shape or {self.rows.dtype, self.cols.dtype} != {torch.int64}:
-            raise MaskError(
-                f"Rows {tuple(self.rows.shape)} of {self.rows.dtype} and columns {tuple(self.cols.shape)} of "
-                f"{self.cols.dtype} of a mask must be as many, of int64; make it with BlockMask.from_block_map."
-            )
-        place = self.rows * cols + self.cols
-        inside = (self.rows >= 0) & (self.rows < rows) & (self.cols >= 0) & (self.cols < cols)
-        if not bool(inside.all()) or not bool((place[1:] > place[:-1]).all()):
-            raise MaskError(
-                f"Blocks of a mask of shape {self.shape} must lie in its {rows} x {cols} grid, sorted by row and "
-                "column, each once; make it with BlockMask.from_block_map."
-            )
-
-    @classmethod
-    def from_block_map(cls, block_map: Tensor, shape: tuple[int, int] | torch.Size, block_size: int) -> "BlockMask":
-        """From `block_map bool[ceil(m/b), ceil(n/b)]`. Raises MaskError where that shape is another."""
-        shape = (int(shape[0]), int(shape[1]))
-        grid = grid_shape(shape, block_size)
-        if tuple(block_map.shape) != grid:
-            raise MaskError(
-                f"A block map of shape {tuple(block_map.shape)} does not tile a weight of shape {shape} with blocks of "
-                f"{block_size}; make it {grid}."
-            )
-        rows, cols = block_map.detach().to("cpu", torch.bool).nonzero(as_tuple=True)
-        return cls(shape, block_size, rows, cols)
-
-    @property
-    def nnz(self) -> int:
-        """Number of blocks."""
-        return self.rows.numel()
-
-    @property
-    def trainable(self) -> int:
-        """Number of weight elements that the blocks cover, without what reaches over the edge."""
-        b, (m, n) = self.block_size, self.shape
-        return int(((m - self.rows * b).clamp(max=b) * (n - self.cols * b).clamp(max=b)).sum())
-
-    def block_map(self) -> Tensor:
-        """`bool[ceil(m/b), ceil(n/b)]`, true where a block is trained."""
-        chosen = torch.zeros(grid_shape(self.shape, self.block_size), dtype=torch.bool, device="cpu")
-        chosen[self.rows, self.cols] = True
-        return chosen
-
-    def dense(self) -> Tensor:
-        """`bool[m, n]`, true where an element is trained."""
-        b, (m, n) = self.block_size, self.shape
-        return self.block_map().repeat_interleave(b, 0)[:m].repeat_interleave(b, 1)[:, :n]
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, BlockMask):
-            return NotImplemented
-        return (
-            (self.shape, self.block_size) == (other.shape, other.block_size)
-            and torch.equal(self.rows, other.rows)
-            and torch.equal(self.cols, other.cols)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        total = self.block_map().numel()
-        return f"BlockMask(shape={self.shape}, block_size={self.block_size}, nnz={self.nnz} of {total})"
-
-
-def check_block_size(block_size: int) -> None:
-    """Raise ArgumentError unless `block_size` is an integer of 8 or more."""
-    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 8:
-        raise ArgumentError(f"block_size={block_size!r}; use an integer of 8 or more (16 to 128 is usual).")
 
 
 class Masks(Mapping[str, BlockMask]):
@@ -125,7 +38,13 @@ class Masks(Mapping[str, BlockMask]):
         model: nn.Module | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`config` says how the masks were made; it is saved with them. `model` binds them without keeping it alive."""
+        """Make masks from `blocks`, by weight name.
+
+        Args:
+            blocks: weight name to its mask.
+            model: the model to bind to, if any; it is not kept alive.
+            config: how the masks were made; files and adapters keep it.
+        """
         self._blocks = dict(blocks)
         self.config: dict[str, Any] = dict(config or {})
         self._model: weakref.ref[nn.Module] | None = None
@@ -142,11 +61,11 @@ class Masks(Mapping[str, BlockMask]):
         return len(self._blocks)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the model, which another process or a copy has none of; `embed(model)` binds again."""
+        """Return everything but the model, since another process has another one; `embed(model)` binds again."""
         return self.__dict__ | {"_model": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Masks":
-        """Bound to the copy of the model where both are copied together, the model first."""
+        """Copy; bound to the copy of the model where the model was copied before in the same call."""
         twin = Masks(copy.deepcopy(self._blocks, memo), config=copy.deepcopy(self.config, memo))
         model = None if self.model is None else memo.get(id(self.model))
         if model is not None:
@@ -164,7 +83,7 @@ class Masks(Mapping[str, BlockMask]):
 
     @classmethod
     def from_block_maps(cls, model: nn.Module, block_maps: Mapping[str, Tensor], block_size: int) -> "Masks":
-        """Masks made by hand, bound to `model`.
+        """Make masks by hand, bound to `model`.
 
         Args:
             model: the model whose weights are named.
@@ -172,15 +91,16 @@ class Masks(Mapping[str, BlockMask]):
             block_size: b, 8 or more.
 
         Raises:
-            ArgumentError: a block size below 8, or larger than every dimension of every weight named.
-            MaskError: a name that the model lacks, or a map of another shape.
+            ArgumentError: the block size is below 8, or larger than every dimension of every weight named.
+            MaskError: the model lacks a name, or a map has another shape.
+            ScopeError: a weight cannot carry blocks.
         """
         check_block_size(block_size)
         parameters = named_weights(model)
         missing = [name for name in block_maps if name not in parameters]
         if missing:
             raise MaskError(f"The model has no parameter {missing[0]!r}; name weights as in model.named_parameters().")
-        check_block_fits(block_size, {name: parameters[name] for name in block_maps})
+        check_block_fits(block_size, {name: tuple(parameters[name].shape) for name in block_maps})
         blocks = {}
         for name, block_map in block_maps.items():
             check_weight(name, parameters[name])
@@ -220,28 +140,28 @@ class Masks(Mapping[str, BlockMask]):
             self._compare_base(unwrap(model))
         self.bind(model)
         try:
-            embedding.embed(model, self)
+            embed(model, self, origin=self.config)
         except BaseException:
             self._model = bound_before
             raise
         return model
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable blocks `[nnz, b, b]` of the bound model, in the order of the masks; embeds them if need be."""
-        sites = embedding.sites(self.embed())
-        return [sites[name].blocks for name in self]
+        """Return the trainable blocks `[nnz, b, b]` of the bound model in the order of the masks; embed if need be."""
+        states = block_states(self.embed())
+        return [states[name].blocks for name in self]
 
     def write_through(self) -> None:
         """Write the blocks into the dense weights now.
 
-        Needed only after a write that autograd does not see (`blocks.data`, a raw pointer): optimizer steps and edits
-        under `torch.no_grad()` are followed by themselves.
+        Call it after a write that autograd does not see (`blocks.data`, a raw pointer). After optimizer steps and edits
+        under `torch.no_grad()` the library writes them itself.
         """
-        for site in embedding.sites(self._require_model()).values():
-            site.write()
+        for state in block_states(self._require_model()).values():
+            state.push()
 
     def summary(self) -> str:
-        """A table: a line a weight, and the totals."""
+        """Return a table with a line for each weight, and the totals."""
         width = max((len(name) for name in self), default=6)
         lines = [f"{'weight':<{width}}  {'shape':>14}  {'blocks':>13}  {'trained':>8}"]
         total = trained = 0
@@ -256,7 +176,7 @@ class Masks(Mapping[str, BlockMask]):
         lines.append(f"{len(self)} weights, {trained:,} of {total:,} elements trained ({share:.2%}).")
         if self.model is not None:
             masked = {id(parameter) for name, parameter in self.model.named_parameters() if name in self._blocks}
-            masked |= {id(site.blocks) for site in embedding.sites(self.model).values()}
+            masked |= {id(state.blocks) for state in block_states(self.model).values()}
             others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in masked]
             if others:
                 count = sum(p.numel() for p in others)
@@ -271,7 +191,7 @@ class Masks(Mapping[str, BlockMask]):
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, Any] = {}
         for name, mask in self.items():
-            tensors[name] = torch.stack([mask.rows, mask.cols]).to(torch.int32)
+            tensors[name] = mask.positions.to(torch.int32)
             shapes[name] = [*mask.shape, mask.block_size]
         metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "config": json.dumps(self.config, default=float)}
         try:
@@ -292,9 +212,8 @@ class Masks(Mapping[str, BlockMask]):
                 shapes = json.loads(metadata["shapes"])
                 blocks = {}
                 for name, (m, n, block_size) in shapes.items():
-                    rows, cols = file.get_tensor(name).to(torch.int64)
-                    blocks[name] = BlockMask((m, n), block_size, rows, cols)
-                return cls(blocks, config=json.loads(metadata["config"]))
+                    blocks[name] = BlockMask((m, n), block_size, file.get_tensor(name).to(torch.int64))
+                return cls(blocks, config=_current_words(json.loads(metadata["config"])))
         except FileNotFoundError:
             raise MaskError(f"{path} does not exist; give a file written by Masks.save.") from None
         except OSError as error:
@@ -308,7 +227,7 @@ class Masks(Mapping[str, BlockMask]):
         """Log a warning if these masks were traced on other weights: they fit, but were not chosen for these."""
         parameters = named_weights(model)
         wanted = self.config.get("base")
-        if wanted is None or embedding.sites(model) or not all(name in parameters for name in self):
+        if wanted is None or block_states(model) or not all(name in parameters for name in self):
             return
         if base_fingerprint(parameters[name] for name in self) != wanted:
             log.warning(
@@ -322,15 +241,6 @@ class Masks(Mapping[str, BlockMask]):
         return model
 
 
-def check_block_fits(block_size: int, weights: Mapping[str, Tensor]) -> None:
-    """Raise ArgumentError if a block is larger than every dimension of every weight."""
-    largest = max((size for weight in weights.values() for size in weight.shape), default=0)
-    if weights and block_size > largest:
-        raise ArgumentError(
-            f"block_size={block_size} is larger than every dimension in scope (at most {largest}); use a smaller one."
-        )
-
-
-def base_fingerprint(weights: Iterable[Tensor]) -> str:
-    """16 hexadecimal digits that depend on every bit of `weights`, in this order."""
-    return hashlib.sha256("".join(map(checksum, weights)).encode()).hexdigest()[:16]
+def _current_words(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` of a mask file in today's words: the greedy choice was first called "joint"."""
+    return config | {"score": "greedy"} if config.get("score") == "joint" else config

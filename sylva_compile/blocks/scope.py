@@ -1,24 +1,35 @@
-"""Which weights of a model are meant: scope patterns, wrapped models, shared parameters, odd weights."""
+"""The weights of a model that a scope names: patterns, wrapped models, shared parameters, weights without blocks."""
 
 import logging
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.pytorch_utils import Conv1D
 
+from sylva_compile._torch import is_traceable_wrapper_subclass
+from sylva_compile.config import Scope
 from sylva_compile.errors import ScopeError
 
 log = logging.getLogger(__name__)
 
-Scope = str | Sequence[str]
-"""`"all-linear"`, a regular expression for the whole module name, or a list of module-name endings."""
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is GPT-2's Conv1D, a linear layer that stores its weight transposed."""
+    # A module of that class exists only once transformers is imported, which this library does not need.
+    source = sys.modules.get("transformers.pytorch_utils")
+    return source is not None and isinstance(module, source.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer whose weight can carry blocks: nn.Linear or Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`'s and DistributedDataParallel's wrappers."""
+    """Return the model inside `torch.compile`'s and DistributedDataParallel's wrappers."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -29,63 +40,59 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """A module or parameter name without the steps that `torch.compile`'s wrapper puts into it."""
+    """Return a module or parameter name without the parts that `torch.compile`'s wrapper puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter by its plain name; shared ones under each of their names."""
+    """Return every parameter by its plain name; shared ones under each of their names."""
     return {plain_name(name): parameter for name, parameter in unwrap(model).named_parameters(remove_duplicate=False)}
 
 
 def input_axis(module: nn.Module) -> int:
-    """The axis of the stored weight that the layer's inputs meet: 0 for GPT-2's transposed Conv1D, else 1."""
-    return 0 if isinstance(module, Conv1D) else 1
+    """Return the axis of the stored weight that the layer's inputs meet: 0 for GPT-2's transposed Conv1D, else 1."""
+    return 0 if is_conv1d(module) else 1
 
 
 def owners_of(model: nn.Module, weight: Tensor) -> Iterator[tuple[nn.Module, str]]:
-    """Every `(module, attribute)` that holds `weight`; shared weights have several."""
+    """Yield every `(module, attribute)` that holds `weight`; a shared weight has several."""
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
             if parameter is weight:
                 yield module, attribute
 
 
-def input_axes(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Of each of `weights`, by name, the axis that its layer's inputs meet."""
-    return {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
-
-
 _ADAPTERS = {"lora_A", "lora_B"}
-"""What PEFT calls the small layers that it puts beside a layer."""
+"""Names that PEFT gives to the small layers that it puts beside a layer."""
 
 _CLASSIFIERS = ("score", "classifier", "qa_outputs")
-"""What the models of transformers call the head of a classifier."""
+"""Names that models of transformers give to the head of a classifier."""
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
-    """The language-model head or the classifier of a model of transformers; None of others."""
+    """Return the language-model head or the classifier of a model of transformers; None for other models."""
     get = getattr(model, "get_output_embeddings", None)
     if get is None:
         return None
     try:
         head = get()
     except (AttributeError, NotImplementedError):
-        # Encoders without a language-model head answer this way.
+        # Encoders without a language-model head raise these.
         head = None
     heads = (head, *(getattr(model, name, None) for name in _CLASSIFIERS))
     return next((head for head in heads if isinstance(head, nn.Module)), None)
 
 
 def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
-    """The weights that `scope` names, by full parameter name, in the model's order; shared weights once.
+    """Return the weights that `scope` names, by full parameter name, in the model's order; shared weights once.
 
     Raises:
-        ScopeError: nothing matches, or a match cannot carry blocks (meta device, quantised, integer).
+        ScopeError: nothing matches, or a match cannot carry blocks (meta device, quantised, integer, made under
+            `torch.inference_mode()`).
     """
     model = unwrap(model)
     head = _output_head(model)
-    layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    layers = {plain_name(name): m for name, m in model.named_modules() if is_linear(m)}
     if scope == "all-linear":
         inside = set() if head is None else set(head.modules())
         chosen = {n: m for n, m in layers.items() if m not in inside and not _ADAPTERS & set(n.split("."))}
@@ -119,7 +126,7 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
 
 
 def _hint(scope: Scope, layers: Sequence[str]) -> str:
-    """What to do about a scope that matches nothing."""
+    """Return advice for a scope that matches nothing."""
     if not layers:
         return "the model has none (is it quantised?), so load it unquantised or make masks with Masks.from_block_maps"
     if isinstance(scope, str) and any(name == scope or name.endswith("." + scope) for name in layers):
@@ -129,12 +136,16 @@ def _hint(scope: Scope, layers: Sequence[str]) -> str:
 
 
 def check_weight(name: str, weight: Tensor | None) -> None:
-    """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory."""
+    """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory that autograd can follow."""
     if not isinstance(weight, nn.Parameter) or is_traceable_wrapper_subclass(weight):
         kind = "" if weight is None else f" but a {type(weight.data).__name__}"
         raise ScopeError(
             f"{name} is no plain Parameter{kind} (quantised, or sharded by fully_shard?); load the model unquantised "
             "and unsharded, or leave it out of scope."
+        )
+    if weight.is_inference():
+        raise ScopeError(
+            f"{name} was made under torch.inference_mode(), where nothing can be trained; load the model outside of it."
         )
     if weight.device.type == "meta":
         raise ScopeError(f"{name} is on the meta device; load the weights before masking or embedding.")
@@ -142,3 +153,55 @@ def check_weight(name: str, weight: Tensor | None) -> None:
         raise ScopeError(f"{name} holds {weight.dtype} values (quantised?); dequantise it or leave it out of scope.")
     if weight.dim() != 2:
         raise ScopeError(f"{name} has {weight.dim()} dimensions; blocks sit in matrices, so leave it out of scope.")
+
+
+def log_share_left_out(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Log the share of the model's elements outside of `weights`, and why: a warning where whole experts stay frozen.
+
+    Parameters of three dimensions or more are no matrices. Models with a mixture of experts keep most of their elements
+    in such parameters, and "all-linear" does not reach them.
+    """
+    model = unwrap(model)
+    inside = {id(weight) for weight in weights.values()}
+    head = _output_head(model)
+    of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    sizes: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    seen: set[int] = set()
+    total = 0
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen or attribute.endswith("_blocks"):
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            if id(parameter) not in inside:
+                why = _why_left_out(module, parameter, is_head=id(parameter) in of_head)
+                sizes[why] += parameter.numel()
+                first.setdefault(why, plain_name(f"{prefix}.{attribute}" if prefix else attribute))
+    if not sizes:
+        return
+    parts = ", ".join(f"{count / total:.1%} {why} ({first[why]} first)" for why, count in sizes.most_common())
+    stacked = sizes[_STACKED] / total
+    log.log(
+        logging.WARNING if stacked >= 0.05 else logging.INFO,
+        "The scope holds %.1f%% of the model's %s elements. Left out: %s.",
+        100 * (1 - sum(sizes.values()) / total),
+        f"{total:,}",
+        parts,
+    )
+
+
+_STACKED = "in parameters of three or more dimensions, such as experts, which carry no blocks"
+
+
+def _why_left_out(module: nn.Module, parameter: Tensor, *, is_head: bool) -> str:
+    if parameter.dim() > 2:
+        return _STACKED
+    if is_head:
+        return "in the output head"
+    if parameter.dim() < 2:
+        return "in biases, norms and other vectors"
+    if isinstance(module, nn.Embedding):
+        return "in token embeddings"
+    return "in linear layers that the scope does not name" if is_linear(module) else "in modules that are not linear"

@@ -1,34 +1,40 @@
 """`torch.compile(model, backend=sylva_compile.backend(masks))`: Inductor, with sampled weight gradients.
 
 Dynamo calls the backend once for each graph it makes: one graph is never promised (graph breaks, checkpointing,
-DistributedDataParallel's buckets, layers compiled one by one), and one compiled graph may serve several layers. So
-nothing of a mask is baked into a graph: positions are inputs. The report is kept per embedded weight and filled when a
-compiled graph first runs with that weight.
+DistributedDataParallel's buckets, layers compiled one by one), and one compiled graph may serve several layers. So a
+graph holds nothing of a mask: positions are inputs. The backend keeps a report for each embedded weight and fills it
+when a compiled graph first runs with that weight.
 """
 
 import functools
+import itertools
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch._dynamo.exc import ShortenTraceback
-from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from sylva_compile.blocks import embedding
+from sylva_compile._torch import (
+    CustomGraphPass,
+    PlainAOTInput,
+    ShortenTraceback,
+    compile_fx,
+    functorch_config,
+    get_hash_for_files,
+    inductor_config,
+    list_mode_options,
+)
+from sylva_compile.blocks import registry
+from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
-from sylva_compile.blocks.site import BlockState, live_states
 from sylva_compile.compiler.aot import compile_eagerly
-from sylva_compile.compiler.following import RuntimeWrapper
 from sylva_compile.compiler.report import Report, WeightReport
 from sylva_compile.compiler.retrace import update_layouts
+from sylva_compile.compiler.runtime_wrapper import RuntimeWrapper
 from sylva_compile.errors import ArgumentError, RewriteError
 from sylva_compile.passes.runner import run_passes
 from sylva_compile.passes.sample_weight_gradients import RewriteResult, sample_weight_gradients_pass
@@ -39,41 +45,49 @@ Inner = Literal["inductor", "aot_eager"]
 OnMiss = Literal["warn", "error", "ignore"]
 
 _PACKAGE = Path(__file__).parents[1]
+_HASHED_ROOMS = ("compiler", "kernels", "passes")
 
 
 class _RewriteError(RewriteError, ShortenTraceback):
-    """As a `ShortenTraceback`, Dynamo hands it to the user as it is, not wrapped and not swallowed."""
+    """A RewriteError that Dynamo neither wraps nor swallows, because it is a ShortenTraceback."""
 
 
 class _ArgumentError(ShortenTraceback, ArgumentError):
-    """The same, for a wrong argument of `torch.compile`."""
+    """An ArgumentError about `torch.compile` that Dynamo neither wraps nor swallows."""
 
 
 class _JointPass(CustomGraphPass):
-    """Our passes over one joint graph, in the place where Inductor lets others rewrite it."""
+    """The passes over one joint graph, at the place that Inductor keeps for custom passes."""
 
-    def __init__(self, before: Any, learn: Callable[[list[RewriteResult]], None]) -> None:
-        """`before` is a pass to run first, or None; `learn` may look at the outcomes before code is generated."""
-        self.before, self.learn = before, learn
-        self.outcomes: list[RewriteResult] = []
+    def __init__(self, before: Any, update: Callable[[list[RewriteResult]], None]) -> None:
+        """Make the pass of one graph.
+
+        Args:
+            before: the user's own `joint_custom_pre_pass`, which runs first, or None.
+            update: called with the results before code is generated; it may raise TraceAgain.
+        """
+        self.before, self.update = before, update
+        self.results: list[RewriteResult] = []
 
     def __call__(self, graph: Graph) -> None:
         if self.before is not None:
             self.before(graph)
-        sample = functools.partial(sample_weight_gradients_pass, report=self.outcomes.append)
+        sample = functools.partial(sample_weight_gradients_pass, report=self.results.append)
         run_passes(graph, {"sample_weight_gradients": sample})
-        self.learn(self.outcomes)
+        self.update(self.results)
 
     def uuid(self) -> Any:
+        """Return the key of these passes in Inductor's cache; None, for no caching, if `before` has none."""
         theirs = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
         if self.before is not None and theirs is None:
             return None
-        return _own_uuid(), theirs
+        return source_hash(), theirs
 
 
 @functools.cache
-def _own_uuid() -> bytes:
-    files = sorted(file for room in ("compiler", "kernels", "passes") for file in (_PACKAGE / room).rglob("*.py"))
+def source_hash() -> bytes:
+    """Return the hash of every source file on which a compiled graph depends."""
+    files = sorted(file for room in _HASHED_ROOMS for file in (_PACKAGE / room).rglob("*.py"))
     return get_hash_for_files(tuple(map(str, files)))
 
 
@@ -92,7 +106,7 @@ class Backend:
             masks.embed()
         self.masks, self.inner, self.on_miss = masks, inner, on_miss
         self.__name__ = "sylva"
-        self._found: weakref.WeakKeyDictionary[BlockState, WeightReport] = weakref.WeakKeyDictionary()
+        self._reports: weakref.WeakKeyDictionary[BlockState, WeightReport] = weakref.WeakKeyDictionary()
 
     def __call__(
         self,
@@ -105,43 +119,53 @@ class Backend:
         """Compile one Dynamo graph; `mode` and `options` are those of `torch.compile` and go to Inductor."""
         if self.inner == "aot_eager" and (options or mode not in (None, "default")):
             asked = f"mode={mode!r}" if mode else f"options={options!r}"
-            raise _ArgumentError(f"{asked} says how to generate code; use inner='inductor'.", first_useful_frame=None)
-        joint = _JointPass(_configured_pass(options), functools.partial(self._learn, gm, example_inputs))
-        # A graph from AOTAutograd's cache comes without its joint pass, and so without a word on what was rewritten.
-        # Inductor's own cache, which saves the code generation, stays on.
+            raise _ArgumentError(f"{asked} controls code generation; use inner='inductor'.", first_useful_frame=None)
+        registry.tidy()
+        joint = _JointPass(_user_pass(options), functools.partial(self._update_layouts, gm, example_inputs))
+        # A graph from AOTAutograd's cache comes without its joint pass, and so without its results. Inductor's own
+        # cache, which saves the code generation, stays on.
         with functorch_config.patch(enable_autograd_cache=False):
             if self.inner == "inductor":
-                compiled = _inductor(gm, example_inputs, joint, mode, options)
+                compiled = _compile_with_inductor(gm, example_inputs, joint, mode, options)
             else:
                 compiled = compile_eagerly(gm, example_inputs, joint)
-        self._check(joint.outcomes, example_inputs)
-        return self._follow(compiled, joint.outcomes)
+        self._check(joint.results, example_inputs)
+        # A weight that the graph uses several times has a result for each use.
+        indexed = [(index, result) for result in joint.results if (index := _input_index(result)) is not None]
+        return RuntimeWrapper(compiled, indexed, self._note)
 
     def report(self) -> Report:
-        """What became of every masked weight's gradient in the compiled graphs that have run so far."""
-        model = self.masks.model if self.masks is not None else None
-        alive = live_states()
-        known = embedding.sites(model) if model is not None else {site.name: site for site in alive}
-        return Report({name: self._found.get(site, WeightReport()) for name, site in known.items()})
+        """Return what became of every embedded weight's gradient in the compiled graphs that have run so far.
 
-    def _learn(self, gm: GraphModule, example_inputs: Sequence[Any], outcomes: list[RewriteResult]) -> None:
-        model = self.masks.model if self.masks is not None else None
+        A backend without masks reports every embedded weight of the process. Where two models have weights of one name,
+        the later model's get a number: "layer.weight (2)".
+        """
+        model = self._model()
+        states = block_states(model) if model is not None else _by_unique_name(registry.live_states())
+        return Report({name: self._reports.get(state, WeightReport()) for name, state in states.items()})
+
+    def _model(self) -> nn.Module | None:
+        return None if self.masks is None else self.masks.model
+
+    def _update_layouts(self, gm: GraphModule, example_inputs: Sequence[Any], results: list[RewriteResult]) -> None:
+        model = self._model()
         if model is not None:
-            placed = [(outcome, _input_index(outcome)) for outcome in outcomes]
-            found = [(outcome, example_inputs[index]) for outcome, index in placed if index is not None]
-            sites = embedding.sites(model)
-            settled = {name for name, site in sites.items() if site in self._found}
-            update_layouts(sites, settled, found, gm, example_inputs)
+            indexed = [(result, _input_index(result)) for result in results]
+            found = [(result, example_inputs[index]) for result, index in indexed if index is not None]
+            states = block_states(model)
+            compiled_before = {name for name, state in states.items() if state in self._reports}
+            update_layouts(states, compiled_before, found, gm, example_inputs)
 
-    def _check(self, outcomes: list[RewriteResult], example_inputs: Sequence[Any]) -> None:
-        names = {id(site.layout.positions): site.name for site in live_states()}
-        for outcome in outcomes:
-            if outcome.reason is None:
+    def _check(self, results: list[RewriteResult], example_inputs: Sequence[Any]) -> None:
+        """Warn of weight gradients that stay dense, or raise RewriteError, as `on_miss` says."""
+        for result in results:
+            if result.reason is None:
                 continue
-            # DistributedDataParallel's splitter compiles with fake examples, which nobody can tell apart.
-            index = _input_index(outcome)
-            name = "a weight" if index is None else names.get(id(example_inputs[index]), "a weight")
-            message = f"{name}: the weight gradient stays dense, {outcome.reason}."
+            # DistributedDataParallel's splitter compiles with fake examples, which belong to no state.
+            index = _input_index(result)
+            state = None if index is None else registry.state_of_positions(example_inputs[index])
+            name = "a weight" if state is None else state.name
+            message = f"{name}: the weight gradient stays dense, {result.reason}."
             if self.on_miss == "error":
                 raise _RewriteError(
                     f"{message} Leave it out of the scope, or compile with on_miss='warn'.", first_useful_frame=None
@@ -151,25 +175,14 @@ class Backend:
                     "%s Training is right but slower there; leave it out of the scope to silence this.", message
                 )
 
-    def _follow(self, compiled: Callable[..., Any], outcomes: list[RewriteResult]) -> Callable[..., Any]:
-        """Wrap `compiled` so that blocks and dense weights agree before it runs, and the report names what ran."""
-        # Of one weight that is used several times, every use has its own outcome.
-        marked = [(index, outcome) for outcome in outcomes if (index := _input_index(outcome)) is not None]
-        follower = RuntimeWrapper(marked, self._note)
-
-        def run(*args: Any) -> Any:
-            follower.before_run(args)
-            return compiled(*args)
-
-        return run
-
-    def _note(self, site: BlockState, outcome: RewriteResult) -> None:
-        before = self._found.get(site, WeightReport())
-        self._found[site] = WeightReport(
+    def _note(self, state: BlockState, result: RewriteResult) -> None:
+        """Add `result` to the report of `state`."""
+        before = self._reports.get(state, WeightReport())
+        self._reports[state] = WeightReport(
             uses=before.uses + 1,
-            reason=before.reason or outcome.reason,
-            narrowed=outcome.narrowed and (before.narrowed or not before.uses),
-            whole=before.whole or outcome.whole,
+            reason=before.reason or result.reason,
+            narrowed=result.narrowed and (before.narrowed or not before.uses),
+            whole_reason=before.whole_reason or result.whole_reason,
         )
 
 
@@ -197,21 +210,36 @@ def _registered() -> Backend:
 
 
 def sylva(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-    """The backend behind `torch.compile(model, backend="sylva")`: compiles whatever is embedded."""
+    """Compile the graph with whatever blocks it holds: the backend of `torch.compile(model, backend="sylva")`."""
     return _registered()(gm, example_inputs, **kwargs)
 
 
-def _input_index(outcome: RewriteResult) -> int | None:
-    """Which of the graph's inputs the positions are; None in a graph within the graph (nested_compile_region)."""
-    desc = outcome.positions.meta.get("desc")
+def _by_unique_name(states: Iterable[BlockState]) -> dict[str, BlockState]:
+    found: dict[str, BlockState] = {}
+    for state in states:
+        number = next(number for number in itertools.count(1) if _numbered(state.name, number) not in found)
+        found[_numbered(state.name, number)] = state
+    return found
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name} ({number})"
+
+
+def _input_index(result: RewriteResult) -> int | None:
+    """Return the index of the graph's input that holds the positions; None in a graph within the graph.
+
+    `nested_compile_region` makes such graphs.
+    """
+    desc = result.positions.meta.get("desc")
     return desc.idx if isinstance(desc, PlainAOTInput) else None
 
 
-def _configured_pass(options: Mapping[str, Any] | None) -> Any:
+def _user_pass(options: Mapping[str, Any] | None) -> Any:
     return (options or {}).get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
 
 
-def _inductor(
+def _compile_with_inductor(
     gm: GraphModule,
     example_inputs: Sequence[Any],
     joint: _JointPass,
@@ -219,5 +247,12 @@ def _inductor(
     options: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {}), "joint_custom_pre_pass": joint}
+    if patches.get("freezing", inductor_config.freezing) and any(map(_is_embedded, example_inputs)):
+        log.info("Inductor's freezing is off for this graph: it would make constants of weights that blocks change.")
+        patches["freezing"] = False
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def _is_embedded(value: Any) -> bool:
+    return isinstance(value, Tensor) and registry.state_of_weight(value) is not None

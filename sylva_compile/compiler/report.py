@@ -1,4 +1,4 @@
-"""What the compiler did for each embedded weight."""
+"""`Report`: what the compiler did for each embedded weight."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ class WeightReport:
     """What the compiler did for one embedded weight.
 
     Attributes:
-        uses: how many weight-gradient products the compiled graphs that ran hold for it; 0 means none ran yet.
+        uses: the number of its weight-gradient products in the compiled graphs that ran; 0 means that none ran yet.
         reason: why some of them stayed dense, or None.
-        narrowed: whether its products read activations that were cut down to the columns that the mask needs.
-        whole: why an activation is read whole, or None.
+        narrowed: whether its products read activations restricted to the input channels that the mask needs.
+        whole_reason: why an activation is read whole, or None.
     """
 
     uses: int = 0
     reason: str | None = None
     narrowed: bool = False
-    whole: str | None = None
+    whole_reason: str | None = None
 
     @property
     def rewritten(self) -> bool:
@@ -30,14 +30,14 @@ class WeightReport:
             return "not compiled: no compiled graph has trained it yet (not called, or outside of torch.compile)"
         if self.reason is not None:
             return f"dense: {self.reason}"
-        return "rewritten, narrow activation" if self.narrowed else f"rewritten, whole activation: {self.whole}"
+        return "rewritten, narrow activation" if self.narrowed else f"rewritten, whole activation: {self.whole_reason}"
 
 
 class Report(Mapping[str, WeightReport]):
-    """A `WeightReport` for every embedded weight, by name; printing it gives a table."""
+    """A `WeightReport` for every embedded weight, by name; prints as a table."""
 
     def __init__(self, weights: Mapping[str, WeightReport]) -> None:
-        """`weights` by name, in the order of the model."""
+        """Make the report of `weights`, by name, in the order of the model."""
         self._weights = dict(weights)
 
     def __getitem__(self, name: str) -> WeightReport:

@@ -1,1 +1,1 @@
-"""Estimators that watch a weight's inputs and output gradients and score its blocks."""
+"""Estimators that gather statistics of a weight's inputs and output gradients and score its blocks."""

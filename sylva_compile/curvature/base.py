@@ -1,6 +1,7 @@
-"""What the tracer asks of every estimator."""
+"""The interface through which the tracer uses every estimator."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,37 +10,58 @@ from torch.distributed import ProcessGroup, all_reduce
 _NOTHING = 1e-6
 
 
+@dataclass(frozen=True)
+class EstimatorMemory:
+    """Bytes that the estimator of one weight takes.
+
+    Attributes:
+        gradient: the mean gradient, or the squares.
+        input_factor: A; weights that read the same inputs share one.
+        output_factor: G.
+        scoring: working memory while its blocks are scored, after the trace.
+    """
+
+    gradient: int
+    input_factor: int = 0
+    output_factor: int = 0
+    scoring: int = 0
+
+
 class Curvature(ABC):
     """Statistics of one weight `[m, n]` (m outputs, n inputs), gathered batch by batch.
 
-    Estimators hold sums, so that the statistics of several ranks add up to those of all their data.
+    Estimators hold sums, so that the sums of several ranks add up to those of all their data.
     """
 
     @abstractmethod
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Add a batch: `inputs [T, n]` and `output_gradients [T, m]`, token by token."""
+        """Add a batch: `inputs [T, n]` and `output_gradients [T, m]`, one row per token."""
 
     @abstractmethod
     def state(self) -> list[Tensor]:
-        """All that is held, in a fixed order and of fixed shapes; changing it in place changes the estimator."""
+        """Return every tensor held, in a fixed order and of fixed shapes; writing to one changes the estimator."""
+
+    @abstractmethod
+    def memory(self) -> EstimatorMemory:
+        """Return the bytes that the estimator takes; on the meta device it tells them without taking them."""
 
     @abstractmethod
     def block_scores(self, block_size: int) -> Tensor:
-        """Scores `[ceil(m/b), ceil(n/b)]`, float64, on the CPU; higher is worth more."""
+        """Return the scores `[ceil(m/b), ceil(n/b)]`, float64, on the CPU; a better block has a higher score."""
 
     def combine(self, group: ProcessGroup) -> None:
-        """Add up the sums of all ranks of `group`."""
+        """Replace each sum by its total over all ranks of `group`."""
         for total in self.state():
             all_reduce(total, group=group)
 
 
 def live_tokens(output_gradients: Tensor) -> Tensor:
-    """`bool[T]`: the tokens that carry loss or feed it.
+    """Return `bool[T]`, true for the tokens of `output_gradients [T, m]` that carry loss or feed it.
 
-    A token that no loss depends on (padding above all) has an output gradient of zero. It would add nothing to the
+    A token on which no loss depends (padding above all) has an output gradient of zero. It would add nothing to the
     gradients, but it would count in the mean and in the inputs' covariance. A gradient that is zero by cancellation,
-    such as that of the first query, which sees one key alone, comes out as zero or as rounding, by chance: so the
-    limit is a millionth of the batch's largest.
+    such as that of the first query, which sees one key alone, comes out as zero or as a rounding error, by chance.
+    Therefore a token is live only if its largest entry exceeds a millionth of the batch's largest entry.
     """
     if output_gradients.shape[0] == 0:
         return output_gradients.new_empty(0, dtype=torch.bool)
@@ -49,14 +71,14 @@ def live_tokens(output_gradients: Tensor) -> Tensor:
 
 
 def sum_tiles(matrix: Tensor, block_size: int) -> Tensor:
-    """Sum `matrix [m, n]` over its blocks: `[ceil(m/b), ceil(n/b)]`."""
+    """Return the sum of `matrix [m, n]` over each b x b block, `[ceil(m/b), ceil(n/b)]`."""
     for axis in (0, 1):
-        matrix = sum_lines(matrix, block_size, axis)
+        matrix = sum_groups(matrix, block_size, axis)
     return matrix
 
 
-def sum_lines(tensor: Tensor, block_size: int, axis: int = 0) -> Tensor:
-    """Sum groups of b neighbours along `axis`; the last group may be short."""
+def sum_groups(tensor: Tensor, block_size: int, axis: int = 0) -> Tensor:
+    """Return the sums over groups of b neighbours along `axis`; the last group may be smaller."""
     size = tensor.shape[axis]
     groups = torch.arange(size, device=tensor.device) // block_size
     shape = list(tensor.shape)

@@ -1,39 +1,60 @@
-"""The scores that second order has to beat: squared gradients, magnitudes, chance."""
+"""First-order and data-free baselines for the second-order scores: squared gradients, magnitudes, random scores."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sylva_compile.curvature.base import Curvature, sum_tiles
-from sylva_compile.kernels.blocks import block_dtype, grid_shape
+from sylva_compile.curvature.base import Curvature, EstimatorMemory, sum_tiles
+from sylva_compile.curvature.weight_spec import WeightSpec
+from sylva_compile.kernels.blocks import grid_shape
 
 
 class SquaredGradient(Curvature):
     """The empirical Fisher's diagonal: squares of the batches' gradients, summed over batches and over each block."""
 
-    def __init__(self, weight: Tensor, outputs: int, inputs: int, *, device: torch.device | None = None) -> None:
-        """Sums `[m, n]` on `device`, the weight's if left out, in float32 or wider."""
-        dtype = block_dtype(weight.dtype)
-        self.squares = torch.zeros(outputs, inputs, dtype=dtype, device=device or weight.device)
+    def __init__(self, spec: WeightSpec, *, device: torch.device | None = None) -> None:
+        """Start with sums `[m, n]` of zero, in float32 or wider.
+
+        Args:
+            spec: the weight.
+            device: where the sums are kept; None: the weight's device.
+        """
+        self.squares = torch.zeros(spec.outputs, spec.inputs, dtype=spec.wide_dtype, device=device or spec.device)
 
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Add a batch: one gradient `[m, n]`, squared."""
+        """Add the square of the batch's gradient `[m, n]`, for `inputs [T, n]` and `output_gradients [T, m]`."""
         dtype = self.squares.dtype
         self.squares += (output_gradients.to(dtype).t() @ inputs.to(dtype)).square_().to(self.squares.device)
 
     def state(self) -> list[Tensor]:
-        """The squares."""
+        """Return the sums of squares, `[m, n]`."""
         return [self.squares]
 
+    def memory(self) -> EstimatorMemory:
+        """Return the bytes of the squares, and of their float64 copy while they are scored."""
+        return EstimatorMemory(gradient=self.squares.nbytes, scoring=6 * 8 * self.squares.numel())
+
     def block_scores(self, block_size: int) -> Tensor:
-        """Sum of squares in each block."""
+        """Return the sum of squares in each block, `[ceil(m/b), ceil(n/b)]`."""
         return sum_tiles(self.squares.double(), block_size).cpu()
 
 
 def magnitude_scores(weight: Tensor, block_size: int) -> Tensor:
-    """Sum of squared weights in each block of `weight [m, n]`; needs no data."""
+    """Return the sum of squared weights in each block of `weight [m, n]`, `[ceil(m/b), ceil(n/b)]`; needs no data."""
     return sum_tiles(weight.detach().double().square(), block_size).cpu()
 
 
 def random_scores(weight: Tensor, block_size: int) -> Tensor:
-    """Uniform scores from torch's global generator: `torch.manual_seed` chooses the masks; needs no data."""
+    """Return uniform random scores `[ceil(m/b), ceil(n/b)]` for the blocks of `weight [m, n]`; needs no data.
+
+    They come from torch's global generator, so that `torch.manual_seed` determines the masks.
+    """
     return torch.rand(grid_shape(weight.shape, block_size), dtype=torch.float64, device="cpu")
+
+
+SCORES_WITHOUT_DATA: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "magnitude": magnitude_scores,
+    "random": random_scores,
+}
+"""The methods that need no data: name to a function of a weight and the block size."""

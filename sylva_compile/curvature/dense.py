@@ -1,4 +1,4 @@
-"""Factors in full, d² numbers each: exact K-FAC. They stay in the house as the oracle."""
+"""Dense Kronecker factors, d² numbers each: exact K-FAC, the oracle for the factors that approximate it."""
 
 import torch
 from torch import Tensor
@@ -8,46 +8,46 @@ from sylva_compile.curvature.importance import damped_cholesky, diagonal_blocks
 
 
 class DenseFactor(Factor):
-    """`Σ z zᵀ` `[d, d]`."""
+    """`Σ z zᵀ` as a dense matrix `[d, d]`."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Zero, of d = `size`."""
+        """Start with a sum of zero, of d = `size`."""
         self.total = torch.zeros(size, size, dtype=dtype, device=device)
 
     def update(self, tokens: Tensor) -> None:
-        """Add `Zᵀ Z` for Z `[T, d]`."""
-        lines = tokens.to(self.total.dtype)
-        self.total.addmm_(lines.t(), lines)
+        """Add `Zᵀ Z` for tokens Z `[T, d]`."""
+        tokens = tokens.to(self.total.dtype)
+        self.total.addmm_(tokens.t(), tokens)
 
     def state(self) -> list[Tensor]:
-        """The sum."""
+        """Return the sum, `[d, d]`."""
         return [self.total]
 
     def mean(self, scale: Tensor) -> "DenseCovariance":
-        """`scale · Σ z zᵀ` in float64."""
+        """Return `scale · Σ z zᵀ` in float64."""
         return DenseCovariance(self.total.double() * scale)
 
 
 class DenseCovariance(Covariance):
-    """B itself, `[d, d]`."""
+    """B as a dense matrix `[d, d]`."""
 
     def __init__(self, matrix: Tensor) -> None:
-        """Of `matrix [d, d]`, symmetric."""
+        """Keep `matrix [d, d]`, symmetric."""
         self.matrix = matrix
 
-    def matmul(self, lines: Tensor) -> Tensor:
-        """`B · X` for X `[d, c]`."""
-        return self.matrix @ lines
+    def matmul(self, right: Tensor) -> Tensor:
+        """Return `B · X` for X `[d, c]`."""
+        return self.matrix @ right
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """A view of them."""
+        """Return columns of B from `start` up to `stop`, `[d, stop - start]`, as a view."""
         return self.matrix[:, start:stop]
 
     def inverse_diagonal(self, damping: float) -> Tensor:
-        """Diagonal of `(B + λ I)⁻¹`, `[d]`, from the dense inverse."""
+        """Return the diagonal of `(B + λ I)⁻¹`, `[d]`, from the dense inverse; λ as for `damped_cholesky`."""
         size = self.matrix.shape[0]
         return torch.cholesky_inverse(damped_cholesky(self.matrix[None], size, damping)[0]).diagonal()
 
     def diagonal_blocks(self, block_size: int) -> Tensor:
-        """The b x b blocks on the diagonal."""
+        """Return the b x b blocks on the diagonal, `[ceil(d/b), b, b]`, zero beyond d."""
         return diagonal_blocks(self.matrix, block_size)

@@ -1,187 +1,173 @@
-"""One estimator for every weight that is traced, and the input factors that they share."""
+"""The estimators by name, one for every weight that is traced, and the input factors that they share."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.base import Curvature
 from sylva_compile.curvature.baselines import SquaredGradient
 from sylva_compile.curvature.blockwise import BlockFactor
 from sylva_compile.curvature.dense import DenseFactor
 from sylva_compile.curvature.factor import NewFactor
 from sylva_compile.curvature.input_factors import InputFactors
-from sylva_compile.curvature.kfac import Kfac, Score
+from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.curvature.online import OnlineHierarchy, update_together
 from sylva_compile.curvature.update_queue import UpdateQueue, group_bytes
+from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.errors import ArgumentError, TraceError
 
+NewEstimator = Callable[[WeightSpec, SylvaConfig, InputFactors, torch.device | None], Curvature]
+"""Makes the estimator of a weight, with the input factors that it shares and the device of its mean gradient."""
 
-@dataclass(frozen=True)
-class EstimatorChoice:
-    """Which estimator, as `sylva_compile.trace_and_mask` takes it.
 
-    Attributes:
-        method: "sylva", "kfac" or "fisher".
-        score: "gain", "greedy" or "paper"; "fisher" has but one.
-        block_size: b.
-        depth: splits K of hierarchical factors.
-        rank: r of hierarchical factors.
-        damping: fraction of a factor's mean diagonal; None: the score's own.
-        gradient_device: where mean gradients are kept; None: beside their weights.
+def _kfac(
+    spec: WeightSpec, config: SylvaConfig, inputs: InputFactors, gradient_device: torch.device | None
+) -> Curvature:
+    return Kfac(
+        spec,
+        new_factor=inputs.new_factor,
+        score=config.score,
+        damping=config.damping,
+        shared=inputs,
+        gradient_device=gradient_device,
+    )
+
+
+def _squared_gradient(
+    spec: WeightSpec, config: SylvaConfig, inputs: InputFactors, gradient_device: torch.device | None
+) -> Curvature:
+    return SquaredGradient(spec, device=gradient_device)
+
+
+ESTIMATORS: dict[str, NewEstimator] = {"sylva": _kfac, "kfac": _kfac, "fisher": _squared_gradient}
+"""The methods that look at data. "sylva" and "kfac" differ in their factors alone; see `factor_of`."""
+
+
+def factor_of(config: SylvaConfig, queue: UpdateQueue[OnlineHierarchy] | None = None) -> NewFactor:
+    """Return the function that makes a Kronecker factor.
+
+    The score "gain" reads diagonal blocks alone, so that "sylva" keeps them alone for it.
+
+    Args:
+        config: the method and the score.
+        queue: joins updates of several factors; only hierarchies, with their many small operations, use it.
     """
+    if config.method == "kfac":
+        return DenseFactor
+    if config.score == "gain":
+        return functools.partial(BlockFactor, block_size=config.block_size)
+    return functools.partial(_online_hierarchy, config.num_partitions, config.rank, queue)
 
-    method: Literal["sylva", "kfac", "fisher"]
-    score: Score
-    block_size: int
-    depth: int
-    rank: int
-    damping: float | None
-    gradient_device: torch.device | None = None
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether `Estimators.take_greedy_map` chooses."""
-        return self.method != "fisher" and self.score == "greedy"
-
-    def new_factor(self, queue: UpdateQueue[OnlineHierarchy] | None = None) -> NewFactor:
-        """What makes a Kronecker factor: "gain" reads diagonal blocks alone, so "sylva" keeps no more for it.
-
-        Args:
-            queue: where updates may wait for others; hierarchies alone, of many small operations, gain by it.
-        """
-        if self.method == "kfac":
-            return DenseFactor
-        if self.score == "gain":
-            return functools.partial(BlockFactor, block_size=self.block_size)
-        return functools.partial(_online_hierarchy, self.depth, self.rank, queue)
-
-    def group_bytes(self, device: torch.device) -> int:
-        """What updates that wait for others take on `device` at most."""
-        return group_bytes(device) if self.method == "sylva" and self.score != "gain" else 0
+def waiting_bytes(config: SylvaConfig, device: torch.device) -> int:
+    """Return the bytes that updates waiting in the queue take on `device` at most."""
+    return group_bytes(device) if config.method == "sylva" and config.score != "gain" else 0
 
 
 class Estimators:
     """The estimators of many weights, by name."""
 
-    def __init__(self, weights: Mapping[str, Tensor], input_axes: Mapping[str, int], choice: EstimatorChoice) -> None:
-        """Zero.
+    def __init__(self, specs: Mapping[str, WeightSpec], config: SylvaConfig) -> None:
+        """Make an estimator with sums of zero for every weight.
 
         Args:
-            weights: as stored; they give shapes, dtypes and devices.
-            input_axes: of each weight, the axis of its inputs: 1 for `[m, n]`, 0 where it is stored transposed.
-            choice: which estimator.
+            specs: the weights by name.
+            config: the method and its settings.
         """
-        self._axes, self._block_size = input_axes, choice.block_size
+        self._specs, self._block_size = dict(specs), config.block_size
         self._queue = UpdateQueue(update_together)
-        new_factor = choice.new_factor(self._queue)
-        self._inputs = InputFactors(new_factor)
-        self._estimators: dict[str, Curvature] = {}
-        for name, weight in weights.items():
-            outputs, inputs = weight.shape if input_axes[name] == 1 else reversed(weight.shape)
-            self._estimators[name] = (
-                SquaredGradient(weight, outputs, inputs, device=choice.gradient_device)
-                if choice.method == "fisher"
-                else Kfac(
-                    weight,
-                    outputs,
-                    inputs,
-                    new_factor=new_factor,
-                    score=choice.score,
-                    damping=choice.damping,
-                    shared=self._inputs,
-                    reader=name,
-                    gradient_device=choice.gradient_device,
-                )
-            )
+        self._inputs = InputFactors(factor_of(config, self._queue))
+        new, device = ESTIMATORS[config.method], gradient_device(config)
+        self._estimators = {name: new(spec, config, self._inputs, device) for name, spec in specs.items()}
 
     def update(self, name: str, inputs: Tensor, output_gradients: Tensor) -> None:
         """Add a batch of one weight: `inputs [T, n]` and `output_gradients [T, m]`."""
         self._estimators[name].update(inputs, output_gradients)
 
     def __getitem__(self, name: str) -> Curvature:
-        """The estimator of one weight, outputs by inputs whatever way the weight is stored."""
+        """Return the estimator of one weight, outputs by inputs even if the weight is stored transposed."""
         return self._estimators[name]
 
     def end_batch(self) -> None:
-        """To be called after each backward pass."""
+        """Finish all updates of the batch; the caller calls this after each backward pass."""
         self._inputs.end_batch()
         self._queue.flush()
 
     def combine(self, group: ProcessGroup) -> None:
-        """Add up the statistics of all ranks of `group`."""
+        """Replace all statistics by their totals over the ranks of `group`."""
         self._inputs.combine(group)
         for estimator in self._estimators.values():
             estimator.combine(group)
 
     def scores(self, name: str) -> Tensor:
-        """Scores of the weight's blocks, `[ceil/b, ceil/b]` in its stored orientation.
+        """Return the scores of the weight's blocks, `[ceil(m/b), ceil(n/b)]`, transposed if the weight is stored so.
 
         Raises:
-            TraceError: the curvature of the weight is not finite, or not positive whatever the damping.
+            TraceError: the curvature of the weight is not finite, or indefinite under any damping.
         """
         try:
             found = self._estimators[name].block_scores(self._block_size)
         except ArithmeticError as error:
             raise TraceError(f"{name}: no scores ({error}); scale its inputs, or leave it out of scope.") from error
-        return self._turned(name, found)
+        return self._specs[name].turned(found)
 
     def take_scores(self, name: str) -> Tensor:
-        """The same; the weight's statistics are dropped."""
+        """Return `scores(name)` and drop the weight's statistics."""
         found = self.scores(name)
         self._forget(name)
         return found
 
     def greedy_map(self, name: str, count: int, allowed: Tensor) -> Tensor:
-        """`count` of the `allowed` blocks, each chosen for what those before it have left to win.
+        """Return the map of `count` of the `allowed` blocks, chosen jointly (see `sylva_compile.curvature.greedy`).
 
         Args:
-            name: of a weight whose score is "greedy".
-            count: how many.
-            allowed: `bool`, as the weight is stored.
+            name: a weight; its score is "greedy".
+            count: number of blocks to choose.
+            allowed: `bool [ceil(m/b), ceil(n/b)]`, transposed if the weight is stored so.
 
         Returns:
-            `bool`, as the weight is stored.
+            `bool`, shaped like `allowed`.
 
         Raises:
-            ArgumentError: the curvature is not positive, and damping does not make it so.
+            ArgumentError: the curvature is not finite, or damping does not make it positive definite.
         """
         estimator = self._estimators[name]
         assert isinstance(estimator, Kfac)
         try:
-            found = estimator.greedy_map(self._block_size, count, self._turned(name, allowed))
+            found = estimator.greedy_map(self._block_size, count, self._specs[name].turned(allowed))
         except ArithmeticError as error:
             raise ArgumentError(f"{name}: no joint choice ({error}); raise damping, or use score='gain'.") from error
-        return self._turned(name, found)
+        return self._specs[name].turned(found)
 
     def take_greedy_map(self, name: str, count: int, allowed: Tensor) -> Tensor:
-        """The same; the weight's statistics are dropped."""
+        """Return `greedy_map(name, count, allowed)` and drop the weight's statistics."""
         found = self.greedy_map(name, count, allowed)
         self._forget(name)
         return found
-
-    def _turned(self, name: str, grid: Tensor) -> Tensor:
-        """Outputs by inputs to the stored orientation, and back."""
-        return grid if self._axes[name] == 1 else grid.t()
 
     def _forget(self, name: str) -> None:
         del self._estimators[name]
         self._inputs.forget(name)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything gathered, between two batches; the tensors themselves, not copies."""
+        """Return every tensor held, by name, not copied; callers read them between two batches."""
         return dict(self._named_state())
 
     def sharers(self) -> list[list[str]]:
-        """Names of the weights that share an input factor, as `load_state` wants them."""
+        """Return the names of the weights grouped by shared input factor, for `load_state`."""
         return self._inputs.groups()
 
     def load_state(self, read: Callable[[str], Tensor], sharers: list[list[str]]) -> None:
-        """Go on from what `state` and `sharers` returned, of estimators made alike; `read` gives a tensor by name."""
+        """Take over the state of other estimators, made with the same arguments.
+
+        Args:
+            read: gives the tensor of their `state()` by its name.
+            sharers: their `sharers()`.
+        """
         self._inputs.regroup(sharers)
         for name, tensor in self._named_state():
             tensor.copy_(read(name))
@@ -192,6 +178,11 @@ class Estimators:
         for name, tensors in parts.items():
             for at, tensor in enumerate(tensors):
                 yield f"{name}/{at}", tensor
+
+
+def gradient_device(config: SylvaConfig) -> torch.device | None:
+    """Return the device that keeps mean gradients; None: that of their weights."""
+    return None if config.gradient_device is None else torch.device(config.gradient_device)
 
 
 def _online_hierarchy(

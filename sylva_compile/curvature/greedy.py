@@ -1,10 +1,11 @@
-"""Blocks that win something together: each is chosen for what those chosen before it have left to win.
+"""The greedy (joint) choice of blocks: each block is chosen by its gain after the Newton steps of those before it.
 
-The block gain asks what a block could win alone. Blocks of one row or one column see the same output gradients or the
-same inputs, so that the best of them largely win the same thing, and taking the highest gains crowds them there. Here
-the blocks are chosen one after another on the same quadratic model `⟨Γ, Δ⟩ + ½⟨Δ, G Δ A⟩`: the block of the highest
-gain takes its Newton step, the gradient of the model changes everywhere by it, and the next block is chosen by what is
-left (matching pursuit, with blocks as atoms; every block steps once).
+The block gain is the decrease of the loss that a block could win alone. Blocks of one row or one column see the same
+output gradients or the same inputs. The best of them therefore win largely the same decrease, and taking the highest
+gains crowds the choice there. The greedy choice takes the blocks one after another on the same quadratic model
+`⟨Γ, Δ⟩ + ½⟨Δ, G Δ A⟩`: the block of the highest gain takes its Newton step, the step changes the gradient of the model
+everywhere, and the new gradient gives the gains for the next block (matching pursuit, with blocks as atoms; every block
+steps once).
 
     Γ ← Γ − G[:, B] · P · A[B, :],     P = (G_BB + λ_G I)⁻¹ Γ_B (A_BB + λ_A I)⁻¹
 
@@ -26,7 +27,7 @@ from sylva_compile.kernels.blocks import grid_shape
 def choose_greedily(
     gradient: Tensor, a: Covariance, g: Covariance, block_size: int, damping: float, count: int, allowed: Tensor
 ) -> Tensor:
-    """The blocks that are chosen, as a map.
+    """Return the chosen blocks as a map.
 
     Args:
         gradient: Γ `[m, n]`, float64.
@@ -35,10 +36,10 @@ def choose_greedily(
         block_size: b.
         damping: λ as a fraction of each factor's mean diagonal.
         count: blocks to choose; no more than are allowed.
-        allowed: `bool [ceil(m/b), ceil(n/b)]`.
+        allowed: the blocks to choose from, `bool [ceil(m/b), ceil(n/b)]`.
 
     Returns:
-        `bool [ceil(m/b), ceil(n/b)]` on the CPU, true for `count` blocks; of equals, the first.
+        `bool [ceil(m/b), ceil(n/b)]` on the CPU, true for `count` blocks; of equal gains, the first block wins.
 
     Raises:
         ArithmeticError: the gradient of the model overflows; damping is too low for factors that are not positive.
@@ -51,14 +52,14 @@ def choose_greedily(
     squares, ones = torch.empty_like(left), left.new_ones(b, 1)
     free = allowed.to(gradient.device).clone()
     for _ in range(count):
-        # Twice the gains: squared norms of the tiles. Summed as a product, at half the time of a sum over strides.
+        # Squared norms of the tiles are twice the gains. A product takes half the time of a strided sum.
         norms = (torch.mul(left, left, out=squares).view(-1, b) @ ones).view(mb, b, nb).sum(1)
         norms.masked_fill_(~free, -torch.inf)
         highest, place = norms.view(-1).max(0)
-        # One wait for the device a block.
+        # Read both numbers at once: each read waits for the device.
         found, at = torch.stack([highest, place.to(highest.dtype)]).tolist()
         if not math.isfinite(found):
-            raise ArithmeticError("the quadratic model has no bounded steps")
+            raise ArithmeticError("a gain of the quadratic model is not finite")
         row, column = divmod(int(at), nb)
         free[row, column] = False
         step = left[row * b : (row + 1) * b, column * b : (column + 1) * b].clone()
@@ -70,26 +71,26 @@ class _Whitened:
     """B `[d, d]` in coordinates in which its damped diagonal blocks are identities: `L⁻¹ (B + λ I) L⁻ᵀ`."""
 
     def __init__(self, covariance: Covariance, size: int, block_size: int, damping: float) -> None:
-        """Of `covariance [d, d]`, d = `size`; λ as for `damped_cholesky`."""
+        """Factorise the diagonal blocks of `covariance [d, d]`, d = `size`; λ as for `damped_cholesky`."""
         self.covariance, self.size, self.block_size = covariance, size, block_size
         factors = damped_cholesky(covariance.diagonal_blocks(block_size), size, damping)
         unit = torch.eye(block_size, dtype=factors.dtype, device=factors.device)
         self.unit = unit
         self.inverses = torch.linalg.solve_triangular(factors, unit.expand_as(factors), upper=False)
 
-    def rows(self, lines: Tensor) -> Tensor:
-        """`L⁻¹ X` for X `[ceil(d/b)·b, c]`."""
-        tiles: Tensor = self.inverses @ lines.unflatten(0, (-1, self.block_size))
+    def rows(self, matrix: Tensor) -> Tensor:
+        """Return `L⁻¹ X` for X `[ceil(d/b)·b, c]`."""
+        tiles: Tensor = self.inverses @ matrix.unflatten(0, (-1, self.block_size))
         return tiles.flatten(0, 1)
 
     def columns(self, block: int) -> Tensor:
-        """The columns of one block, `[ceil(d/b)·b, b]`, zero beyond d."""
+        """Return the columns of one block, `[ceil(d/b)·b, b]`, zero beyond d."""
         b = self.block_size
         start, stop = block * b, min((block + 1) * b, self.size)
         columns = self.covariance.columns(start, stop)
         padded = F.pad(columns, (0, start + b - stop, 0, len(self.inverses) * b - self.size))
         found: Tensor = self.rows(padded) @ self.inverses[block].t()
-        # A positive matrix whose diagonal is one holds nothing larger; a truncated hierarchy may.
+        # No entry of a positive definite matrix with unit diagonal exceeds 1; entries of a truncated hierarchy may.
         found.clamp_(-1.0, 1.0)
         found[start : start + b] = self.unit
         return found

@@ -1,7 +1,8 @@
-"""Block scores from a weight's Kronecker factors: the paper's importance and the block gain (see `joint` for the rest).
+"""Block scores from a weight's Kronecker factors: the paper's importance and the block gain.
 
 Notation of the paper: inputs `x [T, n]`, output gradients `gy [T, m]`, `A = E[x xᵀ]`, `G = E[gy gyᵀ]`, mean gradient
-`Γ [m, n]` with columns `γ_j` and rows `γ_k`. The curvature of the weight is taken as `G ⊗ A` (K-FAC).
+`Γ [m, n]` with columns `γ_j` and rows `γ_k`. K-FAC approximates the curvature of the weight by `G ⊗ A`. `greedy.py`
+holds the joint choice of blocks.
 """
 
 import functools
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sylva_compile.curvature.base import sum_lines
+from sylva_compile.curvature.base import sum_groups
 from sylva_compile.kernels.blocks import grid_shape
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ GAIN_DAMPING = 0.1
 def importance(
     gradient: Tensor, a_times: Tensor, g_times: Tensor, a_inverse_diagonal: Tensor, g_inverse_diagonal: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Importance of every output and every input (Sylva, eqn 19 and 20).
+    """Return the importance of every output and of every input (Sylva, eqn 19 and 20).
 
         input j:   γ_jᵀ G γ_j / [A⁻¹]_jj          output k:   γ_k A γ_kᵀ / [G⁻¹]_kk
 
@@ -43,23 +44,26 @@ def importance(
 
 
 def paper_scores(outputs: Tensor, inputs: Tensor, block_size: int) -> Tensor:
-    """Block sums of the outer product of importances, without the `m x n` product: `[ceil(m/b), ceil(n/b)]`."""
-    return torch.outer(sum_lines(outputs, block_size), sum_lines(inputs, block_size))
+    """Return the paper's block scores, `[ceil(m/b), ceil(n/b)]`, from importances `outputs [m]` and `inputs [n]`.
+
+    They are the block sums of the outer product of the importances, computed without forming that `m x n` product.
+    """
+    return torch.outer(sum_groups(outputs, block_size), sum_groups(inputs, block_size))
 
 
 def gain_scores(gradient: Tensor, a_blocks: Tensor, g_blocks: Tensor, damping: float) -> Tensor:
-    """What training each block alone could win on a token, to second order: half its Newton decrement.
+    """Return the gain of each block: the decrease per token from training it alone, half its Newton decrement.
 
         ½ tr(Γ_Bᵀ (G_BB + λ_G I)⁻¹ Γ_B (A_BB + λ_A I)⁻¹) = ½ ‖L⁻¹ Γ_B M⁻ᵀ‖²,   L Lᵀ = G_BB + λ_G I,  M Mᵀ = A_BB + λ_A I
 
     Args:
         gradient: Γ `[m, n]`, float64.
         a_blocks: the b x b diagonal blocks of A, `[ceil(n/b), b, b]`, zero beyond n.
-        g_blocks: those of G, `[ceil(m/b), b, b]`, zero beyond m.
+        g_blocks: the b x b diagonal blocks of G, `[ceil(m/b), b, b]`, zero beyond m.
         damping: λ as a fraction of each factor's mean diagonal.
 
     Returns:
-        `[ceil(m/b), ceil(n/b)]`.
+        The gains, `[ceil(m/b), ceil(n/b)]`.
     """
     (m, n), b = gradient.shape, a_blocks.shape[-1]
     mb, nb = grid_shape(gradient.shape, b)
@@ -67,7 +71,7 @@ def gain_scores(gradient: Tensor, a_blocks: Tensor, g_blocks: Tensor, damping: f
     right = damped_cholesky(a_blocks, n, damping)
     tiles = F.pad(gradient, (0, nb * b - n, 0, mb * b - m)).unflatten(0, (mb, b))
     half = torch.linalg.solve_triangular(left, tiles, upper=False)
-    # [mb, b, nb, b] -> [nb, b, mb * b]: one solve a block column, on the inputs' side.
+    # [mb, b, nb, b] -> [nb, b, mb * b]: one solve per block column, on the inputs' side.
     half = half.unflatten(2, (nb, b)).permute(2, 3, 0, 1).flatten(2)
     whole = torch.linalg.solve_triangular(right, half, upper=False)
     scores: Tensor = 0.5 * whole.square().sum(1).unflatten(1, (mb, b)).sum(2).t()
@@ -75,10 +79,13 @@ def gain_scores(gradient: Tensor, a_blocks: Tensor, g_blocks: Tensor, damping: f
 
 
 def damped_cholesky(blocks: Tensor, size: int, damping: float) -> Tensor:
-    """Lower Cholesky factors of the diagonal blocks `[k, b, b]` of a factor of `size` lines, plus λ on the diagonal.
+    """Return the lower Cholesky factors of `blocks [k, b, b]`, λ added to their diagonals, `[k, b, b]`.
 
-    λ is `damping` times the factor's mean diagonal. It is raised tenfold, as often as need be, for the blocks that are
-    not positive definite with it, and the log says so.
+    The blocks are the diagonal blocks of a factor `[size, size]`. λ is `damping` times the factor's mean diagonal.
+    Where a block is not positive definite with it, its λ is raised tenfold as often as needed, and the log says so.
+
+    Raises:
+        ArithmeticError: a block stays indefinite after 20 attempts, as blocks with values that are not finite do.
     """
     count, b = blocks.shape[0], blocks.shape[-1]
     diagonal = blocks.diagonal(dim1=1, dim2=2)
@@ -95,22 +102,22 @@ def damped_cholesky(blocks: Tensor, size: int, damping: float) -> Tensor:
             return factor
         if attempt == 0:
             _say_once()
-            log.info("%d of %d curvature blocks are not positive definite, and damped more.", failed.sum(), count)
+            log.info("%d of %d curvature blocks are not positive definite; damping is raised.", failed.sum(), count)
         lam = torch.where(failed[:, None, None], lam.clamp(min=1e-12 * mean) * 10, lam)
     raise ArithmeticError("a curvature block stays indefinite under any damping; are the activations finite?")
 
 
 @functools.cache
 def _say_once() -> None:
-    """Once a process: a model has hundreds of weights, and truncated hierarchies do this to many."""
+    """Warn once per process: a model has hundreds of weights, and truncation makes blocks of many indefinite."""
     log.warning(
-        "Some curvature blocks are not positive definite, and are damped more. Fewer num_partitions, a higher rank or "
-        "a smaller block_size keep more of their curvature."
+        "Some curvature blocks are not positive definite; their damping is raised. Fewer num_partitions, a higher rank "
+        "or a smaller block_size keep more of their curvature."
     )
 
 
 def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
-    """The b x b blocks on the diagonal of `matrix [d, d]`: `[ceil(d/b), b, b]`, zero beyond d."""
+    """Return the b x b blocks on the diagonal of `matrix [d, d]`: `[ceil(d/b), b, b]`, zero beyond d."""
     count = -(-matrix.shape[0] // block_size)
     extra = count * block_size - matrix.shape[0]
     padded = F.pad(matrix, (0, extra, 0, extra))

@@ -1,66 +1,59 @@
 """K-FAC: the curvature of a weight as a Kronecker product `G ⊗ A`, and the scores of its blocks."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
-from sylva_compile.curvature.base import Curvature, live_tokens
+from sylva_compile.config import Score
+from sylva_compile.curvature.base import Curvature, EstimatorMemory, live_tokens
 from sylva_compile.curvature.factor import Covariance, NewFactor
 from sylva_compile.curvature.greedy import choose_greedily
 from sylva_compile.curvature.importance import GAIN_DAMPING, PAPER_DAMPING, gain_scores, importance, paper_scores
 from sylva_compile.curvature.input_factors import InputFactors
-from sylva_compile.kernels.blocks import block_dtype
+from sylva_compile.curvature.weight_spec import WeightSpec
 
-Score = Literal["gain", "greedy", "paper"]
+_SCORING_COPIES = 6
 
 
 class Kfac(Curvature):
     """`A = E[x xᵀ]`, `G = E[gy gyᵀ]` and the mean gradient Γ of one weight `[m, n]`.
 
     Memory: mn numbers for Γ, and the factors: `m² + n²` numbers if they are dense, `(m + n)·b` if they are diagonal
-    blocks, `(m + n)·(s + 2rK)` if they are hierarchies with leaves of s lines.
+    blocks, `(m + n)·(s + 2rK)` if they are hierarchies with leaves of size s.
     """
 
     def __init__(
         self,
-        weight: Tensor,
-        outputs: int,
-        inputs: int,
+        spec: WeightSpec,
         *,
         new_factor: NewFactor,
         score: Score,
         damping: float | None,
         shared: InputFactors | None = None,
-        reader: str = "",
         gradient_device: torch.device | None = None,
     ) -> None:
-        """Sums on the weight's device, in float32 or wider.
+        """Start with sums of zero on the weight's device, in float32 or wider.
 
         Args:
-            weight: gives dtype and device.
-            outputs: m.
-            inputs: n.
+            spec: the weight; its name is the reader's in `shared`.
             new_factor: makes A and G.
             score: "gain", "greedy" or "paper".
-            damping: fraction of a factor's mean diagonal; None: the score's own.
-            shared: where A is kept, for weights that may share it. The caller ends its batches and combines it over
-                ranks. None: A belongs to this weight alone.
-            reader: this weight's name in `shared`.
-            gradient_device: where Γ is kept; None: beside the weight.
+            damping: λ as a fraction of a factor's mean diagonal; None: `PAPER_DAMPING` or `GAIN_DAMPING`.
+            shared: keeps A for all weights that may share it; the caller calls its `end_batch` and `combine`. None: A
+                belongs to this weight alone.
+            gradient_device: where Γ is kept; None: the weight's device.
         """
-        dtype, device = block_dtype(weight.dtype), weight.device
-        self.score, self.damping, self.reader = score, damping, reader
+        dtype, device = spec.wide_dtype, spec.device
+        self.score, self.damping, self.reader = score, damping, spec.name
         self._alone = shared is None
         self.inputs = InputFactors(new_factor) if shared is None else shared
-        self.inputs.register(reader, inputs, dtype, device)
-        self.g = new_factor(outputs, dtype, device)
-        self.gradient = torch.zeros(outputs, inputs, dtype=dtype, device=gradient_device or device)
+        self.inputs.register(spec.name, spec.inputs, dtype, device)
+        self.g = new_factor(spec.outputs, dtype, device)
+        self.gradient = torch.zeros(spec.outputs, spec.inputs, dtype=dtype, device=gradient_device or device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Add a batch; tokens whose output gradient is zero are left out."""
+        """Add a batch, `inputs [T, n]` and `output_gradients [T, m]`, without tokens whose output gradient is zero."""
         live = live_tokens(output_gradients)
         self.inputs.show(self.reader, inputs, live)
         if self._alone:
@@ -78,11 +71,17 @@ class Kfac(Curvature):
         self.tokens += live.sum()
 
     def state(self) -> list[Tensor]:
-        """Γ, the number of tokens and G, as sums; A is kept by `inputs`."""
+        """Return Γ as a sum, the number of tokens and the state of G; `inputs` keeps A."""
         return [self.gradient, self.tokens, *self.g.state()]
 
+    def memory(self) -> EstimatorMemory:
+        """Return the bytes of Γ, A and G; scores are computed in float64, from copies of all three."""
+        a, g = self.inputs.factor(self.reader).nbytes, self.g.nbytes
+        scoring = 8 * _SCORING_COPIES * self.gradient.numel() + 4 * (a + g)
+        return EstimatorMemory(self.gradient.nbytes, a, g, scoring)
+
     def combine(self, group: ProcessGroup) -> None:
-        """Add up the statistics of all ranks of `group`; a shared A is combined by who holds it."""
+        """Replace the sums by their totals over all ranks of `group`, except a shared A, which the caller combines."""
         for total in (self.gradient, self.tokens):
             all_reduce(total, group=group)
         self.g.combine(group)
@@ -90,11 +89,14 @@ class Kfac(Curvature):
             self.inputs.combine(group)
 
     def block_scores(self, block_size: int) -> Tensor:
-        """See `sylva_compile.curvature.importance`; of "greedy", what each block could win alone.
+        """Return `paper_scores`, or the gains for "gain" and "greedy", `[ceil(m/b), ceil(n/b)]`, on the CPU.
 
-        The gain is a token's, and weights see different numbers of tokens: of a classifier's last layer only the one
-        that it reads has a gradient. Times the number of tokens it is what the block could win on all of them, which
-        compares between weights.
+        `gain_scores` gives a gain per token, and weights see different numbers of live tokens: in a classifier's last
+        layer only the token that the head reads has a gradient. The score is the gain times the number of live tokens,
+        the decrease that the block could win on all of them, so that scores compare between weights.
+
+        Raises:
+            ArithmeticError: a factor is not finite, or indefinite under any damping.
         """
         gradient, a, g = self.means()
         if self.score != "paper":
@@ -111,7 +113,13 @@ class Kfac(Curvature):
         return paper_scores(outputs, inputs, block_size).cpu()
 
     def greedy_map(self, block_size: int, count: int, allowed: Tensor) -> Tensor:
-        """See `sylva_compile.curvature.greedy`: a map with `count` of the `allowed` blocks."""
+        """Return the map of the `count` blocks that `choose_greedily` takes of the `allowed` ones.
+
+        `allowed` and the map are `bool [ceil(m/b), ceil(n/b)]`.
+
+        Raises:
+            ArithmeticError: as `choose_greedily` does.
+        """
         gradient, a, g = self.means()
         return choose_greedily(gradient, a, g, block_size, self._gain_damping(), count, allowed)
 
@@ -119,7 +127,7 @@ class Kfac(Curvature):
         return GAIN_DAMPING if self.damping is None else self.damping
 
     def means(self) -> tuple[Tensor, Covariance, Covariance]:
-        """Γ, A and G in float64, beside the weight."""
+        """Return the means over tokens Γ `[m, n]`, A and G, in float64, on the weight's device."""
         scale = self.tokens.clamp(min=1).reciprocal()
         a, g = self.inputs.factor(self.reader).mean(scale), self.g.mean(scale)
         return self.gradient.to(scale.device).double() * scale, a, g

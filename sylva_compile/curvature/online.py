@@ -1,23 +1,25 @@
 """Hierarchical sums of outer products, updated with a block of tokens at a time (Sylva, eqn 9-13, corrected).
 
-Tokens z = [z1; z2] add `Z1ᵀ Z2` to a node's off-diagonal `B12 ≈ U Λ Vᵀ`. For one token the paper extends both bases by
-the parts of z1 and z2 that lie outside of them, *each side by its own* (eqn 9, 10), rediagonalises the small core by an
-SVD (eqn 11, the second term being an outer product, and eqn 12), rotates the bases and keeps the best r (eqn 13).
+Tokens z = [z1; z2] add `Z1ᵀ Z2` to a node's off-diagonal `B12 ≈ U Λ Vᵀ`. For one token the paper extends U by the
+residual of z1 and V by the residual of z2, *each projected on its own side* (eqn 9, 10). It rediagonalises the small
+core by an SVD (eqn 11, whose second term is an outer product, and eqn 12), rotates the bases and keeps the best r
+columns (eqn 13).
 
-For a block of T tokens both bases would grow by T lines, and QR and SVD would cost more than the model itself. So:
+For a block of T tokens both bases would grow by T columns, and QR and SVD would cost more than the model itself. So:
 
-*   V is extended by a few random mixtures of the tokens, less what V holds already (eqn 10). Fewer tokens than mixtures
-    are spanned by them, and the update is then that of eqn 9-13 without loss.
-*   The new left basis is the range of `B12' [V, v]`, `B12' = U Λ Vᵀ + Z1ᵀ Z2`: all that U and the tokens' left halves
-    (eqn 9) answer to the right basis. This is one step of subspace iteration, started from what is known.
-*   The core is `B12'` seen from that range, exact on the right side. Its SVD rediagonalises (eqn 12, 13).
+*   A few random mixtures v of the tokens' right halves, less their projection on V, extend V (eqn 10). If there are
+    fewer tokens than mixtures, the mixtures span all tokens, and the update equals eqn 9-13 without loss.
+*   The new left basis is the range of `B12' [V, v]`, with `B12' = U Λ Vᵀ + Z1ᵀ Z2`: the image of the right basis under
+    U and the tokens' left halves (eqn 9). This is one step of subspace iteration, started from the known V.
+*   The core is `B12'` projected on that range on the left, and exact on the right. Its SVD rediagonalises (eqn 12, 13).
 
-Cutting to rank r after every batch, as the paper does, loses what only adds up over batches: on MiniLM the error was up
-to 1.24 times the best possible one, though each cut was the best of its batch. Keeping 2r lines between batches and
-cutting to r once, at the end, brings that below 1.1 (`tests/curvature/test_online.py` prints both).
+Cutting to rank r after every batch, as the paper does, loses directions that grow large only over many batches: on
+MiniLM the error was up to 1.24 times the best possible error, though each cut was the best of its batch. Keeping 2r
+columns between batches and cutting to r once, at the end, brings that below 1.1 (`tests/curvature/test_online.py`
+prints both).
 
-A residual of zero, repeated tokens or none at all need no special case: bases come from Householder QR, which completes
-a deficient range by lines that get Λ = 0.
+A residual of zero, repeated tokens or an empty batch need no special case: bases come from Householder QR, which
+completes a deficient range by columns that get Λ = 0.
 """
 
 import copy
@@ -29,23 +31,24 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_gather, all_reduce, get_world_size
 
 from sylva_compile.curvature.factor import Factor
-from sylva_compile.curvature.hierarchy import Hierarchy, TreeLayout
+from sylva_compile.curvature.hierarchy import Hierarchy
+from sylva_compile.curvature.tree_layout import TreeLayout
 from sylva_compile.curvature.update_queue import UpdateQueue
 
 OVERSAMPLING = 2
-"""Lines kept between batches, as a multiple of the rank."""
+"""Columns of U and V kept between batches, as a multiple of the rank."""
 
 WHOLE_BLOCKS = 256
-"""Up to this height a node's B12' is formed during an update: one wide product is quicker than four thin ones, and all
+"""Largest h at which an update forms a node's B12' as a whole: one wide product is quicker than four thin ones, and all
 nodes of such a level together take `d·h/2` numbers, as much as the leaves of a large layer."""
 
 
 class OnlineHierarchy(Factor):
     """`Σ z zᵀ` over tokens z [d] as a hierarchy.
 
-    All nodes of a level go through one batched call, and with a queue those of all factors of one shape. The same
-    updates in the same order give the same bits: the random mixtures depend on the number of the update alone, and what
-    is updated together on the order and the shapes of all updates.
+    One batched call updates all nodes of a level, and with a queue the nodes of all factors of one shape. The same
+    updates in the same order give the same bits: the random mixtures depend on the number of the update alone, and the
+    grouping of factors on the order and the shapes of all updates.
     """
 
     def __init__(
@@ -60,17 +63,17 @@ class OnlineHierarchy(Factor):
         device: torch.device | str = "cpu",
         queue: "UpdateQueue[OnlineHierarchy] | None" = None,
     ) -> None:
-        """Zero.
+        """Start with a sum of zero.
 
         Args:
             size: d.
-            depth: splits, K.
+            depth: K, the number of splits.
             rank: r of the result.
-            kept: lines of U and V between batches; None: 2r.
-            probes: mixtures of tokens that extend V in each update; None: r/2, 4 at least.
-            dtype: of all that is kept and computed.
-            device: likewise.
-            queue: where tokens wait for those of other factors; None: every update is done at once.
+            kept: q, columns of U and V kept between batches; None: 2r.
+            probes: p, mixtures of tokens that extend V in each update; None: r/2, 4 at least.
+            dtype: dtype of all tensors and computations.
+            device: device of all tensors and computations.
+            queue: joins updates of several factors; None: every update is done at once.
         """
         self.layout, self.rank = TreeLayout(size, depth), rank
         kept = OVERSAMPLING * rank if kept is None else kept
@@ -92,28 +95,28 @@ class OnlineHierarchy(Factor):
         self.updates = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def state(self) -> list[Tensor]:
-        """All that is kept, in a fixed order and of fixed shapes; changing it in place changes the hierarchy."""
+        """Return every tensor kept, in a fixed order and of fixed shapes; writing to one changes the hierarchy."""
         self._settle()
         return [self.leaves, *self.bases, *self.values, self.updates]
 
     def copy(self) -> "OnlineHierarchy":
-        """An independent hierarchy of the same sum, with the same queue."""
+        """Return an independent hierarchy with the same sum and the same queue."""
         self._settle()
         return copy.deepcopy(self, {id(self._queue): self._queue})
 
     @torch.no_grad()
     def update(self, tokens: Tensor) -> None:
-        """Add `Zᵀ Z` for tokens Z `[T, d]`; with a queue, no later than the sum is read.
+        """Add `Zᵀ Z` for tokens Z `[T, d]`; with a queue, at the latest before the sum is read.
 
-        Costs `2·T·d·s` operations for the leaves and for each level `4·T·d·c`, c = kept + probes, or `T·d·h` where
-        nodes are small (see `WHOLE_BLOCKS`).
+        Costs `2·T·d·s` operations for the leaves and for each level `4·T·d·c`, c = kept + probes, or `T·d·h` if nodes
+        are small (see `WHOLE_BLOCKS`).
         """
         count = tokens.shape[0]
         if count == 0:
             return
         nbytes = self._update_bytes(count)
         if self._queue is not None and self._queue.make_room(self, nbytes, self.leaves.device):
-            # What waits is our own: nobody keeps the tokens handed over from being freed or overwritten.
+            # Queue a copy: the caller may free or overwrite its tokens before the queue is flushed.
             waiting = self.layout.spread(tokens.to(self.leaves.dtype, copy=True), 1)
             self._queue.add(self, waiting, group=self._group(count), nbytes=nbytes)
         else:
@@ -121,7 +124,7 @@ class OnlineHierarchy(Factor):
 
     @torch.no_grad()
     def merge(self, *others: "OnlineHierarchy") -> None:
-        """Add the sums of `others`, of the same shape: `Σ U Λ Vᵀ`, rediagonalised together, in this order."""
+        """Add the sums of `others`, of the same shape: rediagonalise `Σ U Λ Vᵀ` over all of them, in this order."""
         for one in (self, *others):
             one._settle()
         for other in others:
@@ -131,7 +134,7 @@ class OnlineHierarchy(Factor):
 
     @torch.no_grad()
     def combine(self, group: ProcessGroup) -> None:
-        """Add up the sums of all ranks of `group`, in the order of ranks, alike on each."""
+        """Replace the sum by its total over all ranks of `group`, added in the order of ranks, the same on each."""
         self._settle()
         all_reduce(self.leaves, group=group)
         for level in range(self.layout.depth):
@@ -143,43 +146,43 @@ class OnlineHierarchy(Factor):
         _rediagonalise(self.bases[level], self.values[level], *roots.unbind(-3))
 
     def hierarchy(self) -> Hierarchy:
-        """The sum so far, cut to rank r."""
+        """Return the sum so far, cut to rank r."""
         self._settle()
-        # What completes a deficient range (Λ = 0) may lie in empty slots, which a hierarchy keeps at zero.
+        # Columns that complete a deficient range (Λ = 0) may lie in empty slots, which a hierarchy keeps at zero.
         real = self.layout.spread(self.leaves.new_ones(self.layout.size), 0)
         bases = [basis[..., : self.rank] * real.view(2**level, 2, -1, 1) for level, basis in enumerate(self.bases)]
         return Hierarchy(self.layout, self.leaves.clone(), bases, [lam[..., : self.rank] for lam in self.values])
 
     def mean(self, scale: Tensor) -> Hierarchy:
-        """`scale · Σ z zᵀ`, cut to rank r, in float64."""
+        """Return `scale · Σ z zᵀ`, cut to rank r, in float64."""
         return self.hierarchy().scaled(scale, torch.float64)
 
     def _settle(self) -> None:
-        """Do the updates that wait."""
+        """Do the updates that wait in the queue."""
         if self._queue is not None:
             self._queue.flush()
 
     def _group(self, tokens: int) -> tuple[object, ...]:
-        """Hierarchies that agree in this have the same shapes, and the same mixtures of so many tokens."""
+        """Return a key; hierarchies with equal keys have the same shapes and draw the same mixtures of T = `tokens`."""
         return self.layout, self._widest, self.probes, self.leaves.dtype, self.leaves.device, int(self.updates), tokens
 
     def _update_bytes(self, tokens: int) -> int:
-        """Most bytes that an update together with others takes of each: tokens that wait, all side by side, the rest.
+        """Return the most bytes that one hierarchy takes in a joint update of T = `tokens` tokens.
 
-        Products of tokens and lines are formed where nodes are larger than `WHOLE_BLOCKS`, whole nodes where they are
-        not, and about ten copies of the lines.
+        They hold the waiting tokens, their copy side by side with others', the products of tokens and columns in nodes
+        larger than `WHOLE_BLOCKS`, the whole B12' of smaller nodes, and about ten copies of the columns.
         """
-        lines = self._widest + self.probes
-        numbers = 2 * tokens + tokens * lines // (WHOLE_BLOCKS + 1) + WHOLE_BLOCKS + 10 * lines
+        columns = self._widest + self.probes
+        numbers = 2 * tokens + tokens * columns // (WHOLE_BLOCKS + 1) + WHOLE_BLOCKS + 10 * columns
         return self.layout.slots * numbers * self.leaves.itemsize
 
     @property
     def _widest(self) -> int:
-        """Most lines that a level keeps."""
+        """Most columns that any level keeps."""
         return max((basis.shape[-1] for basis in self.bases), default=0)
 
     def _mixing(self, tokens: int) -> Tensor:
-        """`[count, T]`, standard normal; drawn on the CPU so that every device mixes alike."""
+        """Return standard normal mixing weights `[q + p, T]`, drawn on the CPU so that every device gets the same."""
         generator = torch.Generator().manual_seed(int(self.updates))
         mixing = torch.randn(self._widest + self.probes, tokens, generator=generator, dtype=torch.float32, device="cpu")
         return mixing.to(self.leaves.device, self.leaves.dtype)
@@ -187,15 +190,15 @@ class OnlineHierarchy(Factor):
 
 @torch.no_grad()
 def update_together(trees: Sequence[OnlineHierarchy], tokens: Sequence[Tensor]) -> None:
-    """Add to each of N hierarchies that agree in `_group` the outer products of its tokens, `[T, P]` by slots.
+    """Add to each of several hierarchies the outer products of its own tokens, `[T, P]`, spread over the slots.
 
-    Side by side their slots are those of one forest, whose nodes go through the calls of a single tree. Only leaves,
-    the bulk of what is kept, are added to where they lie.
+    All hierarchies have an equal `_group`. For each level, their nodes are joined and go through the calls of a single
+    tree. Only the leaves, which take most of the memory, are updated in place, one hierarchy after another.
     """
     first = trees[0]
     for tree, own in zip(trees, tokens, strict=True):
-        lines = _by_node(own, tree.layout.leaves)
-        tree.leaves.baddbmm_(lines.mT, lines)
+        by_leaf = _by_node(own, tree.layout.leaves)
+        tree.leaves.baddbmm_(by_leaf.mT, by_leaf)
     spread = _joined(tokens, 1)
     mixtures = first._mixing(spread.shape[0]) @ spread
     for level in range(first.layout.depth):
@@ -214,10 +217,10 @@ def update_together(trees: Sequence[OnlineHierarchy], tokens: Sequence[Tensor]) 
 
 
 class _Sum:
-    """`B12' = U Λ Vᵀ + Z1ᵀ Z2` of all nodes of a level, as something that multiplies thin matrices."""
+    """`B12' = U Λ Vᵀ + Z1ᵀ Z2` of all nodes of a level, as a linear operator for products with thin matrices."""
 
     def __init__(self, basis: Tensor, lam: Tensor, first: Tensor, second: Tensor) -> None:
-        """`basis [nodes, 2, h, q]`, `lam [nodes, q]`, Z1 and Z2 `[nodes, T, h]`."""
+        """Keep U and V `basis [nodes, 2, h, q]`, Λ `lam [nodes, q]`, Z1 `first [nodes, T, h]`, and Z2 `second`."""
         (self.u, self.v), self.lam = basis.unbind(1), lam
         self.first, self.second = first, second
         h, tokens = self.u.shape[-2], first.shape[-2]
@@ -226,27 +229,27 @@ class _Sum:
             self.whole = ((self.u * lam[:, None]) @ self.v.mT).baddbmm_(first.mT, second)
 
     def times(self, right: Tensor) -> Tensor:
-        """`B12' R` for R `[nodes, h, c]`."""
+        """Return `B12' R` for R `[nodes, h, c]`."""
         if self.whole is not None:
             return self.whole @ right
         return self.u @ (self.lam[..., None] * (self.v.mT @ right)) + self.first.mT @ (self.second @ right)
 
     def transposed(self, left: Tensor) -> Tensor:
-        """`B12'ᵀ L` for L `[nodes, h, c]`."""
+        """Return `B12'ᵀ L` for L `[nodes, h, c]`."""
         if self.whole is not None:
             return self.whole.mT @ left
         return self.v @ (self.lam[..., None] * (self.u.mT @ left)) + self.second.mT @ (self.first @ left)
 
     def range(self, probes: Tensor) -> Tensor:
-        """An orthonormal basis of the range of B12', or of its chief part: `[nodes, h, c]`, c = min(q + p, h).
+        """Return an orthonormal basis of the range of B12', or of its main part: `[nodes, h, c]`, c = min(q + p, h).
 
         Args:
-            probes: mixtures of the lines of Z2, `[nodes, h, q + p]`: the last p extend V; the first ones take the
-                place of lines that V does not use yet.
+            probes: mixtures of the rows of Z2 as columns, `[nodes, h, q + p]`: the last p extend V; the first q replace
+                the columns of V that are not used yet (Λ = 0).
         """
         h, q = self.u.shape[-2:]
         if q == h:
-            # Nothing is ever cut from a node this small, so any whole basis will do.
+            # A node this small keeps all its columns, so any complete basis serves.
             return torch.eye(h, dtype=probes.dtype, device=probes.device).expand(*self.u.shape[:-2], h, h)
         used = (self.lam > torch.finfo(self.lam.dtype).eps * self.lam[..., :1])[..., None, :]
         probes = probes - self.v @ (used.mT * (self.v.mT @ probes))
@@ -256,14 +259,17 @@ class _Sum:
         return basis
 
 
-def _by_node(lines: Tensor, nodes: int) -> Tensor:
-    """`[T, nodes · h]` as `[nodes, T, h]`, a view."""
-    grouped: Tensor = lines.unflatten(1, (nodes, -1)).transpose(0, 1)
+def _by_node(matrix: Tensor, nodes: int) -> Tensor:
+    """Return a view of `matrix [T, nodes · h]` as `[nodes, T, h]`."""
+    grouped: Tensor = matrix.unflatten(1, (nodes, -1)).transpose(0, 1)
     return grouped
 
 
 def _rediagonalise(basis: Tensor, lam: Tensor, left: Tensor, right: Tensor, *, orthonormal: bool = False) -> None:
-    """Write the best q terms of `L Rᵀ` into `basis [nodes, 2, h, q]` and `lam [nodes, q]` (eqn 12 and 13)."""
+    """Write the best q terms of `L Rᵀ` into `basis [nodes, 2, h, q]` and `lam [nodes, q]` (eqn 12 and 13).
+
+    L = `left` and R = `right` are `[nodes, h, c]`; `orthonormal` says that the columns of L are.
+    """
     q = lam.shape[-1]
     second = torch.linalg.qr(right)
     core = second.R.mT
@@ -277,12 +283,12 @@ def _rediagonalise(basis: Tensor, lam: Tensor, left: Tensor, right: Tensor, *, o
 
 
 def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    """All in one along `axis`; the tensor itself where there is but one."""
+    """Return `tensors` concatenated along `axis`; a single tensor is returned as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
 
 
 def _gathered(tensor: Tensor, group: ProcessGroup) -> list[Tensor]:
-    """`tensor` of every rank, in order."""
+    """Return `tensor` of every rank of `group`, in the order of ranks."""
     parts = [torch.empty_like(tensor) for _ in range(get_world_size(group))]
     all_gather(parts, tensor.contiguous(), group=group)
     return parts

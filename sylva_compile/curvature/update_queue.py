@@ -1,20 +1,21 @@
-"""Tokens that wait for others of their shape, so that many small factors are updated in one call.
+"""A queue of tokens, by which one call updates many small factors of one shape.
 
 An update of an online hierarchy is more than a hundred small operations, QR and SVD of thin matrices among them. A GPU
-starts them more slowly than it runs them, and a model has hundreds of factors. So factors of one size that are shown as
-many tokens each are updated together. They come one by one in a backward pass, hence their tokens wait: up to a bound,
-and never beyond the batch.
+takes longer to launch them than to run them, and a model has hundreds of factors. So factors of one size that receive
+equally many tokens are updated together. A backward pass produces their tokens one factor after another, hence the
+queue keeps tokens until others have come: up to a memory bound, and no longer than the batch.
 
-What waits is a copy. The tokens handed over may be a view of an activation or of a gradient, which later operations of
-the backward pass may free, accumulate into or, in code of the user's, overwrite; and a view would keep all of the
-tensor that it is cut from in memory. The copy has the factor's dtype and slots, which an update needs in any case.
+The queue holds a copy of the tokens. The tokens passed to a factor's `update` may be a view of an activation or of a
+gradient. Later operations of the backward pass may free it or accumulate into it, and user code may overwrite it; a
+view would also keep its whole base tensor in memory. The copy has the factor's dtype and slots, which an update needs
+in any case.
 
-The sums are those of single updates up to rounding, wherever the queue was emptied: nothing but the order of operations
-inside of batched products depends on it. The same updates in the same order give the same bits, for what goes together
-is then the same too.
+The sums equal those of single updates up to rounding, no matter when the queue is flushed: grouping changes only the
+order of operations inside batched products. The same updates in the same order give the same bits, because they form
+the same groups.
 
-On a CPU nothing waits. Single updates start quickly there and find their tokens in the cache still; `python
-benchmarks/grouped_updates.py` shows both, and how many operations grouping saves.
+On a CPU the queue keeps no tokens. Single updates start quickly there, and their tokens are still in the cache.
+`python benchmarks/grouped_updates.py` times both ways and counts the operations that grouping saves.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 GROUP_BYTES = 512 * 2**20
-"""What a queue may take on a GPU: tokens that wait, and the working memory of their joint update."""
+"""Bytes that a queue may take on a GPU: waiting tokens, and the working memory of their joint update."""
 
 GROUP_BYTES_ON_CPU = 0
 
@@ -33,33 +34,37 @@ _Factor = TypeVar("_Factor")
 
 
 def group_bytes(device: torch.device) -> int:
-    """What a queue may take on `device`."""
+    """Return the bytes that a queue may take on `device`."""
     return GROUP_BYTES_ON_CPU if device.type == "cpu" else GROUP_BYTES
 
 
 @dataclass
 class _Group(Generic[_Factor]):
-    """Factors to be updated together, and the tokens of each."""
+    """Factors that one call will update, and the tokens of each."""
 
     factors: list[_Factor] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
 
 
 class UpdateQueue(Generic[_Factor]):
-    """Tokens of one batch that wait. A queue belongs to one trace; what waits when that fails is gone with it."""
+    """Tokens of one batch that wait for a joint update.
+
+    Each trace has its own queue. If the trace fails, its waiting tokens are dropped with the queue.
+    """
 
     def __init__(self, update: Callable[[Sequence[_Factor], Sequence[Tensor]], None]) -> None:
-        """Empty; `update` adds to each of several factors its tokens."""
+        """Start empty; `update(factors, tokens)` adds to each of several factors its own tokens."""
         self._update = update
         self._groups: dict[Hashable, _Group[_Factor]] = {}
         self._waiting: set[int] = set()
         self._held = 0
 
     def make_room(self, factor: _Factor, nbytes: int, device: torch.device) -> bool:
-        """Whether an update of `factor` that takes `nbytes` may wait; what waits already is done first if need be.
+        """Return whether an update of `factor` that takes `nbytes` may wait; flush the queue first if needed.
 
-        That is when memory is used up or `factor` itself waits, for its updates keep their order. All of the queue is
-        done then, so that it depends on the order and the shapes of updates alone what goes together.
+        It flushes if memory would not suffice, or if `factor` itself waits already, because the updates of a factor
+        keep their order. It flushes the whole queue, so that the groups depend only on the order and the shapes of the
+        updates.
         """
         limit = group_bytes(device)
         fits = nbytes <= limit
@@ -68,13 +73,13 @@ class UpdateQueue(Generic[_Factor]):
         return fits
 
     def add(self, factor: _Factor, tokens: Tensor, *, group: Hashable, nbytes: int) -> None:
-        """Let `tokens`, which nobody else changes, wait for `factor`; `make_room` comes before.
+        """Add `tokens` to the queue, for `factor`; the caller has called `make_room`.
 
         Args:
-            factor: to be updated.
-            tokens: its tokens.
-            group: factors that agree in it are updated together.
-            nbytes: what the tokens and their part of the joint update take in memory.
+            factor: the factor to update.
+            tokens: its tokens; the caller does not change them any more.
+            group: factors with an equal key are updated together.
+            nbytes: memory that the tokens and their part of the joint update take.
         """
         waiting = self._groups.setdefault(group, _Group())
         waiting.factors.append(factor)
@@ -83,7 +88,7 @@ class UpdateQueue(Generic[_Factor]):
         self._held += nbytes
 
     def flush(self) -> None:
-        """Do all updates that wait. If one fails none waits any more: the batch is lost, and the trace with it."""
+        """Do all waiting updates. If one fails, the queue drops the rest: the batch is lost, and with it the trace."""
         groups, self._groups = self._groups, {}
         self._waiting.clear()
         self._held = 0

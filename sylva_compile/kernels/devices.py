@@ -1,4 +1,4 @@
-"""Triton launches on the current device, whatever device its arguments lie on."""
+"""The current device, on which Triton launches whatever device a kernel's arguments lie on."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -7,9 +7,9 @@ import torch
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes `device` the current one for a launch on it; nothing where it is no GPU.
+    """Return a context that makes `device` the current one for a launch; it does nothing if `device` is no GPU.
 
-    Without it, the kernels of a model that spans several GPUs would run on the wrong one, where no stream's order makes
-    them wait for what they read.
+    Without it, the kernels of a model that spans several GPUs would run on the wrong GPU, where no stream's order makes
+    them wait for the tensors that they read.
     """
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,8 +1,8 @@
-"""`sylva::gather_blocks`: the marker between a dense weight gradient and the gradient of the weight's blocks.
+"""`sylva::gather_blocks`: marks where a dense weight gradient becomes the gradient of the weight's blocks.
 
-Run as it is, it samples the blocks from the dense gradient: slow, obvious, right. The compiler looks for it and
-replaces it, together with the product that made the dense gradient, by `sylva::sddmm`. The last two tensors do nothing
-here; they are what the rewrite needs and cannot compute inside a graph.
+Run without the compiler, it samples the blocks from the dense gradient: slow, simple and correct. The compiler looks
+for this op and replaces it, together with the product that made the dense gradient, by `sylva::sddmm`. The op itself
+does not read `input_channels` and `narrow_positions`; the rewrite needs them and cannot compute them inside a graph.
 """
 
 import torch
@@ -20,15 +20,15 @@ def gather_blocks(
     block_size: int,
     input_axis: int,
 ) -> Tensor:
-    """Blocks of a dense weight gradient.
+    """Return the blocks of a dense weight gradient.
 
     Args:
         gradient: `[m, n]`, the gradient of the weight as stored.
         positions: `int64[2, nnz]`, block rows and block columns.
-        input_channels: `int64[k]`, the elements of the weight's input axis that any block covers, ascending.
-        narrow_positions: `int64[2, nnz]`, the positions once the input axis is restricted to `input_channels`.
+        input_channels: `int64[k]`, ascending: the indices along the weight's input axis that the blocks cover.
+        narrow_positions: `int64[2, nnz]`, the positions in the weight restricted to `input_channels`.
         block_size: b.
-        input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 for GPT-2's Conv1D.
+        input_axis: the axis of the stored weight that the layer's inputs multiply: 1 for `nn.Linear`, 0 for Conv1D.
 
     Returns:
         `[nnz, b, b]`, float32 (float64 for a float64 gradient), zero outside the matrix.

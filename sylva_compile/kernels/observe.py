@@ -1,8 +1,8 @@
-"""`sylva::observe`: stage 1's stand-in for a weight gradient. It shows the operands to whoever listens, and returns 0.
+"""`sylva::observe`: replaces a weight gradient in stage 1. It passes the operands to the listeners and returns 0.
 
-The product itself is never computed. The weight is an argument so that the listener learns at run time *which* weight
-these operands belong to: a compiled graph may serve several layers, and what was true when it was compiled would then
-be true of the first of them only.
+The op does not compute the product. It takes the weight as an argument, so that a listener learns at run time *which*
+weight the operands belong to: one compiled graph may serve several layers, and a weight recorded at compile time would
+be that of the first layer for all of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Listener = Callable[[Tensor, Tensor, Tensor, bool], None]
-"""Called as `listener(weight, lhs [T, m], rhs [T, n], activation_is_lhs)`; the weight's gradient is `lhsᵀ · rhs`."""
+"""A call is `listener(weight, lhs [T, m], rhs [T, n], activation_is_lhs)`; the weight's gradient is `lhsᵀ · rhs`."""
 
 _listeners: list[Listener] = []
 
@@ -29,7 +29,17 @@ def observing(listener: Listener) -> Iterator[None]:
 
 @torch.library.custom_op("sylva::observe", mutates_args=())
 def observe(lhs: Tensor, rhs: Tensor, weight: Tensor, activation_is_lhs: bool) -> Tensor:
-    """Show `lhs [T, m]` and `rhs [T, n]`, whose product `lhsᵀ · rhs` is the gradient of `weight [m, n]`; return 0."""
+    """Pass the operands of a weight's gradient to the listeners.
+
+    Args:
+        lhs: `[T, m]`.
+        rhs: `[T, n]`.
+        weight: `[m, n]`, whose gradient is `lhsᵀ · rhs`.
+        activation_is_lhs: whether `lhs`, and not `rhs`, is the layer's input.
+
+    Returns:
+        Zero, `[]`, in the weight's dtype.
+    """
     for listener in _listeners:
         listener(weight, lhs, rhs, activation_is_lhs)
     return weight.new_zeros(())

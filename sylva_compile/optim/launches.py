@@ -1,4 +1,4 @@
-"""Which kernel steps a parameter, and the launches that an optimizer keeps between steps."""
+"""The choice of the kernel that steps a parameter, and the launches that an optimizer keeps between steps."""
 
 import functools
 import logging
@@ -19,20 +19,23 @@ from sylva_compile.optim.state import lies_dense
 log = logging.getLogger(__name__)
 
 lowered = functools.cache(lower)
-"""`lower`, once a rule."""
+"""`lower`, which lowers each rule once."""
 
 
 class Launches:
-    """The launches of one optimizer, made when first needed and kept, with the tables that they hold."""
+    """The launches of one optimizer. Each is made when it is first needed and kept with its tables."""
 
     def __init__(self, *, stochastic: bool) -> None:
-        """`stochastic` rounds bfloat16 states stochastically."""
+        """Make no launch yet; `stochastic` rounds bfloat16 states stochastically."""
         self._stochastic = stochastic
         self._made: dict[Rule, dict[tuple[torch.device, type[Launch]], Launch]] = {}
         self._hyper: dict[tuple[Rule, torch.device], tuple[list[float | None], Tensor]] = {}
 
     def by(self, rule: Rule) -> Callable[[Slot, Tensor | None], Launch]:
-        """What gives the launch that steps a parameter by `rule`. Hashing a rule takes long: ask once a group."""
+        """Return a function that maps a parameter's slot and gradient to the launch that steps them by `rule`.
+
+        Hashing a rule takes long, so call this once a parameter group and not once a parameter.
+        """
         made = self._made.setdefault(rule, {})
 
         def launch(slot: Slot, gradient: Tensor | None) -> Launch:
@@ -48,11 +51,14 @@ class Launches:
         return (launch for made in self._made.values() for launch in made.values())
 
     def hyperparameters(self, rule: Rule, groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
-        """`float64[groups, hyperparameters]` on `device`; tensors that live there are read there, without waiting."""
+        """Return the rule's hyperparameters of all groups, `float64[groups, hyperparameters]` on `device`.
+
+        Tensors on a GPU are copied on the device, without waiting for it.
+        """
         names = [name for _, name in rule.hyperparameters]
         found = [_read(group, name) for group in groups for name in names]
         remote = {k: value for k, value in enumerate(found) if isinstance(value, Tensor) and value.is_cuda}
-        # None and not a number: a 0.0 where a remote tensor was before is a change.
+        # None stands for a tensor on a GPU: 0.0 would hide that a number 0.0 has taken its place.
         values = [None if k in remote else float(value) for k, value in enumerate(found)]
         before, table = self._hyper.get((rule, device), ([], torch.empty(0)))
         if values != before:
@@ -90,4 +96,4 @@ def _make(kind: type[Launch], program: Program, device: torch.device, *, stochas
 
 @functools.cache
 def _log_once(reason: str) -> None:
-    log.warning("Optimizer steps run in torch's own operations, slower but right: %s", reason)
+    log.warning("Optimizer steps run in torch's own operations: correct, but slower. %s", reason)

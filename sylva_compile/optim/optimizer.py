@@ -7,27 +7,28 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sylva_compile.blocks.site import BlockState, live_states
+from sylva_compile._torch import is_traceable_wrapper_subclass
+from sylva_compile.blocks import registry
+from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.errors import ArgumentError, GradientError
 from sylva_compile.kernels.step.codegen import cpp_source, triton_source
 from sylva_compile.kernels.step.lowering import Rule
-from sylva_compile.kernels.step.table import TYPES, Launch, Slot, Target
+from sylva_compile.kernels.step.table import TYPES, Launch, Slot
 from sylva_compile.optim.launches import Launches, lowered
 from sylva_compile.optim.state import laid_out_as, lies_dense, settle_state
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What every generated optimizer takes beside its rule's own options.
+    """The options of every generated optimizer, beside those of its rule.
 
     Attributes:
         max_grad_norm: clip the norm of all gradients together, as `clip_grad_norm_` does just before the step, but
             inside of it: `.grad` stays as it is, and the norm is kept in `optimizer.grad_norm`.
-        nonfinite: what a step with NaN or infinity in any gradient does. "ignore" lets them through, as torch does;
-            "skip" changes nothing, step counts included; "raise" changes nothing and raises GradientError, for which a
-            GPU has to be waited for.
+        nonfinite: how a step treats NaN or infinity in any gradient. "ignore" lets them through, as torch does; "skip"
+            changes nothing, step counts included; "raise" changes nothing and raises GradientError, and waits for a
+            GPU to know.
         state_dtype: float32 or bfloat16 states, whatever the parameters are. bfloat16 is rounded stochastically, the
             same way on any device and number of threads. None makes them in the parameter's dtype, as torch does.
         seed: of the stochastic rounding, 0 to 2³² - 1.
@@ -50,16 +51,16 @@ class StepOptions:
 
 
 class _Member(NamedTuple):
-    """A parameter in a step: what the kernel gets, and whom to tell afterwards."""
+    """A parameter in a step, what the kernel needs of it, and the block state whose dense weight the step writes."""
 
     parameter: nn.Parameter
     slot: Slot
     gradient: Tensor | None
-    site: BlockState | None
+    block_state: BlockState | None
 
 
 _Work = dict[Launch, tuple[Rule, list[_Member]]]
-"""The parameters of a step by the launch that steps them, with its rule."""
+"""The parameters of a step by the launch that steps them, with the launch's rule."""
 
 
 class GeneratedOptimizer(torch.optim.Optimizer):
@@ -74,10 +75,10 @@ class GeneratedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     writes_through = True
-    """Tells the hook after every optimizer's step that dense weights follow already."""
+    """Says to the hook after every optimizer's step that the dense weights are written already."""
 
     counts_steps = False
-    """Whether the count of steps belongs to the state even if no equation speaks of it."""
+    """Whether the state holds a count of steps even if no equation uses it."""
 
     grad_norm: Tensor | None = None
     """With `max_grad_norm`: the norm of all gradients in the last step, before clipping."""
@@ -90,7 +91,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
-        """The rule that steps the parameters of `group`."""
+        """Return the rule that steps the parameters of `group`."""
         raise NotImplementedError
 
     def _take_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, dtype, copy=True)
 
     def kernel_source(self) -> str:
-        """The generated source of every kernel that steps these parameters: C++ for the CPU, Triton for a GPU."""
+        """Return the source of every kernel that steps these parameters: C++ for the CPU, Triton for a GPU."""
         sources = {
             (triton_source if parameter.device.type == "cuda" else cpp_source)(lowered(self.rule(group))): None
             for group in self.param_groups
@@ -157,7 +158,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         }
         return "\n".join(sources)
 
-    # There is nothing to fuse across a step that is one kernel, and its addresses are none of Dynamo's business.
+    # A step is one kernel already, and Dynamo cannot trace addresses.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -171,9 +172,9 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            for site in live_states():
-                # The hook before the step has done so, but the closure may have edited blocks or dense weights by hand.
-                site.sync()
+            for block_state in registry.live_states():
+                # The hook before the step did this, but the closure may have edited blocks or dense weights by hand.
+                block_state.sync()
         before = set(self.state)
         work = self._gather()
         for launch, (_, members) in work.items():
@@ -188,7 +189,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _gather(self) -> _Work:
-        """Every parameter that has a gradient or a state, by the launch that steps it."""
+        """Return every parameter that has a gradient or a state, by the launch that steps it."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.grad.layout != torch.strided:
@@ -196,7 +197,6 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__} does not step sparse gradients; use torch.optim.SparseAdam for that "
                         "parameter, or sparse=False in its nn.Embedding."
                     )
-        sites = {id(site.blocks): site for site in live_states()}
         work: _Work = {}
         index = 0
         for number, group in enumerate(self.param_groups):
@@ -206,27 +206,27 @@ class GeneratedOptimizer(torch.optim.Optimizer):
             keeps_nothing = not counted and not rule.states
             for parameter in group["params"]:
                 index += 1
-                # A parameter without a gradient stays in the table, so that one which comes and goes moves nothing.
+                # A parameter without a gradient keeps its row in the table, so that rows do not move from step to step.
                 if parameter.grad is None and parameter not in self.state and not keeps_nothing:
                     continue
                 state = {} if keeps_nothing else self.state[parameter]
                 states, count = settle_state(state, parameter, rule, self.options.state_dtype, counted=counted)
-                site = sites.get(id(parameter))
-                target = None if site is None else _target(site)
+                block_state = registry.state_of_blocks(parameter)
+                target = None if block_state is None else block_state.step_target()
                 slot = Slot(parameter, states, count, number, index - 1, target)
                 gradient = parameter.grad
                 if gradient is not None and lies_dense(parameter):
                     gradient = laid_out_as(gradient, parameter, gradient.dtype)
                 launch = launch_of(slot, gradient)
-                if gradient is not None and site is not None and not launch.writes_by_address:
-                    # The kernels never touch what reaches over the edge of a dense weight.
-                    gradient = site.inside(gradient)
-                member = _Member(parameter, slot, gradient, None if target is None else site)
+                if gradient is not None and block_state is not None and not launch.writes_by_address:
+                    # The kernels never touch elements beyond the edge of a dense weight.
+                    gradient = block_state.zero_outside(gradient)
+                member = _Member(parameter, slot, gradient, None if target is None else block_state)
                 work.setdefault(launch, (rule, []))[1].append(member)
         return work
 
     def _launch(self, work: _Work) -> bool:
-        """Step; False if it is known here that nothing was to be done."""
+        """Launch the kernels; return False if the step is known to be skipped."""
         scale, skip = self._scale_and_skip(list(work))
         if skip.device.type == "cpu" and skip.item():
             return False
@@ -234,11 +234,11 @@ class GeneratedOptimizer(torch.optim.Optimizer):
             device = launch.device
             hyper = self._launches.hyperparameters(rule, self.param_groups, device)
             launch.step(hyper, scale.to(device), skip.to(device), self.options.seed)
-            _follow(launch, [member for member in members if member.gradient is not None])
+            _mark_written(launch, [member for member in members if member.gradient is not None])
         return True
 
     def _scale_and_skip(self, launches: list[Launch]) -> tuple[Tensor, Tensor]:
-        """What gradients are multiplied by, and whether (not zero) the step is skipped; float64 `[]`."""
+        """Return the factor of all gradients, and a value that is 0 unless the step is skipped; float64 `[]`."""
         home, limit = launches[0].device, self.options.max_grad_norm
         scale = torch.ones((), dtype=torch.float64, device=home)
         skip = torch.zeros((), dtype=torch.float64, device=home)
@@ -260,39 +260,28 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         return scale, skip
 
     def _culprit(self) -> str:
-        """The name of the first parameter whose gradient is not finite, or its place."""
-        sites = {id(site.blocks): site for site in live_states()}
+        """Return the name of the first parameter whose gradient is not finite, or its place."""
         for number, group in enumerate(self.param_groups):
             for place, parameter in enumerate(group["params"]):
                 if parameter.grad is None or bool(torch.isfinite(parameter.grad).all()):
                     continue
                 if "param_names" in group:
                     return str(group["param_names"][place])
-                site = sites.get(id(parameter))
-                return f"parameter {place} of group {number}" if site is None else f"{site.name}_blocks"
+                state = registry.state_of_blocks(parameter)
+                return f"parameter {place} of group {number}" if state is None else f"{state.name}_blocks"
         return "some parameter"
 
 
-def _target(site: BlockState) -> Target | None:
-    """Where the kernel writes the blocks of `site`; None if that is left to the site."""
-    blocks, weight, positions = site.blocks, site.weight, site.layout.positions
-    reachable = blocks.device == weight.device == positions.device and weight.layout == torch.strided
-    wide = blocks.dtype in (torch.float32, torch.float64) and weight.dtype in TYPES
-    if reachable and wide and blocks.is_contiguous() and positions.is_contiguous():
-        return Target(weight, positions, site.mask.block_size)
-    return None
-
-
-def _follow(launch: Launch, members: list[_Member]) -> None:
-    """Let autograd and the sites know what was written by address."""
+def _mark_written(launch: Launch, members: list[_Member]) -> None:
+    """Tell autograd and the block states which tensors the launch has written."""
     if not launch.writes_by_address:
         for member in members:
-            if member.site is not None:
-                member.site.write()
+            if member.block_state is not None:
+                member.block_state.push()
         return
     written = [tensor for member in members for tensor in (member.parameter, *member.slot.states)]
-    written += [member.site.weight for member in members if member.site is not None]
+    written += [member.block_state.weight for member in members if member.block_state is not None]
     torch.autograd.graph.increment_version(written)
     for member in members:
-        if member.site is not None:
-            member.site.mark_synced()
+        if member.block_state is not None:
+            member.block_state.mark_synced()

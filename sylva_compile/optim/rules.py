@@ -1,15 +1,15 @@
-"""Update rules, each as the equations of its paper, from which every kernel is generated.
+"""Update rules, each as the equations of its paper, from which kernels are generated.
 
-`p` is the parameter, `g` its gradient and `t` the number of the step, from 1. Equations are read in order, like a
-program: a state on the right of an equation has the value of the last equation that assigned it. What depends on no
-element, such as Adam's bias corrections, is found and computed once a parameter and step, in float64.
+`p` is the parameter, `g` its gradient and `t` the number of the step, which starts at 1. Equations run in order, like a
+program: a state on the right of an equation has the value that the last equation before it assigned. Expressions that
+depend on no element, such as Adam's bias corrections, are computed once a parameter and step, in float64.
 
-Where torch has an optimizer of the name, a rule is that optimizer's: states carry its names and mean the same, so that
-checkpoints fit. Options that change the equations (amsgrad, Nesterov) make another rule; those that are plain numbers
-(the learning rate) are symbols.
+A rule that has the name of a torch optimizer follows that optimizer: its states have the same names and meanings, so
+that checkpoints of either load into the other. An option that changes the equations (amsgrad, Nesterov) makes another
+rule; an option that is a number (the learning rate) is a symbol.
 
-**Adding a rule** is adding its equations. Signum (Bernstein et al., 2018, "signSGD", algorithm 2) steps by the sign of
-the momentum:
+**To add a rule**, write its equations. Signum (Bernstein et al., 2018, "signSGD", algorithm 2) steps by the sign of the
+momentum:
 
 >>> import sympy as sp
 >>> import torch
@@ -29,8 +29,8 @@ the momentum:
 ...     def rule(self, group):
 ...         return signum
 
-That is all: param groups, schedulers, checkpoints, clipping, GradScaler and the write-through into dense weights come
-with `GeneratedOptimizer`, and so does the kernel.
+That is all: `GeneratedOptimizer` supplies the kernel, param groups, schedulers, checkpoints, clipping, GradScaler and
+the write-through into dense weights.
 
 >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
 >>> weight.grad = torch.tensor([0.5, 0.0, -2.0])
@@ -62,9 +62,9 @@ def _ascent(maximize: bool) -> tuple[tuple[sp.Symbol, sp.Expr], ...]:
 
 @functools.cache
 def adam(*, decoupled: bool, amsgrad: bool = False, maximize: bool = False) -> Rule:
-    """Adam (Kingma and Ba, 2015, algorithm 1), AdamW if `decoupled` (Loshchilov and Hutter, 2019, algorithm 2).
+    """Return Adam (Kingma and Ba, 2015, algorithm 1), AdamW if `decoupled` (Loshchilov and Hutter, 2019, algorithm 2).
 
-    `amsgrad` is Reddi et al. (2018) as torch has it: the largest v so far, before its bias correction.
+    `amsgrad` is that of Reddi et al. (2018) in torch's form: the largest v so far, before its bias correction.
     """
     decay = (p, p * (1 - _lr * _decay)) if decoupled else (g, g + _decay * p)
     second = _top if amsgrad else _v
@@ -83,9 +83,9 @@ def adam(*, decoupled: bool, amsgrad: bool = False, maximize: bool = False) -> R
 
 @functools.cache
 def sgd(*, momentum: bool, dampening: bool = False, nesterov: bool = False, maximize: bool = False) -> Rule:
-    """SGD with momentum (Sutskever et al., 2013), in torch's form: the buffer is a sum of gradients, lr outside of it.
+    """Return SGD with momentum (Sutskever et al., 2013) in torch's form: the buffer sums gradients without lr.
 
-    The first gradient enters the buffer whole, whatever the dampening.
+    Dampening does not scale the first gradient that enters the buffer.
     """
     equations = [*_ascent(maximize), (g, g + _decay * p)]
     hyperparameters = [(_lr, "lr"), (_decay, "weight_decay")]
@@ -102,7 +102,7 @@ def sgd(*, momentum: bool, dampening: bool = False, nesterov: bool = False, maxi
 
 @functools.cache
 def lion(*, maximize: bool = False) -> Rule:
-    """Lion (Chen et al., 2023, algorithm 2), with weight decay decoupled as there."""
+    """Return Lion (Chen et al., 2023, algorithm 2), with decoupled weight decay as in the paper."""
     equations = (
         *_ascent(maximize),
         (_c, _beta1 * _m + (1 - _beta1) * g),
@@ -114,7 +114,7 @@ def lion(*, maximize: bool = False) -> Rule:
 
 @functools.cache
 def rmsprop(*, momentum: bool, centered: bool = False, maximize: bool = False) -> Rule:
-    """RMSprop (Hinton's lecture 6e); `centered` is Graves (2013), equations 38 to 45, in torch's form."""
+    """Return RMSprop (Hinton's lecture 6e); `centered` is Graves (2013), equations 38 to 45, in torch's form."""
     equations = [*_ascent(maximize), (g, g + _decay * p), (_v, _alpha * _v + (1 - _alpha) * g**2)]
     states = [(_v, "square_avg")]
     hyperparameters = [(_lr, "lr"), (_decay, "weight_decay"), (_alpha, "alpha"), (_eps, "eps")]

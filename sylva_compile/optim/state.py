@@ -1,4 +1,4 @@
-"""What an optimizer keeps for a parameter, in torch's form, made fit for a kernel that reads it by address."""
+"""The states of a parameter in torch's form, laid out for a kernel that reads them by address."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from sylva_compile.kernels.step.lowering import Rule
 
 
 def lies_dense(tensor: Tensor) -> bool:
-    """Whether the elements lie side by side in memory, in whatever order."""
+    """Return whether the elements lie side by side in memory, in any order."""
     return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def laid_out_as(tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` itself if it has the dtype and lies on the device and in the layout of `like`, else a copy that does."""
+    """Return `tensor`, or a copy, in `dtype` and in the device and memory layout of `like`, which has its shape."""
     same = tensor.dtype == dtype and tensor.device == like.device
     if same and (tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous())):
         return tensor
@@ -25,17 +25,18 @@ def laid_out_as(tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
 def settle_state(
     state: dict[str, Any], parameter: Tensor, rule: Rule, dtype: torch.dtype | None, *, counted: bool
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Make what is missing and follow the parameter to another device or layout, in place.
+    """Add missing states to `state` and lay all of them out as the parameter, in place.
 
     Args:
-        state: `optimizer.state[parameter]`: loaded from any checkpoint, empty, or as it was left.
-        parameter: the parameter.
-        rule: whose states are wanted.
-        dtype: of the states; None keeps what is there and makes new ones in the parameter's.
-        counted: whether the steps are counted, under "step" as in torch.
+        state: `optimizer.state[parameter]`: empty, from an earlier step, or loaded from a checkpoint.
+        parameter: the parameter, any shape.
+        rule: the rule that names the states.
+        dtype: the dtype of the states; None keeps that of existing states and gives new ones the parameter's.
+        counted: whether `state["step"]` counts the steps, as in torch.
 
     Returns:
-        The states in the rule's order, and the count, float32 `[]` on the parameter's device.
+        The states, each in the parameter's shape, in the rule's order; and the count, float32 `[]` on the parameter's
+        device, or None if steps are not counted.
 
     Raises:
         ArgumentError: a state has another shape than its parameter.
@@ -44,7 +45,7 @@ def settle_state(
     if counted:
         count = state.get("step")
         if not isinstance(count, Tensor) or count.dtype != torch.float32 or count.device != parameter.device:
-            # torch's SGD counts nothing, but a buffer that is there has seen a first step.
+            # torch's SGD does not count steps, but a momentum buffer exists only after a first step.
             started = any(state.get(name) is not None for _, name in rule.states)
             known = float(started) if count is None else count
             state["step"] = count = torch.as_tensor(known, dtype=torch.float32, device=parameter.device)

@@ -1,18 +1,18 @@
-"""The one matcher of both stages: which products make up a weight's gradient.
+"""Match the matrix products that make up a weight's gradient; both stages use this matcher.
 
-A weight gradient is a linear function of matrix products. Seen from the end,
+A weight gradient is a linear function of matrix products. A graph such as
 
     %mm   = aten.mm(aten.t(%gy), %x)            [m, T] x [T, n]
     %t    = aten.t(%mm)                         some layers, twice
     %cast = aten._to_copy(%t, float32)          autocast
     %sum  = aten.add(%cast, %other)             a weight used twice
 
-becomes a flat list of terms, `gradient = Σ scale · (lhsᵀ · rhs)`, each term with token-major operands `[T, m]` and
-`[T, n]`. Transposes swap the operands, casts vanish (the sampled product is float32 anyway), scalar factors are kept
-with the term.
+becomes a flat list of terms, `gradient = Σ scale · (lhsᵀ · rhs)`, with operands `[T, m]` and `[T, n]` for T tokens.
+The matcher walks from the gradient up to the products: a transpose swaps the operands, a cast is dropped (the sampled
+product is float32 in any case), and a scalar factor is noted on the term.
 
-What is not such a product stays an opaque term, with the reason: another operator, or a dense gradient that somebody
-else reads too (then it exists anyway, and sampling from it is cheaper than a second product).
+The walk stops at any other operator, and at a dense gradient that another node reads too: this gradient exists in any
+case, and sampling it is cheaper than a second product. Either becomes an opaque term, which gives the reason.
 """
 
 from dataclasses import dataclass, replace
@@ -37,17 +37,17 @@ _SCALE = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 
 @dataclass(frozen=True)
 class Operand:
-    """A matrix in the graph; `transposed` says that its transpose is meant."""
+    """A matrix in the graph, or, where `transposed`, the transpose of one."""
 
     node: Node
     transposed: bool = False
 
     def t(self) -> "Operand":
-        """The transpose, found rather than computed."""
+        """Return the transposed operand; the graph gets no new node."""
         return Operand(self.node, not self.transposed)
 
     def resolved(self) -> "Operand":
-        """Without the transposes that the graph itself applies to the node."""
+        """Return the same matrix as an operand whose node is no transpose: `transposed` counts those of the graph."""
         operand = self
         while is_transpose(operand.node):
             source = operand.node.args[0]
@@ -58,7 +58,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Scale:
-    """`target(blocks, factor)`, applied to the sampled blocks as it was to the dense gradient."""
+    """A scalar operation of the dense gradient, `target(gradient, factor)`, to be applied to the sampled blocks."""
 
     target: torch._ops.OpOverload
     factor: Node | float | int | None = None
@@ -66,9 +66,13 @@ class Scale:
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a gradient.
+    """One summand of a gradient `[m, n]`: a product `lhsᵀ · rhs`, or an opaque matrix.
 
-    A product `lhsᵀ · rhs` of token-major operands, or, where `reason` is set, the opaque matrix `lhs` itself.
+    Attributes:
+        lhs: `[T, m]`, or the opaque matrix `[m, n]` itself.
+        rhs: `[T, n]`, or None where the term is opaque.
+        scales: scalar operations on the summand, the outermost first.
+        reason: why the term is opaque; None for a product.
     """
 
     lhs: Operand
@@ -78,7 +82,7 @@ class Term:
 
 
 def is_transpose(node: Node) -> bool:
-    """Whether `node` transposes a matrix."""
+    """Return whether `node` transposes a matrix."""
     if node.op != "call_function":
         return False
     if node.target is aten.t.default:
@@ -91,11 +95,11 @@ def is_transpose(node: Node) -> bool:
 
 
 def match_weight_gradient(gradient: Node) -> list[Term]:
-    """The terms of the weight gradient that `gradient [m, n]` holds; `lhs` of a product is `[T, m]`, `rhs` `[T, n]`."""
-    return _terms(gradient, transposed=False, scales=(), root=True)
+    """Return the terms whose sum is the weight gradient `gradient [m, n]`."""
+    return _terms(gradient, transposed=False, scales=())
 
 
-def _terms(node: Node, *, transposed: bool, scales: tuple[Scale, ...], root: bool = False) -> list[Term]:
+def _terms(node: Node, *, transposed: bool, scales: tuple[Scale, ...]) -> list[Term]:
     def opaque(reason: str) -> list[Term]:
         return [Term(Operand(node, transposed), None, scales, reason)]
 
@@ -137,7 +141,7 @@ def _terms(node: Node, *, transposed: bool, scales: tuple[Scale, ...], root: boo
 
 
 def _product(left: Operand, right: Operand, transposed: bool, scales: tuple[Scale, ...]) -> Term:
-    """`left [m, T] · right [T, n]` as a term with token-major operands."""
+    """Return `left [m, T] · right [T, n]`, or its transpose, as a term."""
     term = Term(left.t().resolved(), right.resolved(), scales)
     return replace(term, lhs=term.rhs, rhs=term.lhs) if transposed else term  # type: ignore[arg-type]
 
@@ -165,7 +169,7 @@ def _is_scalar(value: object) -> bool:
 
 
 def _is_outer_product(node: Node) -> bool:
-    """Inductor writes the product of `[m, 1]` and `[1, n]` (one token) as a broadcast multiplication."""
+    """Return whether `node` multiplies `[m, 1]` by `[1, n]`: Inductor writes the product of one token in this way."""
     left, right = node.args
     if not (isinstance(left, Node) and isinstance(right, Node)):
         return False
@@ -174,7 +178,7 @@ def _is_outer_product(node: Node) -> bool:
 
 
 def _batch_of_one(node: Node) -> tuple[Operand, Operand] | None:
-    """`view(bmm(unsqueeze(a, 0), unsqueeze(b, 0)), [m, n])`, as `einsum` writes a product, is `a · b`."""
+    """Return a and b of `view(bmm(unsqueeze(a, 0), unsqueeze(b, 0)), [m, n])`, as `einsum` writes `a · b`, or None."""
     inner = _source(node)
     if inner.target is not aten.bmm.default or len(inner.users) > 1:
         return None

@@ -1,4 +1,6 @@
-"""Compute the sampled products of one activation in one go: a device that few blocks cannot fill gets them all at once.
+"""Merge the sampled products that read one activation into a single launch.
+
+A product of few blocks does not fill a device; the products of several weights together do.
 
 Before:
 
@@ -11,8 +13,9 @@ After:
     %a  = getitem(%ac, 0)
     %c  = getitem(%ac, 1)
 
-Left alone: products between which another activation's stands, for gradients that wait long for each other would all
-be held in memory; products of which one is read before another's operands exist; operands of unequal dtype.
+Refuses: products with a product of another activation between them, because the output gradients of the early ones
+would stay in memory until the last one exists; products of which one is read before the operands of another exist;
+output gradients of unequal dtype.
 """
 
 import itertools
@@ -21,14 +24,20 @@ from collections.abc import Sequence
 
 from torch.fx import Graph, Node
 
+from sylva_compile._torch import operator_of
 from sylva_compile.kernels.sddmm.shared_op import sddmm_shared
 from sylva_compile.passes.edit import call
 
-SHARED = sddmm_shared._opoverload
+SHARED = operator_of(sddmm_shared)
 
 
 def merge_products(graph: Graph, products: Sequence[Node]) -> int:
-    """Merge neighbours among the `sddmm` nodes `products`, given in the graph's order; returns how many vanished."""
+    """Merge neighbouring `sddmm` nodes that read one activation; return how many nodes fewer there are.
+
+    Args:
+        graph: graph to rewrite in place.
+        products: its `sddmm` nodes, in any order.
+    """
     merged = 0
     for _, run in itertools.groupby(sorted(products), key=_shared_part):
         group = list(run)

@@ -1,4 +1,4 @@
-"""Stage 1: show the operands of every weight gradient to the tracer instead of multiplying them.
+"""Stage 1: hand the operands of every weight gradient to the tracer instead of multiplying them.
 
 Before:
 
@@ -11,25 +11,26 @@ After:
     %none = aten.expand(%zero, [m, n])                           a gradient of zeros that takes no memory
     return (..., %none, ...)
 
-The weight goes along at run time, because one compiled graph may serve several layers.
+The tracer gets the weight itself at run time, because one compiled graph may serve several layers.
 
-Refuses: an opaque term (then the weight keeps its dense gradient and is reported as not observed), and a parameter
-that is no matrix. An activation that comes from another graph is left alone: its gradient is a product too.
+Refuses: a gradient with an opaque term (the weight keeps its dense gradient, and the pass reports it as missed); a
+parameter that is not a matrix; an activation that another graph hands over, although its gradient is a product too.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._functorch._aot_autograd.descriptors import GradAOTOutput
 from torch.fx import Graph, Node
 
+from sylva_compile._torch import GradAOTOutput, operator_of
 from sylva_compile.kernels.observe import observe
-from sylva_compile.passes.edit import call, materialize, tangent_dependents
+from sylva_compile.passes.dataflow import dataflow_of, tangent_dependents
+from sylva_compile.passes.edit import call, materialize
 from sylva_compile.passes.match_weight_gradient import match_weight_gradient
 
 aten = torch.ops.aten
-OBSERVE = observe._opoverload
+OBSERVE = operator_of(observe)
 
 
 def observe_weight_gradients_pass(
@@ -38,16 +39,16 @@ def observe_weight_gradients_pass(
     is_weight: Callable[[Node], bool] | None = None,
     missed: Callable[[Node, str], None] | None = None,
 ) -> int:
-    """Rewrite a joint `graph` in place; returns how many weights are observed.
+    """Rewrite a joint `graph` in place and return the number of weights observed.
 
     Args:
         graph: joint graph whose placeholders and output carry AOTAutograd's `desc`.
-        is_weight: tells weights from other placeholders with gradients, such as activations; None: all are weights.
+        is_weight: tells weights from other placeholders with gradients, such as activations; None accepts all.
         missed: called with the placeholder of a weight that cannot be observed, and the reason.
     """
     output = graph.output_node()
     inputs = {node.meta.get("desc"): node for node in graph.find_nodes(op="placeholder")}
-    backward = tangent_dependents(graph)
+    backward = tangent_dependents(dataflow_of(graph))
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     observed = 0
     for index, desc in enumerate(output.meta["desc"]):
@@ -67,7 +68,7 @@ def observe_weight_gradients_pass(
             zero: Node | None = None
             for term in terms:
                 assert term.rhs is not None
-                # A scalar factor belongs to the gradient: put it on the operand that is a gradient already.
+                # The layer's input must stay as it is, so the output gradient takes the scalar factors.
                 sides = [term.lhs, term.rhs]
                 side = 0 if term.lhs.node in backward else 1
                 nodes = [materialize(graph, operand) for operand in sides]

@@ -1,8 +1,9 @@
-"""Runs graph passes in order and owns what can be seen of them: log lines, times, dumps.
+"""Run graph passes in order, log what each did and how long it took, and dump graphs on request.
 
-TORCH_LOGS="+sylva_compile"             a line a pass: number, name, nodes rewritten, operators added and removed
-SYLVA_DUMP_GRAPHS=directory             the graph before and after each pass, as text
-SYLVA_DISABLE_PASSES=name,name          leave passes out (the result stays right, only slower)
+TORCH_LOGS="+sylva_compile"             one log line for each pass: number, name, places rewritten, time, and how many
+                                        nodes of each operator came or went
+SYLVA_DUMP_GRAPHS=directory             write the graph before and after each pass, as text
+SYLVA_DISABLE_PASSES=name,name          leave passes out (results stay correct, only slower)
 """
 
 import logging
@@ -21,7 +22,12 @@ Pass = Callable[[Graph], int]
 
 
 def run_passes(graph: Graph, passes: Mapping[str, Pass]) -> int:
-    """Run `passes` over `graph` in their order; returns the number of places changed."""
+    """Run `passes` over `graph` in their order and return the number of places changed.
+
+    Args:
+        graph: graph to rewrite in place.
+        passes: the passes by the names that logs, dumps and `SYLVA_DISABLE_PASSES` use.
+    """
     disabled = {name.strip() for name in os.environ.get("SYLVA_DISABLE_PASSES", "").split(",")}
     dump = os.environ.get("SYLVA_DUMP_GRAPHS")
     if unknown := disabled - passes.keys() - {""}:

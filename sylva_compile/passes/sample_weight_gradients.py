@@ -1,4 +1,4 @@
-"""Stage 2: turn `gather_blocks(dense weight gradient)` into `sddmm`, which reads only what the blocks need.
+"""Stage 2: replace `gather_blocks(dense weight gradient)` by `sddmm`, which computes the gradients of the blocks alone.
 
 Before:
 
@@ -7,14 +7,14 @@ Before:
 
 After:
 
-    %x_narrow = aten.index(%x, [None, %channels])                   in the forward half: this is what gets saved
+    %x_narrow = aten.index(%x, [None, %channels])                in the forward half, which saves it instead of %x
     %blocks   = sylva.sddmm(%gy, %x_narrow, %narrow_positions, b)
 
-A sum of products becomes a sum of sampled products. When `%x` is not cut down is the rule of `narrow_activations.py`;
-products of one activation are then computed together, see `merge_products.py`.
+A sum of products becomes a sum of sampled products. `narrow_activations.py` decides which products read a narrow copy
+of their activation, and `merge_products.py` merges the products that read one activation.
 
-Refuses (and says so in the outcome): a gradient with a term that the matcher leaves opaque. That term stays dense and
-is sampled by `gather_blocks`, correct and slow; the other terms are rewritten.
+Refuses, and gives the reason in the result: a term that the matcher leaves opaque. That term stays dense, and
+`gather_blocks` samples it: correct and slow. The other terms of the gradient are rewritten.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from sylva_compile._torch import operator_of
 from sylva_compile.kernels.gather_blocks import gather_blocks
 from sylva_compile.kernels.sddmm.op import sddmm
 from sylva_compile.passes.edit import apply_scales, call, materialize
@@ -31,72 +32,82 @@ from sylva_compile.passes.merge_products import merge_products
 from sylva_compile.passes.narrow_activations import SampledProduct, narrow_activations, unify_activations
 
 aten = torch.ops.aten
-GATHER = gather_blocks._opoverload
-SDDMM = sddmm._opoverload
+GATHER = operator_of(gather_blocks)
+SDDMM = operator_of(sddmm)
 
 
 @dataclass(frozen=True)
 class RewriteResult:
-    """What became of one `gather_blocks`.
+    """Result of the pass for one `gather_blocks`, that is for one use of a weight.
 
     Attributes:
-        positions: the node of its positions, which tells whose weight it is.
-        reason: why it stayed dense, in full or in part; None if it was rewritten.
-        whole: why an activation is read as a whole; None if all were narrowed.
-        activations: the activations that its products read.
+        positions: node of the positions of its blocks, which identifies the weight.
+        reason: why its gradient stayed dense, in full or in part; None if all of it was rewritten.
+        whole_reason: why one of its products reads its whole activation; None if none does.
+        activations: activation of each of its products.
     """
 
     positions: Node
     reason: str | None = None
-    whole: str | None = None
+    whole_reason: str | None = None
     activations: tuple[Node, ...] = ()
 
     @property
     def narrowed(self) -> bool:
-        """Whether every activation was cut down to the channels that the blocks need."""
-        return bool(self.activations) and self.whole is None
+        """True if it has products and each reads only the channels of its activation that the blocks need."""
+        return bool(self.activations) and self.whole_reason is None
 
 
 def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[RewriteResult], None] | None = None) -> int:
-    """Rewrite every `gather_blocks` of a joint `graph` in place; returns how many changed, in full or in part."""
+    """Rewrite every `gather_blocks` of a joint `graph` in place and return how many changed, in full or in part.
+
+    Args:
+        graph: joint graph.
+        report: called with the result for each `gather_blocks`, in the order of the graph.
+    """
     markers = graph.find_nodes(op="call_function", target=GATHER)
     if not markers:
         return 0
-    found: list[tuple[Node, str | None, int]] = []
-    samples: list[SampledProduct] = []
+    rewrites: list[tuple[Node, str | None, slice]] = []
+    products: list[SampledProduct] = []
     for marker in markers:
         gradient, positions = marker.args[:2]
         assert isinstance(gradient, Node) and isinstance(positions, Node)
         terms = match_weight_gradient(gradient)
-        missed = [term.reason for term in terms if term.reason is not None]
-        if len(missed) < len(terms):
-            samples += _rewrite(graph, marker, terms)
-        found.append((positions, missed[0] if missed else None, len(samples)))
-    # The dense products are gone from here on: what still reads an activation needs it for something else.
+        dense_reasons = [term.reason for term in terms if term.reason is not None]
+        first = len(products)
+        if len(dense_reasons) < len(terms):
+            products += _rewrite(graph, marker, terms)
+        rewrites.append((positions, dense_reasons[0] if dense_reasons else None, slice(first, len(products))))
+    # Without the dense products, every remaining reader of an activation needs it for another purpose.
     graph.eliminate_dead_code()
-    samples = unify_activations(samples)
-    whole = narrow_activations(graph, samples)
-    merge_products(graph, [sample.product for sample in samples])
+    products = unify_activations(products)
+    whole_reasons = narrow_activations(graph, products)
+    merge_products(graph, [product.node for product in products])
     graph.eliminate_dead_code()
     graph.lint()
-    rewritten = start = 0
-    for positions, missed_reason, stop in found:
-        own, start = samples[start:stop], stop
-        rewritten += bool(own)
+    rewritten = 0
+    for positions, dense_reason, own in rewrites:
+        own_products = products[own]
+        rewritten += bool(own_products)
         if report is not None:
-            why_whole = next((whole[sample] for sample in own if sample in whole), None)
-            activations = tuple(sample.activation.node for sample in own)
-            report(RewriteResult(positions, missed_reason, why_whole, activations))
+            whole_reason = next((whole_reasons[product] for product in own_products if product in whole_reasons), None)
+            activations = tuple(product.activation.node for product in own_products)
+            report(RewriteResult(positions, dense_reason, whole_reason, activations))
     return rewritten
 
 
 def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[SampledProduct]:
-    """Replace `marker` by the sum of its sampled terms, which read their activations whole."""
+    """Replace the `gather_blocks` node `marker` by the sum of its sampled terms.
+
+    Returns:
+        Its sampled products, each of which still reads its whole activation.
+    """
     positions, channels, narrow_positions, block_size, axis = marker.args[1:]
     assert isinstance(channels, Node) and isinstance(narrow_positions, Node)
     assert isinstance(block_size, int) and isinstance(axis, int)
     total: Node | None = None
-    samples = []
+    products = []
     with graph.inserting_before(marker):
         for term in terms:
             if term.rhs is None:
@@ -105,14 +116,14 @@ def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[SampledProdu
                 operands = (term.lhs, term.rhs)
                 left, right = (materialize(graph, operand) for operand in operands)
                 blocks = call(graph, SDDMM, left, right, positions, block_size)
-                samples.append(SampledProduct(blocks, operands[axis], axis, channels, narrow_positions, block_size))
+                products.append(SampledProduct(blocks, operands[axis], axis, channels, narrow_positions, block_size))
             blocks = apply_scales(graph, blocks, term.scales)
             total = blocks if total is None else call(graph, aten.add.Tensor, total, blocks)
         assert total is not None
         wanted = marker.meta["val"].dtype
         if total.meta["val"].dtype != wanted:
-            # A product in float32 whose gradient was then cast to float64, or the reverse.
+            # The graph cast the float32 product to a float64 gradient, or the reverse; the matcher dropped the cast.
             total = call(graph, torch.ops.prims.convert_element_type.default, total, wanted)
     marker.replace_all_uses_with(total)
     graph.erase_node(marker)
-    return samples
+    return products

@@ -1,4 +1,4 @@
-"""What a loader's batches are to the tracer: tensors to move and to count, and a loss."""
+"""Batches of a loader: move their tensors to a device, count their sequences, compute their loss."""
 
 import copy
 import itertools
@@ -14,32 +14,32 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """`batch` with every tensor in it on `device`; mappings, lists and tuples are new ones of the same kind."""
+    """Return `batch` with every tensor on `device`; mappings, lists and tuples become new ones of the same type."""
     if isinstance(batch, Mapping):
         return _like(batch, {key: to_device(value, device) for key, value in batch.items()})
     move = getattr(batch, "to", None)
     if move is not None:
         return move(device)
-    # A named tuple wants its values one by one.
+    # The constructor of a named tuple takes single values; its `_make` takes an iterable.
     make = getattr(type(batch), "_make", type(batch) if type(batch) in (list, tuple) else None)
     return batch if make is None else make(to_device(value, device) for value in batch)
 
 
 def _like(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
-    """`values` in a mapping such as `batch`: a tokeniser's `BatchEncoding` has attributes that a `dict` has not."""
+    """Return `values` in a mapping of `batch`'s type: a `BatchEncoding` has attributes that a `dict` lacks."""
     if type(batch) is dict:
         return values
     try:
         made: Any = copy.copy(batch)
         made.update(values)
     except Exception:
-        # No mapping that can be copied and changed.
+        # This mapping cannot be copied and updated, so a dict takes its place.
         return values
     return made  # type: ignore[no-any-return]
 
 
 def tensors_of(batch: Any) -> Iterator[Tensor]:
-    """The tensors in `batch`, through mappings, lists and tuples."""
+    """Yield the tensors in `batch`, also those inside mappings, lists and tuples."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
@@ -49,15 +49,15 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
 
 
 def count_sequences(batch: Any) -> int:
-    """The first tensor's first dimension."""
+    """Return the first tensor's first dimension, or 1 where `batch` has no tensor with dimensions."""
     return next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim() > 0), 1)
 
 
 def loss_of(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> Tensor:
-    """The scalar loss of `batch`.
+    """Compute the scalar loss of `batch`: `loss_fn(model, batch)` if given, else `model(**batch).loss`.
 
     Raises:
-        TraceError: there is none, or it is no scalar.
+        TraceError: the batch has no loss, or its loss is not a scalar.
     """
     loss: Any
     if loss_fn is not None:

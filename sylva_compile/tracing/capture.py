@@ -1,6 +1,7 @@
-"""The stage 1 backend: compiled graphs whose weight gradients show their operands instead of multiplying them.
+"""The stage 1 backend: its graphs pass the operands of every weight gradient to listeners and skip the product.
 
-No module hooks: what is seen is what the joint graph of forward and backward computes, whatever Python made it.
+It uses no module hooks. It reads the joint graph of forward and backward, so it finds every weight gradient there,
+whichever Python code computes the forward pass.
 """
 
 import types
@@ -22,11 +23,11 @@ from sylva_compile.passes.observe_weight_gradients import observe_weight_gradien
 from sylva_compile.passes.runner import run_passes
 
 Missed = Callable[[Tensor, str], None]
-"""Called with a weight whose gradient could not be observed in some graph, and the reason."""
+"""A call is `missed(weight, reason)`, for a weight whose gradient could not be observed in some graph."""
 
 
 def capture_backend(missed: Missed) -> Callable[..., Any]:
-    """A backend for `torch.compile` that sends weight gradients' operands to `kernels.observe`'s listeners."""
+    """Return a `torch.compile` backend that passes weight gradients' operands to the listeners of `kernels.observe`."""
 
     def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         def given(placeholder: Node) -> Any:
@@ -34,14 +35,14 @@ def capture_backend(missed: Missed) -> Callable[..., Any]:
             return example_inputs[desc.idx] if isinstance(desc, PlainAOTInput) else None
 
         def is_weight(placeholder: Node) -> bool:
-            # After a graph break activations are inputs too, and the layers before need their gradients.
+            # After a graph break activations are inputs with gradients too; they are no weights.
             return isinstance(given(placeholder), nn.Parameter)
 
         def note(placeholder: Node, reason: str) -> None:
             missed(given(placeholder), reason)
 
         observe = partial(observe_weight_gradients_pass, is_weight=is_weight, missed=note)
-        # A graph from AOTAutograd's cache would come without the pass that makes it observable.
+        # A graph from AOTAutograd's cache would lack the calls of `sylva::observe` that the pass inserts.
         with functorch_config.patch(enable_autograd_cache=False):
             return compile_eagerly(
                 gm, example_inputs, partial(run_passes, passes={"observe_weight_gradients": observe})
@@ -52,9 +53,9 @@ def capture_backend(missed: Missed) -> Callable[..., Any]:
 
 @contextmanager
 def compilations_forgotten() -> Iterator[None]:
-    """Let Dynamo compile freely inside, and drop what it compiled afterwards.
+    """Raise Dynamo's limits of recompilation inside the block, and remove its new cache entries afterwards.
 
-    A model that is traced and then compiled for training would otherwise carry the trace's entries in its cache,
+    Otherwise a model that is traced and then compiled for training would keep the trace's entries in Dynamo's cache,
     where they cost guard checks and count towards the limit of recompilations.
     """
     compiled: set[types.CodeType] = set()

@@ -1,4 +1,4 @@
-"""The state of an interrupted trace on disk, from which it goes on as if nothing had happened."""
+"""Checkpoints of a trace: a file from which an interrupted trace continues and ends with the same masks."""
 
 import hashlib
 import json
@@ -27,22 +27,22 @@ _FORMAT = "sylva-trace-2"
 
 
 class TraceCheckpoint:
-    """One file with all that a trace has gathered, replaced every so many batches and removed at the end.
+    """One file with the whole state of a trace, replaced every `every` batches and removed at the end.
 
-    It belongs to one trace: the same weights with the same values, the same estimators, and a loader that gives the
-    same batches in the same order. All of that is checked.
+    A checkpoint belongs to one trace: the same weights with the same values, the same estimators, and a loader that
+    gives the same batches in the same order. All of that is checked.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], estimators: Estimators, identity: Mapping[str, Any], *, every: int
     ) -> None:
-        """Nothing is read or written yet.
+        """Describe the checkpoint; nothing is read or written yet.
 
         Args:
-            path: of the file.
-            estimators: whose state it is.
-            identity: what the trace depends on, besides its batches; of types that JSON knows.
-            every: batches between two writes.
+            path: the path of the file.
+            estimators: the estimators whose state the file holds.
+            identity: the facts that the trace depends on, besides its batches; of types that JSON knows.
+            every: the number of batches between two writes.
         """
         self.path, self._estimators, self._every = Path(path), estimators, every
         self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
@@ -51,10 +51,10 @@ class TraceCheckpoint:
         self._random: dict[str, Tensor] = {}
 
     def resume(self) -> TraceProgress:
-        """Load the file into the estimators, if there is one, and return how far it goes.
+        """Load the file, if it exists, into the estimators, and return the progress that it holds.
 
         Raises:
-            ArgumentError: nothing can be written there.
+            ArgumentError: the file cannot be written.
             TraceError: the file is damaged, or belongs to another trace.
         """
         self._check_place()
@@ -80,10 +80,10 @@ class TraceCheckpoint:
         return progress
 
     def rest_of(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of `loader` after those that were observed before the interruption.
+        """Yield the batches of `loader` after those that were observed before the interruption.
 
         Raises:
-            TraceError: the loader does not begin with the batches observed before.
+            TraceError: the loader does not begin with the batches that were observed before the interruption.
         """
         wanted, self._digest = self._digest, ""
         batches = iter(loader)
@@ -101,12 +101,12 @@ class TraceCheckpoint:
             yield batch
 
     def after_batch(self, progress: TraceProgress) -> None:
-        """Write the file if it is time to."""
+        """Write the file after every `every` batches."""
         if progress.batches % self._every == 0:
             self.write(progress)
 
     def write(self, progress: TraceProgress) -> None:
-        """Write everything gathered; an older file stays until the new one is whole."""
+        """Write the whole state of the trace; an older file stays until the new one is complete."""
         tensors = self._estimators.state() | _random_state()
         metadata = {
             "format": _FORMAT,
@@ -119,15 +119,15 @@ class TraceCheckpoint:
             with replacing(self.path) as beside:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
         except (OSError, SafetensorError) as error:
-            # What it is for is that the trace is not lost.
+            # The checkpoint protects the trace, so a failed write must not end it.
             log.warning("%s cannot be written (%s); the trace goes on without it.", self.path, error)
 
     def remove(self) -> None:
-        """The trace is done; its result has taken the file's place."""
+        """Delete the file, once the trace is done and its masks are made."""
         self.path.unlink(missing_ok=True)
 
     def _check_place(self) -> None:
-        """Now and not after the first batches."""
+        """Raise ArgumentError if the file cannot be written: at the start, not after the first batches."""
         try:
             if self.path.is_dir():
                 raise IsADirectoryError("it is a directory")
@@ -156,7 +156,7 @@ class TraceCheckpoint:
 
 
 def _random_state() -> dict[str, Tensor]:
-    """For losses that draw random numbers."""
+    """Return the states of the random generators of the CPU and the GPUs, since a loss may draw random numbers."""
     found = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found |= {f"random/cuda/{at}": state for at, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -164,14 +164,14 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _extend(digest: str, batch: Any) -> str:
-    """The digest of all batches so far, from that of all but the last."""
+    """Return the digest of all batches so far, from the digest of the earlier ones and the last batch."""
     return hashlib.sha256("\n".join([digest, *_described(batch)]).encode()).hexdigest()
 
 
 def _described(batch: Any, inside: tuple[int, ...] = ()) -> Iterator[str]:
-    """Everything in `batch` that can be told from other content: tensors, arrays, texts, numbers and their keys.
+    """Yield texts that identify the content of `batch`: its tensors, arrays, strings, numbers and keys.
 
-    `inside` are the objects around it, by `id`: they may refer to each other.
+    `inside` holds the `id` of every enclosing object, since objects may refer to each other.
     """
     if isinstance(batch, Tensor):
         yield f"{tuple(batch.shape)}{checksum(batch)}"
@@ -188,7 +188,7 @@ def _described(batch: Any, inside: tuple[int, ...] = ()) -> Iterator[str]:
     elif isinstance(batch, str | bytes | int | float | None):
         yield repr(batch)
     else:
-        # What prints as its address is another in every process.
+        # The repr of such an object holds its address, which differs from process to process.
         yield type(batch).__name__
         if id(batch) not in inside:
             yield from _described(getattr(batch, "__dict__", {}), (*inside, id(batch)))

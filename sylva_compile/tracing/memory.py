@@ -1,5 +1,6 @@
-"""What a trace will hold in memory beside the model, told before it runs."""
+"""Estimate, before a trace runs, the memory that it will hold beside the model."""
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -8,16 +9,17 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
 
-from sylva_compile.curvature.estimators import EstimatorChoice
+from sylva_compile.config import SylvaConfig
+from sylva_compile.curvature.base import EstimatorMemory
+from sylva_compile.curvature.estimators import ESTIMATORS, factor_of, gradient_device, waiting_bytes
+from sylva_compile.curvature.input_factors import InputFactors
+from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.errors import TraceError
-from sylva_compile.kernels.blocks import block_dtype
 
 log = logging.getLogger(__name__)
 
 _META = torch.device("meta")
-_SCORING_COPIES = 6
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
@@ -26,20 +28,15 @@ class WeightEstimate:
     """Bytes that a trace holds for one weight.
 
     Attributes:
-        input_factor: A, on the weight's device. Weights that read the same inputs share it, which shows in the first
-            batch; here each counts its own.
-        output_factor: G, on the weight's device.
-        gradient: the mean gradient, on `gradient_device`.
-        scoring: working memory of its scores at the end, one weight after the other, on the weight's device.
-        waiting: what updates of its device's factors, of other weights too, take as they wait for each other, at most.
-        device: where the weight lives.
-        gradient_device: where its mean gradient is kept.
+        memory: of its estimator: A and G on `device`, the mean gradient on `gradient_device`, and the working memory of
+            scoring on `device`, one weight after the other. Weights that read the same inputs share A, which shows in
+            the first batch; here each weight counts its own.
+        waiting: the most that updates which wait for each other take on `device`, those of other weights included.
+        device: the weight's device.
+        gradient_device: the device that keeps its mean gradient.
     """
 
-    input_factor: int
-    output_factor: int
-    gradient: int
-    scoring: int
+    memory: EstimatorMemory
     waiting: int
     device: torch.device
     gradient_device: torch.device
@@ -56,22 +53,22 @@ class TraceEstimate:
     weights: Mapping[str, WeightEstimate]
 
     def at_most(self) -> dict[torch.device, int]:
-        """What each device holds if no two weights read the same inputs and as much waits as may."""
+        """Return the bytes on each device if no two weights share A and the queue of updates is full."""
         return self._held(most=True)
 
     def at_least(self) -> dict[torch.device, int]:
-        """What each device holds without any input factor, and if nothing waits."""
+        """Return the bytes on each device without any A, and with an empty queue of updates."""
         return self._held(most=False)
 
     def _held(self, *, most: bool) -> dict[torch.device, int]:
         held: Counter[torch.device] = Counter()
-        # Nothing waits any more when scores are computed.
+        # The queue is empty when scores are computed.
         working: dict[torch.device, int] = {}
         for weight in self.weights.values():
-            held[weight.device] += weight.output_factor + (weight.input_factor if most else 0)
-            held[weight.gradient_device] += weight.gradient
+            held[weight.device] += weight.memory.output_factor + (weight.memory.input_factor if most else 0)
+            held[weight.gradient_device] += weight.memory.gradient
             waiting = weight.waiting if most else 0
-            working[weight.device] = max(working.get(weight.device, 0), weight.scoring, waiting)
+            working[weight.device] = max(working.get(weight.device, 0), weight.memory.scoring, waiting)
         held.update(working)
         return dict(held)
 
@@ -79,33 +76,26 @@ class TraceEstimate:
         columns = ("input_factor", "output_factor", "gradient")
         lines = [f"{'A':>10} {'G':>10} {'gradient':>10}  weight"]
         for name, weight in self.weights.items():
-            lines.append(" ".join(f"{_size(getattr(weight, column)):>10}" for column in columns) + f"  {name}")
-        sums = [sum(getattr(weight, column) for weight in self.weights.values()) for column in columns]
+            lines.append(" ".join(f"{_size(getattr(weight.memory, column)):>10}" for column in columns) + f"  {name}")
+        sums = [sum(getattr(weight.memory, column) for weight in self.weights.values()) for column in columns]
         lines.append(" ".join(f"{_size(count):>10}" for count in sums) + "  in all, where no two share their A")
         for device, most in self.at_most().items():
             lines.append(f"{device}: {_size(self.at_least()[device])} to {_size(most)}, working memory included.")
         return "\n".join(lines)
 
 
-def estimate_bytes(
-    weights: Mapping[str, nn.Parameter], axes: Mapping[str, int], choice: EstimatorChoice
-) -> TraceEstimate:
-    """What the estimators of `weights` will hold; `axes` as for `Estimators`."""
+def estimate_bytes(specs: Mapping[str, WeightSpec], config: SylvaConfig) -> TraceEstimate:
+    """Estimate the bytes that the estimators of the weights `specs` will hold."""
     found = {}
-    new_factor = choice.new_factor()
-    for name, weight in weights.items():
-        dtype = block_dtype(weight.dtype)
-        outputs, inputs = weight.shape if axes[name] == 1 else reversed(weight.shape)
-        a, g = (0 if choice.method == "fisher" else new_factor(size, dtype, _META).nbytes for size in (inputs, outputs))
+    for name, spec in specs.items():
+        # On the meta device an estimator has sizes and no memory.
+        inputs = InputFactors(factor_of(config))
+        estimator = ESTIMATORS[config.method](dataclasses.replace(spec, device=_META), config, inputs, _META)
         found[name] = WeightEstimate(
-            input_factor=a,
-            output_factor=g,
-            gradient=weight.numel() * dtype.itemsize,
-            # Scores are computed in float64, from copies of the gradient and of the factors.
-            scoring=8 * _SCORING_COPIES * weight.numel() + 4 * (a + g),
-            waiting=choice.group_bytes(weight.device),
-            device=weight.device,
-            gradient_device=choice.gradient_device or weight.device,
+            memory=estimator.memory(),
+            waiting=waiting_bytes(config, spec.device),
+            device=spec.device,
+            gradient_device=gradient_device(config) or spec.device,
         )
     return TraceEstimate(found)
 
@@ -124,7 +114,7 @@ def check_fits(estimate: TraceEstimate) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process may still take on `device`."""
+    """Return the bytes that this process may still take on `device`."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
@@ -132,10 +122,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _container_limit() -> list[int]:
-    """What is left of the memory limit of this process's control group, if it has one."""
+    """Return the rest of the memory limit of this process's control group, if it has one."""
     try:
         limit, used = (int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        # The kernel drops cached files before anybody runs out of memory.
+        # The kernel drops cached files before a process runs out of memory.
         cached = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())[
             "inactive_file"
         ]

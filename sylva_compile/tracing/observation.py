@@ -1,4 +1,4 @@
-"""Run a model over batches, with every weight gradient's operands going to a listener, and leave it as it was."""
+"""Run a model over batches, pass the operands of every weight gradient to a listener, and restore the model."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,26 +21,26 @@ _END = object()
 
 
 class Listener(Protocol):
-    """Who is told what is observed."""
+    """Receives the operands of weight gradients, weight by weight and batch by batch."""
 
     def update(self, name: str, inputs: Tensor, output_gradients: Tensor, /) -> None:
-        """A weight's `inputs [T, n]` and `output_gradients [T, m]` in this batch, summed over sequences."""
+        """Receive `inputs [T, n]` and `output_gradients [T, m]` of a weight, for the loss summed over sequences."""
 
     def end_batch(self) -> None:
-        """The backward pass is over."""
+        """Note that the backward pass of the batch is over."""
 
 
 @dataclass
 class TraceProgress:
-    """How far an observation has come.
+    """The progress of an observation.
 
     Attributes:
-        batches: observed.
-        sequences: in them.
-        latest: sequences in the last of them.
-        seen: names of the weights that were shown, in the order they came first.
-        missed: weights with a gradient that was not shown, or not all of it, and why. They get no mask: the curvature
-            of some uses of a weight alone would be worse than none.
+        batches: the number of batches observed.
+        sequences: the number of sequences in these batches.
+        latest: the number of sequences in the last batch.
+        seen: the names of the weights whose gradients were observed, in the order of their first gradient.
+        missed: the weights with a gradient that was not observed, or only in part, and the reason. They get no mask:
+            the curvature of some uses of a weight alone would be worse than none.
     """
 
     batches: int = 0
@@ -62,21 +62,25 @@ def observe(
     start: TraceProgress | None = None,
     after_batch: Callable[[TraceProgress], None] | None = None,
 ) -> TraceProgress:
-    """Show `listener` the operands of the gradients of `weights` over batches of `loader`.
+    """Pass the operands of the gradients of `weights` to `listener`, over batches of `loader`.
 
     Args:
-        model: runs in evaluation mode and is left as it was.
-        weights: by name, as stored.
-        listener: is told of every batch.
-        loader: of batches; see `trace_and_mask`.
-        num_samples: stop after so many sequences.
+        model: the model to run, in evaluation mode; it is restored at the end.
+        weights: the weights to observe, by name, as stored.
+        listener: receives the operands, and the end of every batch.
+        loader: the batches; see `trace_and_mask`.
+        num_samples: the number of sequences after which to stop.
         loss_fn: see `trace_and_mask`.
-        progress_bar: whether to show one.
-        start: what was observed before; the batches that `loader` gives come after these.
-        after_batch: called between batches.
+        progress_bar: whether to show a progress bar.
+        start: the progress of an interrupted observation; `loader` then gives the batches that follow.
+        after_batch: called with the progress after every batch.
+
+    Returns:
+        The progress at the end, that of `start` included.
 
     Raises:
-        TraceError: no batches, no loss, a loss or gradient that is not finite, or more observed before than wanted.
+        TraceError: two Parameters share memory, no batches, no loss, a loss or gradient that is not finite, or a
+            `start` with more batches than `num_samples` asks for.
     """
     names: dict[int, str] = {}
     for name, weight in weights.items():
@@ -94,10 +98,10 @@ def observe(
     def listen(weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool) -> None:
         name = names.get(weight.data_ptr())
         if name is None:
-            # A parameter that the model uses but does not list; nobody asks for its gradient.
+            # The model uses this parameter but does not list it; its gradient is not wanted.
             return
         inputs, gradients = (lhs, rhs) if activation_is_lhs else (rhs, lhs)
-        # Sums in float16 could overflow where no element does.
+        # A sum in float16 could overflow although every element is finite.
         checks[name] = gradients.sum(dtype=torch.float64)
         listener.update(name, inputs.detach(), gradients.detach())
         if name not in done.seen:
@@ -120,7 +124,7 @@ def observe(
         )
         batches = iter(loader)
         if done.sequences >= num_samples:
-            # Nothing is left to observe, but asking makes a checkpoint compare what it skips.
+            # No sequence is left to observe, but this call makes a checkpoint compare the batches that it skips.
             next(batches, _END)
         with bar, torch.enable_grad():
             while done.sequences < num_samples:
@@ -129,15 +133,15 @@ def observe(
                     break
                 batch = to_device(batch, device)
                 sequences = count_sequences(batch)
-                # Containers of its own: a loss_fn that takes its labels out of the batch leaves them to who asks next.
+                # loss_fn gets its own containers: it may pop the labels, which `_check_loss` needs in `batch`.
                 loss = loss_of(compiled, to_device(batch, device), loss_fn)
                 _check_loss(model, loss, batch, loss_fn, weights)
-                # The loss is a mean over the batch; its sum over sequences is what adds up over batches.
+                # The loss is a mean over the batch; only a sum over sequences can be added up over batches.
                 gradients = torch.autograd.grad(loss * sequences, list(weights.values()), allow_unused=True)
                 _check_gradients(checks, weights)
                 checks.clear()
                 for name, gradient in zip(weights, gradients, strict=True):
-                    # A gradient that was shown is a zero without memory here.
+                    # An observed gradient is a zero that `sylva::observe` returned, expanded with strides of 0.
                     if gradient is not None and any(gradient.stride()) and bool(gradient.any()):
                         why = "it is used outside of the graphs that torch.compile makes"
                         done.missed.setdefault(name, reasons.get(name, why))
@@ -160,10 +164,10 @@ def observe(
 
 
 def observed(weights: Iterable[str], progress: TraceProgress) -> list[str]:
-    """Those of `weights` whose whole gradient was shown; the log names the others.
+    """Return those of `weights` whose whole gradient was observed; the log names the others.
 
     Raises:
-        TraceError: there are none.
+        TraceError: no weight's whole gradient was observed.
     """
     missed = {
         name: progress.missed.get(name, "the loss does not depend on it")
@@ -183,9 +187,13 @@ def observed(weights: Iterable[str], progress: TraceProgress) -> list[str]:
 
 @contextmanager
 def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, gradients for `weights` alone and no key-value cache inside; everything as before afterwards."""
+    """Put the model into evaluation mode inside the block, and restore it afterwards.
+
+    Inside, only `weights` require grad, and the key-value cache and calls compiled in place are off. Afterwards all of
+    this and the random state are as before.
+    """
     modes = {module: module.training for module in model.modules()}
-    # A model compiled in place would run its own graphs instead of ours.
+    # A model compiled in place would run its own graphs in place of those of the capture backend.
     compiled = {module: module._compiled_call_impl for module in modes if module._compiled_call_impl is not None}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = getattr(model, "config", None)
@@ -193,7 +201,7 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
     devices = {parameter.device for parameter in flags if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:
-            # Not by model.eval(): some layers merge weights there, and would not find back to the same bits.
+            # model.eval() would make some layers merge weights, and un-merging would not restore the same bits.
             for module in modes:
                 module.training = False
             for module in compiled:
@@ -230,7 +238,7 @@ def _check_loss(
 
 
 def _first_not_finite(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> str:
-    """The first layer, in order of execution, with an output that is not finite; runs the model uncompiled once."""
+    """Name the first layer, in order of execution, whose output is not finite; run the model uncompiled once."""
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
@@ -255,7 +263,7 @@ def _first_not_finite(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> s
 
 
 def _check_gradients(checks: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> None:
-    """Raise on output gradients that are not finite; `checks` holds their sums."""
+    """Raise TraceError if an output gradient is not finite; `checks` holds the sum of each, by weight."""
     if checks and not bool(torch.isfinite(torch.stack(list(checks.values()))).all()):
         bad = next(name for name in weights if name in checks and not bool(torch.isfinite(checks[name])))
         raise TraceError(

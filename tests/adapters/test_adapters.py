@@ -14,8 +14,8 @@ from torch import nn
 
 import sylva_compile
 from sylva_compile import Masks
-from sylva_compile.adapters import adapters
-from sylva_compile.blocks import embedding
+from sylva_compile.adapters import format
+from sylva_compile.blocks.embed import block_states
 from sylva_compile.errors import AdapterError, EmbedError, SylvaError
 
 
@@ -101,7 +101,7 @@ def test_loading_into_the_same_masks_keeps_the_parameters(tmp_path: Path) -> Non
 def test_merging_keeps_the_trained_values() -> None:
     _, model, _ = trained()
     values = {key: value.clone() for key, value in model.state_dict().items()}
-    sylva_compile.merge_adapter(model)
+    sylva_compile.merge_and_unload(model)
     assert type(model.body[0]) is nn.Linear
     assert all(torch.equal(model.state_dict()[key], value) for key, value in values.items())
 
@@ -163,7 +163,7 @@ def test_an_offloaded_weight_elsewhere_is_not_in_the_way(tmp_path: Path, caplog:
     for each in (base, model):
         each.requires_grad_(False)
         each.spare = nn.Linear(5, 5, device="meta").requires_grad_(False)
-    embedding.sites(model)["body.0.weight"].blocks.requires_grad_(True)
+    block_states(model)["body.0.weight"].blocks.requires_grad_(True)
     sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
     sylva_compile.load_adapter(base, tmp_path)
     assert not caplog.records
@@ -287,7 +287,7 @@ class TestModulesToSave:
         model = Classifier()
         Masks.from_block_maps(model, {"head.weight": torch.ones(1, 4, dtype=torch.bool)}, 8).embed()
         sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])
-        assert "head.weight carries blocks, so that these are saved and not all of it" in caplog.text
+        assert "head.weight carries blocks, so that the adapter holds these and not all of the weight" in caplog.text
 
     def test_two_tensors_that_are_one_here(self, tmp_path: Path) -> None:
         model = Tied()
@@ -322,9 +322,9 @@ class TestFiles:
     def test_hold_blocks_and_positions_and_nothing_else(self, tmp_path: Path) -> None:
         _, model, masks = trained()
         sylva_compile.save_adapter(model, tmp_path)
-        config = json.loads((tmp_path / adapters.CONFIG_NAME).read_text())
+        config = json.loads((tmp_path / format.CONFIG_NAME).read_text())
         tensors = tmp_path / config["tensors"]
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([adapters.CONFIG_NAME, tensors.name])
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([format.CONFIG_NAME, tensors.name])
         blocks = sum(mask.nnz * (16 * 16 * 4 + 8) for mask in masks.values())
         assert blocks < tensors.stat().st_size < blocks + 2048
 
@@ -334,14 +334,14 @@ class TestFiles:
         kept = {key: value.clone() for key, value in model.state_dict().items()}
         with torch.no_grad():
             masks.parameters()[0].add_(1.0)
-        write = adapters.write_file
+        write = format.write_file
 
         def fail_at_the_config(path: Path, content: bytes) -> None:
-            if path.name == adapters.CONFIG_NAME:
+            if path.name == format.CONFIG_NAME:
                 raise OSError("disk full")
             write(path, content)
 
-        monkeypatch.setattr(adapters, "write_file", fail_at_the_config)
+        monkeypatch.setattr(format, "write_file", fail_at_the_config)
         with pytest.raises(AdapterError, match="disk full"):
             sylva_compile.save_adapter(model, tmp_path)
         monkeypatch.undo()
@@ -374,7 +374,7 @@ class TestRefusals:
     def test_a_trained_model_is_another_base_for_its_own_adapter(self, tmp_path: Path) -> None:
         _, model, _ = trained()
         sylva_compile.save_adapter(model, tmp_path)
-        sylva_compile.merge_adapter(model)
+        sylva_compile.merge_and_unload(model)
         self.refused(model, tmp_path, "another base")
 
     def test_another_dtype(self, tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": "other"}'])
     def test_a_foreign_config(self, tmp_path: Path, content: str) -> None:
-        (tmp_path / adapters.CONFIG_NAME).write_text(content)
+        (tmp_path / format.CONFIG_NAME).write_text(content)
         self.refused(Classifier(), tmp_path, "damaged or no adapter|has format")
 
     def test_no_adapter_there(self, tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ class TestRefusals:
     def test_saving_after_a_write_past_autograd(self, tmp_path: Path) -> None:
         _, model, _ = trained()
         model.body[0]._parameters["weight"].data.zero_()
-        with pytest.raises(AdapterError, match="past autograd"):
+        with pytest.raises(EmbedError, match="past autograd"):
             sylva_compile.save_adapter(model, tmp_path / "out")
 
     @pytest.mark.parametrize("place", ["a file", "below a file"])

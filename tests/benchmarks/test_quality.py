@@ -5,13 +5,14 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from specs import specs_of
 from torch import Tensor, nn
 
 import sylva_compile
@@ -26,7 +27,8 @@ from benchmarks.quality.tasks.classification import COLA, SST2, load_model
 from benchmarks.quality.traces import Scores, block_scores, budget_elements, choose, choose_once
 from benchmarks.quality.training import optimizer_of, train
 from sylva_compile.blocks.scope import weights_in_scope
-from sylva_compile.tracing.selection import Budget
+from sylva_compile.config import SylvaConfig
+from sylva_compile.tracing.selection import ChooseBlocks
 
 GRIDS = Path(tables.__file__).parent / "grids"
 SCOPE = Settings().scope
@@ -148,10 +150,16 @@ class TestMethods:
         assert check_options(CHANCE) is None
 
 
+def scores_of(
+    by_weight: dict[str, torch.Tensor], transposed: Sequence[str] = (), choose: ChooseBlocks | None = None
+) -> Scores:
+    return Scores(by_weight, specs_of(by_weight, transposed), 0.0, choose=choose)
+
+
 class TestPatterns:
     def test_columns_are_whole_and_the_best(self) -> None:
-        scores = Scores({"a": torch.rand(6, 8), "b": torch.rand(8, 6)}, {"a": 1, "b": 0}, 0.0)
-        maps = choose(scores, Budget(0.75), "columns")
+        scores = scores_of({"a": torch.rand(6, 8), "b": torch.rand(8, 6)}, transposed=["b"])
+        maps = choose(scores, SylvaConfig(sparsity=0.75), "columns")
         kept = maps["a"].any(0)
         assert int(kept.sum()) == 2
         assert bool(maps["a"][:, kept].all())
@@ -160,14 +168,14 @@ class TestPatterns:
         assert bool((maps["b"].sum(1) % 6 == 0).all())
 
     def test_debts_are_paid_by_the_next_weight(self) -> None:
-        scores = Scores({str(at): torch.rand(7, 9) for at in range(12)}, {str(at): 1 for at in range(12)}, 0.0)
+        scores = scores_of({str(at): torch.rand(7, 9) for at in range(12)})
         for pattern in ("columns", "rectangle"):
-            total = sum(int(chosen.sum()) for chosen in choose(scores, Budget(0.8), pattern).values())
-            assert abs(total - 12 * Budget(0.8).blocks(63)) <= 4
+            total = sum(int(chosen.sum()) for chosen in choose(scores, SylvaConfig(sparsity=0.8), pattern).values())
+            assert abs(total - 12 * SylvaConfig(sparsity=0.8).blocks(63)) <= 4
 
     def test_no_rectangle_is_better_under_an_outer_product(self) -> None:
         outer = torch.outer(torch.rand(5), torch.rand(6))
-        chosen = choose(Scores({"a": outer}, {"a": 1}, 0.0), Budget(0.8), "rectangle")["a"]
+        chosen = choose(scores_of({"a": outer}), SylvaConfig(sparsity=0.8), "rectangle")["a"]
         height, width = int(chosen.any(1).sum()), int(chosen.any(0).sum())
         best = max(
             float(outer[list(rows)][:, list(columns)].sum())
@@ -179,15 +187,15 @@ class TestPatterns:
     def test_learning_rates_share_a_choice_and_budgets_do_not(self) -> None:
         asked: list[int] = []
 
-        def jointly(name: str, count: int, allowed: Tensor) -> Tensor:
+        def first_ones(name: str, count: int, allowed: Tensor) -> Tensor:
             asked.append(count)
             return allowed & (torch.arange(allowed.numel()).view_as(allowed) < count)
 
-        scores = Scores({"a": torch.rand(5, 6)}, {"a": 1}, 0.0, jointly=jointly)
-        first, seconds = choose_once(scores, Budget(0.8), "blocks")
-        again, same = choose_once(scores, Budget(0.8), "blocks")
+        scores = scores_of({"a": torch.rand(5, 6)}, choose=first_ones)
+        first, seconds = choose_once(scores, SylvaConfig(sparsity=0.8), "blocks")
+        again, same = choose_once(scores, SylvaConfig(sparsity=0.8), "blocks")
         assert first is again and seconds == same
-        other, _ = choose_once(scores, Budget(0.5), "blocks")
+        other, _ = choose_once(scores, SylvaConfig(sparsity=0.5), "blocks")
         assert asked == [6, 15] == [int(first["a"].sum()), int(other["a"].sum())]
 
 
@@ -195,12 +203,11 @@ class TestPatterns:
 def test_scores_apart_from_the_choice_give_the_masks_of_trace_and_mask(score: str) -> None:
     model, batches = load_model("tiny", 0), [batch() for _ in range(2)]
     how: dict[str, Any] = {"method": "sylva", "score": score, "num_partitions": 1, "rank": 2}
-    scores = block_scores(model, batches, scope=SCOPE, block_size=8, samples=16, seed=0, **how)
-    choose(scores, Budget(0.9))  # one trace serves several budgets
-    maps = choose(scores, Budget(0.7))
-    masks = sylva_compile.trace_and_mask(
-        model, batches, scope=SCOPE, block_size=8, sparsity=0.7, num_samples=16, progress=False, **how
-    )
+    config = SylvaConfig(scope=SCOPE, block_size=8, num_samples=16, **how)
+    scores = block_scores(model, batches, config, seed=0)
+    choose(scores, SylvaConfig(sparsity=0.9))  # one trace serves several budgets
+    maps = choose(scores, SylvaConfig(sparsity=0.7))
+    masks = sylva_compile.trace_and_mask(model, batches, replace(config, sparsity=0.7, progress=False))
     assert set(maps) == set(masks)
     assert all(torch.equal(maps[name], mask.block_map()) for name, mask in masks.items())
     assert budget_elements(weights_in_scope(model, SCOPE), 0.7, 8) == sum(mask.trainable for mask in masks.values())
@@ -511,8 +518,8 @@ class TestTables:
     def test_comments_may_ask_for_some_methods(self) -> None:
         grid = Grid.read(GRIDS / "small.toml")
         lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
-        text = '<!-- quality small "full" "sylva, joint": begin -->\nold\n<!-- end -->\n'
-        some = [line for line in lines if line.run.method in ("full", "sylva, joint")]
+        text = '<!-- quality small "full" "sylva, greedy": begin -->\nold\n<!-- end -->\n'
+        some = [line for line in lines if line.run.method in ("full", "sylva, greedy")]
         assert tables.quoted(text, grid, lines) == text.replace("old\n", tables.markdown(grid, some))
         with pytest.raises(ValueError, match="asks for 'Full'; small has"):
             tables.quoted(text.replace("full", "Full"), grid, lines)

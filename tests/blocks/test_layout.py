@@ -14,7 +14,7 @@ def layout(grid: list[list[int]], shape: tuple[int, int], b: int = 8, axis: int 
 
 
 def check(one: BlockLayout, shape: tuple[int, int]) -> None:
-    """The narrow positions among the lines find what the positions find in the whole."""
+    """Assert that SDDMM of the input channels at the narrow positions equals SDDMM of the whole input."""
     generator = torch.Generator().manual_seed(0)
     operands = [torch.randn(5, size, generator=generator) for size in shape]
     whole = sddmm_reference(*operands, one.positions, one.block_size)
@@ -79,5 +79,5 @@ def test_a_copy_still_shares() -> None:
 
 def test_sizes_are_marked_once() -> None:
     one = layout([[0, 0, 1]], (8, 20))
-    assert one.let_sizes_vary()
-    assert not one.let_sizes_vary()
+    assert one.mark_sizes_dynamic()
+    assert not one.mark_sizes_dynamic()

@@ -1,4 +1,4 @@
-"""The backend: what it reports, when it recompiles, and that compiled layers never share a mask."""
+"""Tests of the backend: its report, its recompilations, and that compiled layers never share a mask."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ from torch._inductor.compile_fx import compile_fx
 
 import sylva_compile
 from sylva_compile import Masks
-from sylva_compile.blocks import embedding
+from sylva_compile.blocks.embed import block_states
 from sylva_compile.compiler import backend as backend_module
 from sylva_compile.errors import ArgumentError, MaskError, RewriteError
 
@@ -45,7 +45,7 @@ class Stack(nn.Module):
 
 
 class NotAProduct(nn.Module):
-    """One weight that is a product's, and one whose gradient is not."""
+    """A layer whose weight gradient is a matrix product, and one whose weight gradient is not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,10 +252,10 @@ class TestRecompilation:
         x = torch.randn(5, 30)
         old = []
         for round_ in range(3):
-            # Equal counts, so that nothing is compiled again; and the old sites live on, as guards may keep them.
+            # Equal counts, so that nothing is compiled again; and the old states stay alive, as guards may keep them.
             block_map = torch.arange(16).view(4, 4) % 3 == round_ % 2 + 1
             masks = Masks.from_block_maps(model, {"lin.weight": block_map}, 8)
-            old.append(embedding.sites(masks.embed()))
+            old.append(block_states(masks.embed()))
             backend = sylva_compile.backend(masks, inner="aot_eager")
             if round_ == 0:
                 model.compile(backend=backend)
@@ -264,7 +264,7 @@ class TestRecompilation:
                 masks.parameters()[0].add_(1.0)
             out = model(x)
             assert_invariant(model, masks)
-            sylva_compile.merge_adapter(model)
+            sylva_compile.merge_and_unload(model)
             torch.testing.assert_close(out, (x @ model.lin.weight.t() + model.lin.bias).relu())
 
     @pytest.mark.parametrize("partly", [True, False])
@@ -308,7 +308,7 @@ class TestRecompilation:
         for layer in model:
             layer.compile(backend=backend)
             layer(x).sum().backward()
-        first, second = (site.weight for site in embedding.sites(model).values())
+        first, second = (state.weight for state in block_states(model).values())
         model[0].lin.weight, model[1].lin.weight = second, first
         for layer, blocks in zip(model, masks.parameters(), strict=True):
             with torch.no_grad():
@@ -322,7 +322,7 @@ class TestRecompilation:
         compiled = torch.compile(model, backend=sylva_compile.backend(masks, inner="aot_eager"))
         x = torch.randn(5, 40)
         compiled(x).sum().backward()
-        sylva_compile.merge_adapter(model)
+        sylva_compile.merge_and_unload(model)
         compiled(x).sum().backward()
         assert model[0].weight.grad is not None
 

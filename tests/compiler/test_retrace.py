@@ -1,4 +1,4 @@
-"""What one trace teaches: shared lines, sizes that vary; and that it is taught once, before any code is generated."""
+"""Tests of second traces: shared input channels, dynamic sizes, and one retrace before any code is generated."""
 
 import copy
 import logging
@@ -13,13 +13,13 @@ from torch._dynamo.utils import counters
 
 import sylva_compile
 from sylva_compile import Masks
-from sylva_compile.blocks import embedding
+from sylva_compile.blocks.embed import block_states
 from sylva_compile.compiler import backend as backend_module
-from sylva_compile.compiler.retrace import _alike, _numbers, _pattern
+from sylva_compile.compiler.retrace import _numbers, _pattern, _same_in_all_layers
 from sylva_compile.kernels.sddmm.op import sddmm
 from sylva_compile.kernels.sddmm.shared_op import sddmm_shared
 from sylva_compile.passes import runner
-from sylva_compile.passes.edit import tangent_dependents
+from sylva_compile.passes.dataflow import dataflow_of, tangent_dependents
 
 PRODUCTS = {torch.ops.aten.mm.default, sddmm._opoverload, sddmm_shared._opoverload}
 
@@ -66,7 +66,7 @@ class TestSharedActivations:
             for _ in range(2):
                 model.zero_grad()
                 compiled(x).backward()
-        lines = [site.layout.input_channels for site in embedding.sites(model).values()]
+        lines = [state.layout.input_channels for state in block_states(model).values()]
         assert lines[0] is lines[1] is lines[2]
         assert lines[3] is not lines[0]
         assert caplog.text.count("traced again") == 1
@@ -93,17 +93,17 @@ class TestSharedActivations:
         masks = random_masks(model, NAMES, 8, 0.3)
         masks.embed()
         torch.compile(model, backend=sylva_compile.backend(inner="aot_eager"))(x).backward()
-        lines = [site.layout.input_channels for site in embedding.sites(model).values()]
+        lines = [state.layout.input_channels for state in block_states(model).values()]
         assert lines[0] is not lines[1]
         check_gradients(model, masks, reference, reference(x))
 
     def test_alike_are_the_same_weights_of_other_layers(self) -> None:
-        sites: dict[str, Any] = {f"m.{layer}.{name}.weight": None for layer in range(4) for name in ("q", "k", "o")}
+        states: dict[str, Any] = {f"m.{layer}.{name}.weight": None for layer in range(4) for name in ("q", "k", "o")}
         group = {"m.1.q.weight", "m.1.k.weight"}
-        found = _alike(sites, {"m.3.q.weight"}, group)
+        found = _same_in_all_layers(states, {"m.3.q.weight"}, group)
         assert found == [{f"m.{layer}.q.weight", f"m.{layer}.k.weight"} for layer in (0, 1, 2)]
         across = {"m.1.q.weight", "m.2.k.weight"}
-        assert _alike(sites, set(), across) == [across]
+        assert _same_in_all_layers(states, set(), across) == [across]
 
     def test_numbers_of_layers_are_whole_parts_of_a_name(self) -> None:
         assert _numbers("layers.10.w1.weight") == ("10",)
@@ -111,7 +111,7 @@ class TestSharedActivations:
 
 
 def unequal_masks(case: Case, *, least: int = 2) -> Masks:
-    """Masks of a Llama's two layers that differ in every count of blocks and lines."""
+    """Make masks of a Llama's two layers that differ in every count of blocks and of input channels."""
     maps = {}
     for serial, (name, weight) in enumerate(case.model.model.layers.named_parameters(prefix="model.layers")):
         if weight.dim() == 2:
@@ -167,8 +167,8 @@ class TestLayersOneByOne:
         masks = unequal_masks(case)
         case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager", on_miss="error"))
         case.model(**case.batch).loss.backward()
-        for site in embedding.sites(case.model).values():
-            assert not hasattr(site.layout.positions, "_dynamo_weak_dynamic_indices")
+        for state in block_states(case.model).values():
+            assert not hasattr(state.layout.positions, "_dynamo_weak_dynamic_indices")
 
     def test_generated_code_serves_unequal_masks(self) -> None:
         case = tiny("llama", length=16)
@@ -187,7 +187,7 @@ class TestLayersOneByOne:
 
 class TestBelowTheLowestTrainedBlock:
     def backward_products(self, layers: int, trained: int, monkeypatch: pytest.MonkeyPatch) -> int:
-        """Matrix products of the backward pass of a Llama of which one layer is trained; one launch counts as one."""
+        """Count the matrix products in the backward of a Llama with one trained layer; a shared launch counts once."""
         graphs: list[Any] = []
         run = runner.run_passes
 
@@ -203,7 +203,7 @@ class TestBelowTheLowestTrainedBlock:
         case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager", on_miss="error"))
         case.model(**case.batch).loss.backward()
         monkeypatch.undo()
-        backward = tangent_dependents(graphs[-1])
+        backward = tangent_dependents(dataflow_of(graphs[-1]))
         return sum(node.target in PRODUCTS for node in backward)
 
     def test_there_is_no_backward_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:

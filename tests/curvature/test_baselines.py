@@ -1,6 +1,7 @@
 import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
+from specs import spec
 from torch import Tensor
 
 from sylva_compile.curvature.baselines import SquaredGradient, magnitude_scores, random_scores
@@ -21,7 +22,7 @@ sizes, blocks, seeds = st.integers(1, 14), st.integers(1, 8), st.integers(0, 100
 @settings(deadline=None, max_examples=40)
 def test_fisher_sums_the_squares_of_each_batchs_gradient(m: int, n: int, batches: int, b: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    estimator = SquaredGradient(torch.zeros(m, n, dtype=torch.float64), m, n)
+    estimator = SquaredGradient(spec(m, n, torch.float64))
     expected = torch.zeros(m, n, dtype=torch.float64)
     for tokens in range(3, 3 + batches):
         x = torch.randn(tokens, n, dtype=torch.float64, generator=generator)
@@ -34,10 +35,10 @@ def test_fisher_sums_the_squares_of_each_batchs_gradient(m: int, n: int, batches
     torch.testing.assert_close(estimator.block_scores(b), slow_block_sums(expected, b))
 
 
-def test_fisher_of_one_batch_is_not_that_of_two() -> None:
+def test_fisher_of_one_batch_differs_from_that_of_two() -> None:
     # A batch and its negative cancel in one gradient, never in two squares.
     x, gy = torch.ones(1, 4), torch.ones(1, 4)
-    one, two = (SquaredGradient(torch.zeros(4, 4), 4, 4) for _ in range(2))
+    one, two = (SquaredGradient(spec(4, 4)) for _ in range(2))
     one.update(torch.cat([x, -x]), torch.cat([gy, gy]))
     two.update(x, gy)
     two.update(-x, gy)
@@ -46,7 +47,7 @@ def test_fisher_of_one_batch_is_not_that_of_two() -> None:
 
 
 def test_fisher_sums_narrow_dtypes_in_float32() -> None:
-    estimator = SquaredGradient(torch.zeros(8, 8, dtype=torch.bfloat16), 8, 8)
+    estimator = SquaredGradient(spec(8, 8, torch.bfloat16))
     ones = torch.ones(512, 8, dtype=torch.bfloat16)
     for _ in range(3):
         estimator.update(ones, ones)
@@ -54,7 +55,7 @@ def test_fisher_sums_narrow_dtypes_in_float32() -> None:
 
 
 def test_fisher_ignores_dead_tokens_and_survives_none() -> None:
-    estimator = SquaredGradient(torch.zeros(4, 4), 4, 4)
+    estimator = SquaredGradient(spec(4, 4))
     estimator.update(torch.randn(3, 4), torch.zeros(3, 4))
     estimator.update(torch.randn(0, 4), torch.zeros(0, 4))
     assert estimator.block_scores(4).item() == 0.0

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from specs import spec
 from torch import Tensor
 
 from sylva_compile.curvature.blockwise import BlockFactor
@@ -22,7 +23,7 @@ def batch(m: int, n: int, tokens: int, seed: int, dtype: torch.dtype = torch.flo
 
 def blockwise(x: Tensor, gy: Tensor, b: int, damping: float | None = None) -> Kfac:
     new_factor = functools.partial(BlockFactor, block_size=b)
-    return Kfac(x, gy.shape[1], x.shape[1], new_factor=new_factor, score="gain", damping=damping)
+    return Kfac(spec(gy.shape[1], x.shape[1], x.dtype), new_factor=new_factor, score="gain", damping=damping)
 
 
 sizes = st.integers(1, 40)
@@ -41,7 +42,10 @@ def test_scores_equal_those_of_the_dense_factors(
     m: int, n: int, tokens: int, b: int, seed: int, damping: float | None
 ) -> None:
     x, gy = batch(m, n, tokens, seed)
-    blocks, dense = blockwise(x, gy, b, damping), Kfac(x, m, n, new_factor=DenseFactor, score="gain", damping=damping)
+    blocks, dense = (
+        blockwise(x, gy, b, damping),
+        Kfac(spec(m, n, x.dtype), new_factor=DenseFactor, score="gain", damping=damping),
+    )
     blocks.update(x, gy)
     dense.update(x, gy)
     torch.testing.assert_close(blocks.block_scores(b), dense.block_scores(b), rtol=1e-8, atol=1e-12)
@@ -93,7 +97,7 @@ def test_narrow_dtypes_are_summed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(narrow.block_scores(4), wide.block_scores(4), rtol=1e-3, atol=1e-9)
 
 
-class TestNothingToSee:
+class TestNoDataOrZeros:
     def test_no_update(self) -> None:
         x, gy = batch(6, 7, 5, 0)
         assert torch.equal(blockwise(x, gy, 4).block_scores(4), torch.zeros(2, 2, dtype=torch.float64))
@@ -130,7 +134,7 @@ def test_a_copy_is_independent() -> None:
     assert float(twin.blocks[0, 0, 0]) == 4
 
 
-def test_what_diagonal_blocks_do_not_say_is_refused() -> None:
+def test_products_and_inverses_of_diagonal_blocks_are_refused() -> None:
     covariance = BlockFactor(7, torch.float64, torch.device("cpu"), block_size=4).mean(torch.tensor(1.0))
     for wrong in (lambda: covariance.matmul(torch.ones(7, 1)), lambda: covariance.inverse_diagonal(0.1)):
         with pytest.raises(NotImplementedError, match="whole factors"):

@@ -1,4 +1,4 @@
-"""Estimators of whole models: against dense K-FAC, over ranks, and out of a state that was put away."""
+"""Estimators of whole models: against dense K-FAC, over ranks, and from a saved state."""
 
 from pathlib import Path
 
@@ -7,11 +7,13 @@ import torch
 from combine_two_ranks import batch_of, combine, estimators
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from specs import specs_of
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
 import sylva_compile
-from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
+from sylva_compile.config import SylvaConfig
+from sylva_compile.curvature.estimators import Estimators
 from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.errors import ArgumentError, TraceError
 
@@ -80,7 +82,7 @@ class TestScores:
 
     def test_a_transposed_weight_gives_transposed_scores(self) -> None:
         weights = {"linear": torch.empty(10, 20, dtype=F64), "conv1d": torch.empty(20, 10, dtype=F64)}
-        one = Estimators(weights, {"linear": 1, "conv1d": 0}, EstimatorChoice("sylva", "gain", 8, 2, 8, None))
+        one = Estimators(specs_of(weights, ["conv1d"]), SylvaConfig(score="gain", block_size=8, num_partitions=2))
         for name in weights:
             one.update(name, *batch_of(30, 10, 20, 0))
         assert torch.equal(one.take_scores("linear"), one.take_scores("conv1d").t())
@@ -104,7 +106,7 @@ class TestJointMap:
 
     def test_a_transposed_weight_gives_a_transposed_map(self) -> None:
         weights = {"linear": torch.empty(40, 20, dtype=F64), "conv1d": torch.empty(20, 40, dtype=F64)}
-        one = Estimators(weights, {"linear": 1, "conv1d": 0}, EstimatorChoice("sylva", "greedy", 8, 2, 8, None))
+        one = Estimators(specs_of(weights, ["conv1d"]), SylvaConfig(block_size=8, num_partitions=2))
         for name in weights:
             one.update(name, *batch_of(30, 40, 20, 0))
         allowed = torch.ones(5, 3, dtype=torch.bool)
@@ -113,7 +115,7 @@ class TestJointMap:
         assert torch.equal(maps[0], maps[1].t())
         assert not bool(maps[0][0].any())
 
-    def test_what_cannot_be_chosen_is_an_error_that_says_what_to_do(self) -> None:
+    def test_a_gain_that_is_not_finite_is_an_error_that_names_the_remedy(self) -> None:
         one = estimators("w", 16, 16, "kfac", "greedy")
         one.update("w", torch.ones(4, 16, dtype=F64), torch.full((4, 16), 1e200, dtype=F64))
         with pytest.raises(ArgumentError, match=r"^w: .*raise damping, or use score='gain'"):
@@ -127,7 +129,7 @@ class TestJointMap:
 
 class TestState:
     @pytest.mark.parametrize(("method", "score"), CHOICES)
-    def test_going_on_from_a_state_is_going_on(self, method: str, score: str) -> None:
+    def test_loading_a_state_continues_the_sums(self, method: str, score: str) -> None:
         whole, first, second = (estimators("qko", 20, 24, method, score, rank=3) for _ in range(3))
 
         def show(one: Estimators, seed: int) -> None:

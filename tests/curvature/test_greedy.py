@@ -1,4 +1,4 @@
-"""The joint choice against the quadratic model written out, its Kronecker product and all."""
+"""The greedy choice against the quadratic model written out with its Kronecker product."""
 
 import hypothesis.strategies as st
 import pytest
@@ -15,12 +15,12 @@ F64 = torch.float64
 
 
 def covariance(size: int, seed: int, tokens: int = 0) -> Tensor:
-    """Of tokens that share a direction, so that blocks far apart win the same thing."""
+    """Return the covariance of tokens that share a direction, so that blocks far apart win the same decrease."""
     generator = torch.Generator().manual_seed(seed)
     tokens = tokens or size + 4
-    lines = torch.randn(tokens, size, dtype=F64, generator=generator)
-    lines += 2 * torch.randn(tokens, 1, dtype=F64, generator=generator)
-    return lines.t() @ lines / tokens
+    z = torch.randn(tokens, size, dtype=F64, generator=generator)
+    z += 2 * torch.randn(tokens, 1, dtype=F64, generator=generator)
+    return z.t() @ z / tokens
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -28,7 +28,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def slow_choice(gradient: Tensor, a: Tensor, g: Tensor, b: int, damping: float, count: int) -> set[tuple[int, int]]:
-    """Block by block on `wᵀ c + ½ wᵀ (G ⊗ A) w`, w all of the weight, each step solved on its own block."""
+    """Choose block by block on `wᵀ c + ½ wᵀ (G ⊗ A) w` for the whole weight w, solving each step on its own block."""
     m, n = gradient.shape
     a = a + damping * a.diagonal().mean() * torch.eye(n, dtype=F64)
     g = g + damping * g.diagonal().mean() * torch.eye(m, dtype=F64)
@@ -95,7 +95,7 @@ def test_without_correlations_the_highest_gains_are_chosen() -> None:
     assert set(found.flatten().nonzero().flatten().tolist()) == set(gains.flatten().topk(4).indices.tolist())
 
 
-def test_a_copy_of_an_input_wins_nothing_more() -> None:
+def test_a_copy_of_an_input_has_no_gain_left() -> None:
     """Inputs 4 to 7 are inputs 0 to 3 again, with the second highest gain; the third block is new."""
     x = random(200, 8, seed=0)
     x = torch.cat([x[:, :4], x[:, :4], x[:, 4:]], dim=1)
@@ -108,7 +108,7 @@ def test_a_copy_of_an_input_wins_nothing_more() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 3, 5])
-def test_only_allowed_blocks_are_chosen_and_exactly_so_many(count: int) -> None:
+def test_exactly_count_of_the_allowed_blocks_are_chosen(count: int) -> None:
     allowed = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 0, 1]]).bool()
     a, g, gradient = covariance(11, 0), covariance(9, 1), random(9, 11, seed=2)
     found = choose_greedily(gradient, DenseCovariance(a), DenseCovariance(g), 4, 0.1, count, allowed)
@@ -117,7 +117,7 @@ def test_only_allowed_blocks_are_chosen_and_exactly_so_many(count: int) -> None:
     assert int(allowed.sum()) == 5
 
 
-def test_no_gradient_and_no_curvature_take_the_first() -> None:
+def test_no_gradient_and_no_curvature_take_the_first_blocks() -> None:
     zero = DenseCovariance(torch.zeros(8, 8, dtype=F64))
     found = choose_greedily(torch.zeros(8, 8, dtype=F64), zero, zero, 4, 0.1, 2, everything(8, 8, 4))
     assert found.tolist() == [[True, True], [False, False]]
@@ -132,7 +132,7 @@ def test_a_hierarchy_of_full_rank_chooses_like_the_dense_factors() -> None:
 
 @given(seed=st.integers(0, 10**6), rank=st.integers(0, 3), damping=st.sampled_from([1e-6, 1e-3, 0.1]))
 @settings(deadline=None, max_examples=40)
-def test_truncated_factors_that_are_not_positive_still_give_so_many(seed: int, rank: int, damping: float) -> None:
+def test_truncated_factors_that_are_indefinite_still_give_the_count(seed: int, rank: int, damping: float) -> None:
     a, g = (Hierarchy.from_dense(covariance(40, seed + at, tokens=12), 3, rank) for at in (0, 1))
     found = choose_greedily(random(40, 40, seed=seed), a, g, 4, damping, 60, everything(40, 40, 4))
     assert int(found.sum()) == 60
@@ -149,15 +149,15 @@ class TestWhitened:
         torch.testing.assert_close(found[:38, :38], expected[:38, :38])
         assert not bool(found[38:, :36].any())
 
-    def test_what_truncation_makes_too_large_is_cut(self) -> None:
+    def test_entries_that_truncation_makes_too_large_are_clamped(self) -> None:
         indefinite = torch.eye(8, dtype=F64)
         indefinite[0, 4] = indefinite[4, 0] = -3.0
         found = _Whitened(DenseCovariance(indefinite), 8, 4, 1e-3).columns(0)
         assert found[4].tolist() == [-1.0, 0.0, 0.0, 0.0]
 
 
-def test_steps_without_bound_are_an_error() -> None:
+def test_a_gain_that_is_not_finite_is_an_error() -> None:
     gradient = torch.full((8, 8), 1e300, dtype=F64)
     unit = DenseCovariance(1e-30 * torch.eye(8, dtype=F64))
-    with pytest.raises(ArithmeticError, match="no bounded steps"):
+    with pytest.raises(ArithmeticError, match="not finite"):
         choose_greedily(gradient, unit, unit, 4, 0.1, 2, everything(8, 8, 4))

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sylva_compile.curvature.dense import DenseFactor
-from sylva_compile.curvature.hierarchy import Hierarchy, TreeLayout
-from sylva_compile.curvature.hierarchy_inverse import HierarchyInverse
+from sylva_compile.curvature.hierarchy import Hierarchy
 from sylva_compile.curvature.importance import diagonal_blocks
 from sylva_compile.curvature.online import OnlineHierarchy
+from sylva_compile.curvature.tree_layout import TreeLayout
 
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
 sizes = st.integers(1, 70)
@@ -21,8 +21,8 @@ seeds = st.integers(0, 2**31)
 
 def covariance(size: int, seed: int, tokens: int | None = None, batch: tuple[int, ...] = ()) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    lines = torch.randn(*batch, tokens or 2 * size, size, dtype=torch.float64, generator=generator)
-    return lines.mT @ lines / lines.shape[-2]
+    z = torch.randn(*batch, tokens or 2 * size, size, dtype=torch.float64, generator=generator)
+    return z.mT @ z / z.shape[-2]
 
 
 def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
@@ -33,20 +33,20 @@ def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
 class TestLayout:
     @given(sizes, depths)
     @settings(deadline=None)
-    def test_every_line_has_a_slot_and_nodes_of_a_level_differ_by_one_line(self, size: int, depth: int) -> None:
+    def test_every_row_has_a_slot_and_nodes_of_a_level_differ_by_one_row(self, size: int, depth: int) -> None:
         layout = TreeLayout(size, depth)
         index = layout.index(torch.device("cpu"))
         assert index.unique().numel() == size
         assert bool((index.diff() > 0).all())
         for level in range(depth + 1):
-            lines = torch.bincount(index // (layout.slots >> level), minlength=2**level)
-            assert int(lines.max() - lines.min()) <= 1
+            sizes = torch.bincount(index // (layout.slots >> level), minlength=2**level)
+            assert int(sizes.max() - sizes.min()) <= 1
 
     def test_spread_and_gather_are_inverse(self) -> None:
-        layout, lines = TreeLayout(13, 2), torch.randn(3, 13)
-        spread = layout.spread(lines, 1)
+        layout, tokens = TreeLayout(13, 2), torch.randn(3, 13)
+        spread = layout.spread(tokens, 1)
         assert spread.shape == (3, 16)
-        torch.testing.assert_close(layout.gather(spread, 1), lines, rtol=0, atol=0)
+        torch.testing.assert_close(layout.gather(spread, 1), tokens, rtol=0, atol=0)
 
 
 class TestExactAtFullRank:
@@ -55,11 +55,11 @@ class TestExactAtFullRank:
     def test_products_and_inverses(self, size: int, depth: int, seed: int) -> None:
         matrix = covariance(size, seed)
         tree = Hierarchy.from_dense(matrix, depth, size)
-        lines = torch.randn(size, 3, dtype=torch.float64)
+        right = torch.randn(size, 3, dtype=torch.float64)
         whole = damped(matrix, 1e-2)
         torch.testing.assert_close(tree.dense(), matrix, **EXACT)
-        torch.testing.assert_close(tree.matmul(lines), matrix @ lines, **EXACT)
-        torch.testing.assert_close(tree.solve(lines, 1e-2), torch.linalg.solve(whole, lines), **EXACT)
+        torch.testing.assert_close(tree.matmul(right), matrix @ right, **EXACT)
+        torch.testing.assert_close(tree.solve(right, 1e-2), torch.linalg.solve(whole, right), **EXACT)
         torch.testing.assert_close(tree.inverse_diagonal(1e-2), torch.linalg.inv(whole).diagonal(), **EXACT)
 
     @given(sizes, depths, st.integers(1, 20), seeds)
@@ -86,23 +86,23 @@ class TestExactAtFullRank:
 class TestAtLowRank:
     @given(st.integers(8, 60), st.integers(1, 3), st.integers(1, 4), seeds)
     @settings(deadline=None, max_examples=20)
-    def test_is_symmetric_and_its_own_inverse_fits(self, size: int, depth: int, rank: int, seed: int) -> None:
+    def test_is_symmetric_and_its_inverse_is_the_dense_one(self, size: int, depth: int, rank: int, seed: int) -> None:
         tree = Hierarchy.from_dense(covariance(size, seed), depth, rank)
         dense = tree.dense()
         torch.testing.assert_close(dense, dense.mT, rtol=0, atol=1e-12)
-        inverse = HierarchyInverse(tree, 1e-2, indefinite="raise")
+        inverse = tree.inverse(1e-2, indefinite="raise")
         whole = dense + inverse.damping * torch.eye(size, dtype=torch.float64)
         assert float(torch.linalg.eigvalsh(whole)[0]) > 0
         expected = torch.linalg.inv(whole)
         scale = float(expected.abs().max())
-        lines = torch.eye(size, dtype=torch.float64)
-        torch.testing.assert_close(inverse.solve(lines), expected, rtol=1e-7, atol=1e-7 * scale)
+        unit = torch.eye(size, dtype=torch.float64)
+        torch.testing.assert_close(inverse.solve(unit), expected, rtol=1e-7, atol=1e-7 * scale)
         torch.testing.assert_close(inverse.diagonal(), expected.diagonal(), rtol=1e-7, atol=1e-7 * scale)
 
     @given(st.integers(8, 60), st.integers(1, 3), st.integers(1, 4), seeds)
     @settings(deadline=None, max_examples=20)
     def test_limited_inverse_is_symmetric_positive_definite(self, size: int, depth: int, rank: int, seed: int) -> None:
-        inverse = HierarchyInverse(Hierarchy.from_dense(covariance(size, seed), depth, rank), 1e-2)
+        inverse = Hierarchy.from_dense(covariance(size, seed), depth, rank).inverse(1e-2)
         dense = inverse.solve(torch.eye(size, dtype=torch.float64))
         torch.testing.assert_close(dense, dense.mT, rtol=1e-8, atol=1e-8 * float(dense.abs().max()))
         assert float(torch.linalg.eigvalsh(dense)[0]) > 0
@@ -110,7 +110,7 @@ class TestAtLowRank:
 
 
 def broken_by_truncation() -> Hierarchy:
-    """A positive semidefinite matrix of large correlations whose rank-1 cut is indefinite."""
+    """Return the rank-1 hierarchy, indefinite, of a positive semidefinite matrix of large correlations."""
     for seed in range(100):
         tree = Hierarchy.from_dense(covariance(32, seed, tokens=5), 2, 1)
         if float(torch.linalg.eigvalsh(tree.dense())[0]) < -1e-2:
@@ -122,7 +122,7 @@ class TestIndefinite:
     def test_raises_damping_and_logs_once(self, caplog: pytest.LogCaptureFixture) -> None:
         tree = broken_by_truncation()
         with caplog.at_level(logging.INFO):
-            inverse = HierarchyInverse(tree, 1e-3, indefinite="raise")
+            inverse = tree.inverse(1e-3, indefinite="raise")
         assert len(caplog.records) == 1
         raised = float(inverse.damping / tree.mean_diagonal() / 1e-3)
         assert raised in (pytest.approx(10), pytest.approx(100), pytest.approx(1000), pytest.approx(10000))
@@ -131,7 +131,7 @@ class TestIndefinite:
     def test_limits_correlations_and_logs_once(self, caplog: pytest.LogCaptureFixture) -> None:
         tree = broken_by_truncation()
         with caplog.at_level(logging.INFO):
-            inverse = HierarchyInverse(tree, 1e-3)
+            inverse = tree.inverse(1e-3)
         assert len(caplog.records) == 1
         assert bool(inverse.limited)
         torch.testing.assert_close(inverse.damping, 1e-3 * tree.mean_diagonal())
@@ -139,25 +139,25 @@ class TestIndefinite:
     def test_only_the_factor_that_fails_is_changed(self) -> None:
         bad = broken_by_truncation().dense()
         tree = Hierarchy.from_dense(torch.stack([torch.eye(32, dtype=torch.float64), bad]), 2, 1)
-        inverse = HierarchyInverse(tree, 1e-3, indefinite="raise")
+        inverse = tree.inverse(1e-3, indefinite="raise")
         assert float(inverse.damping[0]) == pytest.approx(1e-3)
         assert float(inverse.damping[1]) > 5e-3 * float(tree.mean_diagonal()[1])
-        assert HierarchyInverse(tree, 1e-3).limited.tolist() == [False, True]
+        assert tree.inverse(1e-3).limited.tolist() == [False, True]
 
     def test_a_leaf_that_is_not_positive_definite_raises_damping(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)
         matrix = torch.eye(8, dtype=torch.float64)
         matrix[0, 1] = matrix[1, 0] = 1.05
-        inverse = HierarchyInverse(Hierarchy.from_dense(matrix, 2, 2), 1e-3)
+        inverse = Hierarchy.from_dense(matrix, 2, 2).inverse(1e-3)
         assert float(inverse.damping) == pytest.approx(0.1)
         assert len(caplog.records) == 1
 
-    def test_nothing_is_said_where_all_is_well(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_positive_definite_factor_logs_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)
         Hierarchy.from_dense(covariance(20, 0), 2, 20).inverse_diagonal(1e-3)
         assert not caplog.records
 
-    def test_values_that_are_not_finite(self) -> None:
+    def test_values_that_are_not_finite_are_an_error(self) -> None:
         matrix = torch.eye(8, dtype=torch.float64)
         matrix[0, 0] = torch.nan
         tree = Hierarchy(TreeLayout(8, 0), matrix[None], [], [])

@@ -17,15 +17,15 @@ from sylva_compile.curvature.importance import (
 
 
 def covariance(size: int, seed: int, rank: int | None = None) -> Tensor:
-    lines = torch.randn(size, rank or 2 * size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return lines @ lines.t()
+    z = torch.randn(size, rank or 2 * size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return z @ z.t()
 
 
 def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_importance_line_by_line() -> None:
+def test_importance_of_each_output_and_input() -> None:
     m, n = 5, 7
     a, g, gradient = covariance(n, 0), covariance(m, 1), random(m, n, seed=2)
     a_inverse, g_inverse = torch.linalg.inv(a), torch.linalg.inv(g)
@@ -64,7 +64,7 @@ def test_gain_of_every_block_with_the_kronecker_product_written_out(m: int, n: i
             torch.testing.assert_close(scores[r, c], 0.5 * vector @ torch.linalg.solve(curvature, vector))
 
 
-def test_gain_of_one_block_that_is_the_whole_weight_is_what_a_newton_step_wins() -> None:
+def test_gain_of_one_block_that_is_the_whole_weight_is_the_decrease_of_a_newton_step() -> None:
     # On the quadratic model g·w + ½ wᵀ (G ⊗ A) w the best step wins exactly the gain.
     m, n = 3, 4
     a, g, gradient = covariance(n, 0), covariance(m, 1), random(m, n, seed=2)
@@ -108,7 +108,7 @@ class TestDampedCholesky:
         assert bool(torch.isfinite(factors).all())
         assert not caplog.messages
 
-    def test_damping_is_raised_for_the_indefinite_block_alone_and_said(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_only_an_indefinite_block_is_damped_more_and_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         _say_once.cache_clear()
         good, bad = torch.eye(4, dtype=torch.float64), torch.diag(torch.tensor([4.0, 4.0, 1.0, -1.0]).double())
         with caplog.at_level(logging.INFO):

@@ -1,4 +1,4 @@
-"""Shared input factors against factors of one's own."""
+"""Shared input factors against a separate factor for each weight."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ class TestInputFactors:
             assert bool(factors._shown) == (seed == 0)
             factors.end_batch()
 
-    def test_other_live_tokens_or_another_tensor_part_the_ways(self) -> None:
+    def test_other_live_tokens_or_another_tensor_end_the_sharing(self) -> None:
         factors = new_factors("q", "k", "o")
         x = batch_of(7, 12, 0)
         for reader in ("q", "k", "o"):
@@ -72,7 +72,7 @@ class TestInputFactors:
         torch.testing.assert_close(dense_factor(factors, "k"), 2 * x.mT @ x)
         torch.testing.assert_close(dense_factor(factors, "o"), 2 * x.mT @ x)
 
-    def test_a_reader_missing_from_a_batch_parts_the_ways(self) -> None:
+    def test_a_reader_missing_from_a_batch_ends_the_sharing(self) -> None:
         factors = new_factors("q", "k")
         x = batch_of(7, 12, 0)
         for readers in (("q", "k"), ("q",)):

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from specs import spec
 from torch import Tensor
 
 from sylva_compile.curvature.dense import DenseCovariance, DenseFactor
@@ -43,7 +44,7 @@ class Data:
         return out
 
     def papers(self, b: int, damping: float) -> Tensor:
-        """Block sums of the outer product of the importances, equations 19 and 20 one line at a time."""
+        """Block sums of the outer product of the importances, equations 19 and 20 one output and input at a time."""
         a, g, gradient = self.factors()
         m, n = gradient.shape
         a_inverse = torch.linalg.inv(a + damping * a.diagonal().mean() * torch.eye(n, dtype=torch.float64))
@@ -67,7 +68,7 @@ def draw_data(m: int, n: int, tokens: int, seed: int, dtype: torch.dtype = torch
 
 def dense(data: Data, score: Score, damping: float | None = None) -> Kfac:
     m, n = data.gy.shape[1], data.x.shape[1]
-    return Kfac(data.x, m, n, new_factor=DenseFactor, score=score, damping=damping)
+    return Kfac(spec(m, n, data.x.dtype), new_factor=DenseFactor, score=score, damping=damping)
 
 
 sizes, tokens, blocks, seeds = st.integers(1, 18), st.integers(1, 30), st.integers(1, 8), st.integers(0, 10**6)
@@ -133,7 +134,7 @@ class TestUpdates:
         found, expected = dense(narrow, score), dense(wide, score)
         found.update(narrow.x, narrow.gy)
         expected.update(wide.x, wide.gy)
-        sums = [found.gradient, *found.g.state(), *found.inputs.factor("").state()]
+        sums = [found.gradient, *found.g.state(), *found.inputs.factor("w").state()]
         assert {total.dtype for total in sums} == {torch.float32}
         assert found.block_scores(4).dtype == torch.float64
         torch.testing.assert_close(found.block_scores(4), expected.block_scores(4), rtol=1e-3, atol=1e-9)
@@ -147,7 +148,7 @@ class TestUpdates:
 
 
 @pytest.mark.parametrize("score", ["gain", "paper"])
-class TestNothingToSee:
+class TestNoDataOrZeros:
     """No data, or data that is zero: scores are zero, not NaN and not an error."""
 
     def check_zero(self, estimator: Kfac) -> None:
@@ -191,11 +192,11 @@ def test_inverse_diagonal_is_that_of_the_dense_inverse() -> None:
 def test_damping_below_the_rounding_of_the_sums_is_no_error(score: Score) -> None:
     # One direction that all inputs share dwarfs the others; float32 sums then leave A indefinite by their rounding.
     generator = torch.Generator().manual_seed(0)
-    estimator = Kfac(torch.zeros(8, 128), 8, 128, new_factor=DenseFactor, score=score, damping=1e-6)
+    estimator = Kfac(spec(8, 128), new_factor=DenseFactor, score=score, damping=1e-6)
     for _ in range(20):
         x = 30 * torch.randn(64, 1, generator=generator) + 1e-3 * torch.randn(64, 128, generator=generator)
         estimator.update(x, torch.randn(64, 8, generator=generator))
-    (a,) = estimator.inputs.factor("").state()
+    (a,) = estimator.inputs.factor("w").state()
     assert float(torch.linalg.eigvalsh(a.double()).min()) < 0
     scores = estimator.block_scores(32)
     assert bool(torch.isfinite(scores).all())

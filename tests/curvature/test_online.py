@@ -68,7 +68,7 @@ class TestOddData:
             tree.update(token.expand(3, -1))
         torch.testing.assert_close(dense(tree), 15 * token.mT @ token, rtol=1e-8, atol=1e-8)
 
-    def test_tokens_that_live_in_one_half_only(self) -> None:
+    def test_tokens_that_are_zero_in_one_half(self) -> None:
         tokens = tokens_of(9, 20, 0)
         tokens[:, 10:] = 0
         tree = OnlineHierarchy(20, 1, 2, dtype=F64)
@@ -103,7 +103,7 @@ class TestManyFactors:
         st.integers(0, 99),
     )
     @settings(deadline=None, max_examples=30)
-    def test_one_call_for_several_factors_gives_what_each_gives_alone(
+    def test_one_call_for_several_factors_equals_a_call_for_each(
         self, size: int, depth: int, rank: int, count: int, tokens: int, seed: int
     ) -> None:
         together, alone = ([OnlineHierarchy(size, depth, rank, dtype=F64) for _ in range(count)] for _ in range(2))
@@ -147,7 +147,7 @@ class TestManyFactors:
         twin.update(tokens_of(20, 33, 2))
         assert not torch.equal(tree.leaves, twin.leaves)
 
-    def test_bytes_are_those_of_leaves_and_of_twice_the_rank(self) -> None:
+    def test_bytes_count_leaves_and_bases_of_twice_the_rank(self) -> None:
         # 8 leaves of 13 slots; each of three levels keeps U and V of 104 / 2 slots in all, and Λ of every node.
         numbers = 8 * 13 * 13 + 3 * 8 * 104 + 8 * (1 + 2 + 4)
         assert OnlineHierarchy(100, 3, 4).nbytes == 4 * numbers + 8
@@ -155,7 +155,7 @@ class TestManyFactors:
 
 
 def off_diagonal_errors(exact: Tensor, approximate: Tensor, depth: int, rank: int) -> list[float]:
-    """Of each level, the largest ratio of a node's error to the best of that rank (Frobenius)."""
+    """Return for each level the largest ratio of a node's error to the least error at that rank (Frobenius)."""
     worst = []
     for level in range(depth):
         edges = [node * exact.shape[0] // 2 ** (level + 1) for node in range(2 ** (level + 1) + 1)]
@@ -169,7 +169,7 @@ def off_diagonal_errors(exact: Tensor, approximate: Tensor, depth: int, rank: in
 
 
 def reference_scheme(batches: list[Tensor], depth: int) -> Tensor:
-    """The reference implementation's estimate: rank 1, one mean token a batch; scaled to the tokens it stands for."""
+    """Return the reference implementation's estimate: rank 1, one mean token per batch, scaled to its tokens."""
     tree = OnlineHierarchy(batches[0].shape[1], depth, 1, kept=1, probes=1, dtype=F64)
     for tokens in batches:
         tree.update(tokens.mean(0, keepdim=True) * tokens.shape[0] ** 0.5)

@@ -1,4 +1,4 @@
-"""Updates that wait for others: the same sums, in bounded memory, whatever comes between."""
+"""Joint updates of several factors: the same sums as single updates, in bounded memory."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sylva_compile
 from sylva_compile.curvature import estimators as estimators_module
 from sylva_compile.curvature import online, update_queue
-from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
+from sylva_compile.curvature.estimators import Estimators
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.curvature.online import OnlineHierarchy, update_together
 from sylva_compile.curvature.update_queue import UpdateQueue
@@ -30,7 +30,7 @@ def _waiting_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of every joint update of an `Estimators`, the number of factors."""
+    """Return a list to which every joint update of an `Estimators` adds its number of factors."""
     found: list[int] = []
 
     def count(trees: Sequence[OnlineHierarchy], tokens: Sequence[Tensor]) -> None:
@@ -46,7 +46,7 @@ def tokens_of(count: int, size: int, seed: int = 0, dtype: torch.dtype = F64) ->
 
 
 def two(size: int = 16) -> tuple[OnlineHierarchy, OnlineHierarchy, list[int]]:
-    """Two factors with one queue, and how many each of its updates was for."""
+    """Return two factors with one queue, and the list of the numbers of factors in its joint updates."""
     found: list[int] = []
 
     def update(trees: Sequence[OnlineHierarchy], tokens: Sequence[Tensor]) -> None:
@@ -63,7 +63,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 class TestQueue:
-    def test_what_agrees_goes_together_in_the_order_of_coming(self) -> None:
+    def test_factors_with_equal_keys_are_updated_together_in_the_order_of_adding(self) -> None:
         seen: list[tuple[list[str], list[int]]] = []
         queue = UpdateQueue[str](lambda names, tokens: seen.append((list(names), [len(z) for z in tokens])))
         for at, name in enumerate("abcd"):
@@ -74,7 +74,7 @@ class TestQueue:
         queue.flush()
         assert seen == [(["a", "c"], [0, 2]), (["b", "d"], [1, 3])]
 
-    def test_no_more_waits_than_may(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_waiting_tokens_stay_below_the_memory_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(update_queue, "GROUP_BYTES_ON_CPU", 20)
         seen: list[list[str]] = []
         queue = UpdateQueue[str](lambda names, tokens: seen.append(list(names)))
@@ -82,7 +82,7 @@ class TestQueue:
             assert queue.make_room(name, 10, CPU)
             queue.add(name, torch.zeros(1), group=0, nbytes=10)
         assert seen == [["a", "b"], ["c", "d"]]
-        # What is too large for the queue goes past it, but not past an update of its own.
+        # An update too large for the queue is done at once, but after a waiting update of its own factor.
         assert not queue.make_room("large", 21, CPU)
         assert seen[2:] == []
         assert not queue.make_room(name, 21, CPU)
@@ -96,7 +96,7 @@ class TestQueue:
             queue.add(name, torch.zeros(1), group=0, nbytes=1)
         assert seen == [["a", "b"]]
 
-    def test_after_a_failure_nothing_waits(self) -> None:
+    def test_a_failure_empties_the_queue(self) -> None:
         def fail(names: Sequence[str], tokens: Sequence[Tensor]) -> None:
             raise ArithmeticError
 
@@ -107,10 +107,10 @@ class TestQueue:
         with pytest.raises(ArithmeticError):
             queue.flush()
         queue.flush()
-        # Neither they nor what they took is remembered.
+        # The queue has dropped both factors and the memory that it counted for them.
         assert queue.make_room("a", ROOM, CPU)
 
-    def test_by_default_only_accelerators_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_by_default_only_updates_on_accelerators_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         assert update_queue.group_bytes(CPU) == 0
         assert update_queue.group_bytes(torch.device("cuda", 1)) == update_queue.GROUP_BYTES
@@ -122,7 +122,7 @@ class TestQueue:
 
 
 class TestHierarchies:
-    def test_what_waits_is_a_copy(self) -> None:
+    def test_the_queue_holds_a_copy(self) -> None:
         first, second, _ = two()
         tokens = tokens_of(5, 16)
         expected = tokens.mT @ tokens
@@ -141,7 +141,7 @@ class TestHierarchies:
     )
 
     @pytest.mark.parametrize(("name", "read"), READERS, ids=[name for name, _ in READERS])
-    def test_whoever_reads_finds_the_whole_sum(
+    def test_every_reader_finds_the_whole_sum(
         self, name: str, read: Callable[[OnlineHierarchy, OnlineHierarchy], Tensor]
     ) -> None:
         first, _, _ = two()
@@ -150,8 +150,8 @@ class TestHierarchies:
         other = OnlineHierarchy(16, 1, 16, dtype=F64)
         close(read(first, other), (tokens.mT @ tokens)[:8, :8])
 
-    def test_what_waits_is_combined_over_ranks_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        # Of one rank.
+    def test_waiting_tokens_are_combined_over_ranks_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Stand-ins for the collectives of one rank.
         monkeypatch.setattr(online, "all_reduce", lambda total, group: None)
         monkeypatch.setattr(online, "_gathered", lambda total, group: [total])
         first, _, _ = two()
@@ -182,7 +182,7 @@ class TestHierarchies:
         for mine, other in zip(waiting.state(), alone.state(), strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
-    def test_other_shapes_tokens_dtypes_and_histories_stay_apart(self) -> None:
+    def test_other_shapes_tokens_dtypes_and_histories_are_not_grouped(self) -> None:
         found: list[int] = []
 
         def update(trees: Sequence[OnlineHierarchy], tokens: Sequence[Tensor]) -> None:
@@ -230,12 +230,8 @@ class TestHierarchies:
         assert 0.2 * counted < peak <= counted
 
 
-def choice(rank: int = 4) -> EstimatorChoice:
-    return EstimatorChoice("sylva", "paper", 8, 2, rank, None)
-
-
 def shown(one: Estimators, names: str, m: int, n: int, seed: int) -> None:
-    """A batch in which all but the last of `names` read one tensor."""
+    """Show a batch in which all but the last of `names` read one tensor."""
     x, gy = batch_of(30, m, n, seed)
     for at, name in enumerate(names):
         one.update(name, x if name != names[-1] else x.clone(), gy * (1 + at))
@@ -243,7 +239,7 @@ def shown(one: Estimators, names: str, m: int, n: int, seed: int) -> None:
 
 
 class TestEstimators:
-    def test_layers_go_together_and_shared_inputs_count_once(self, calls: list[int]) -> None:
+    def test_layers_are_updated_together_and_shared_inputs_count_once(self, calls: list[int]) -> None:
         one = estimators("qkvo", 20, 24, "sylva", "paper", rank=4)
         for seed in range(2):
             shown(one, "qkvo", 20, 24, seed)
@@ -279,7 +275,7 @@ class TestEstimators:
             found, expected = one.take_scores(name), exact.take_scores(name)
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * float(expected.max()))
 
-    def test_a_reader_that_parts_in_the_middle_of_a_batch_takes_what_waits_along(self) -> None:
+    def test_a_reader_that_ends_sharing_within_a_batch_keeps_the_waiting_tokens(self) -> None:
         """q shows x again, without k: its copy of their factor must hold the x that still waits."""
         one, exact = (estimators("qk", 20, 24, method, "paper", rank=20) for method in ("sylva", "kfac"))
         x, gy = batch_of(30, 20, 24, 0)
@@ -293,7 +289,7 @@ class TestEstimators:
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * float(expected.max()))
 
     @pytest.mark.parametrize("limit", [130_000, ROOM])
-    def test_going_on_from_a_state_is_going_on(self, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_loading_a_state_continues_the_sums(self, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(update_queue, "GROUP_BYTES_ON_CPU", limit)
         whole, first, second = (estimators("qkvo", 20, 24, "sylva", "paper", rank=2) for _ in range(3))
         for seed in range(4):
@@ -315,8 +311,8 @@ class TestEstimators:
         one.state()
         assert calls == done
 
-    def test_a_state_that_is_loaded_is_not_added_to(self) -> None:
-        """Tokens of a batch that was broken off."""
+    def test_waiting_tokens_are_not_added_to_a_loaded_state(self) -> None:
+        """The tokens belong to a batch that was interrupted."""
         one, fresh = (estimators("qk", 20, 24, "sylva", "paper") for _ in range(2))
         one.update("q", *batch_of(30, 20, 24, 0))
         one.load_state(fresh.state().__getitem__, fresh.sharers())
@@ -362,7 +358,7 @@ class TestTracing:
         monkeypatch.setattr(update_queue, "GROUP_BYTES_ON_CPU", 0)
         assert dict(together) == dict(traced())
 
-    def test_a_batch_that_fails_half_way_leaves_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_batch_that_fails_half_way_leaves_no_queue(self, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = traced()
         update, left = Kfac.update, 6
 

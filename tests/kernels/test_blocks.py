@@ -143,12 +143,16 @@ class TestWriter:
         assert weight.detach().eq(1).all()
         assert weight._version > version
 
-    def test_to_a_device_returns_itself(self) -> None:
-        writer = BlockWriter((10, 10), torch.tensor([[1, 0], [1, 0]]), 8)
-        assert writer.to(torch.device("cpu")) is writer
-        matrix = torch.zeros(10, 10)
-        writer.write(matrix, torch.ones(2, 8, 8))
-        assert matrix.sum() == 64 + 4
+    def test_rows_and_columns_are_read_where_they_are_kept(self) -> None:
+        positions = torch.tensor([[1, 0], [1, 0]])
+        for shape in ((16, 16), (10, 10)):
+            writer = BlockWriter(shape, positions, 8)
+            assert writer.positions is positions
+            matrix = torch.zeros(shape)
+            writer.write(matrix, torch.ones(2, 8, 8))
+            assert matrix[:8, :8].all()
+            assert matrix[8:, 8:].all()
+            assert matrix.sum() == 64 + (shape[0] - 8) ** 2
 
 
 class TestRead:

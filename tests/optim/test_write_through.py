@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sylva_compile
 from sylva_compile import Masks
-from sylva_compile.blocks import embedding
+from sylva_compile.blocks.embed import block_states
 from sylva_compile.kernels.blocks import BlockWriter
 from sylva_compile.kernels.step.eager import EagerLaunch
 from sylva_compile.optim import SGD, AdamW, Lion, launches
@@ -111,8 +111,8 @@ class TestEveryStep:
                 # Gradients of blocks are zero there; these, made by hand, are not.
                 give_gradients(masks)
                 optimizer.step()
-            (site,) = embedding.sites(model).values()
-            assert torch.equal(site.inside(site.blocks.detach()), site.blocks.detach())
+            (state,) = block_states(model).values()
+            assert torch.equal(state.zero_outside(state.blocks.detach()), state.blocks.detach())
             assert_invariant(model, masks)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -276,7 +276,7 @@ class TestOthersWriteToo:
             for model, masks in both:
                 assert_invariant(model, masks)
 
-    @pytest.mark.parametrize("leave", [sylva_compile.merge_adapter, sylva_compile.unload_adapter])
+    @pytest.mark.parametrize("leave", [sylva_compile.merge_and_unload, sylva_compile.unload_adapter])
     def test_blocks_taken_out_in_between(self, leave: Any) -> None:
         model, masks = embedded([torch.randn(40, 50)])
         optimizer = AdamW(masks.parameters(), lr=0.1)

@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 
 
 class Joint:
-    """A graph under construction, the real tensors that its placeholders stand for, and what the forward half needs."""
+    """A graph under construction, the real tensors for its placeholders, and the results of its forward half."""
 
     def __init__(self) -> None:
         self.graph = Graph()
@@ -19,7 +19,7 @@ class Joint:
         self.forward: list[Node] = []
 
     def input(self, name: str, value: Tensor, desc: object = None) -> Node:
-        """A placeholder; one of the backward half is to be named `tangents_*`, as AOTAutograd does."""
+        """Add a placeholder; a gradient from outside must be named `tangents_*`, as AOTAutograd names it."""
         node = self.graph.placeholder(name)
         node.meta["val"] = self.mode.from_tensor(value, static_shapes=True)
         if desc is not None:
@@ -28,7 +28,7 @@ class Joint:
         return node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """`target(*args, **kwargs)` at the end of the graph."""
+        """Add `target(*args, **kwargs)` at the end of the graph."""
         node = self.graph.call_function(target, args, kwargs)
         fakes = map_arg((args, kwargs), lambda argument: argument.meta["val"])
         with self.mode:
@@ -36,16 +36,16 @@ class Joint:
         return node
 
     def output(self, *results: Node | None, descs: list[object] | None = None) -> None:
-        """End the graph, with what is in `forward` besides `results`."""
+        """End the graph; it returns `results`, then the nodes of `forward`."""
         node = self.graph.output((*results, *self.forward))
         node.meta["desc"] = [*(descs or [None] * len(results)), *[None] * len(self.forward)]
 
     def run(self) -> list[Tensor]:
-        """What the graph as it is now computes from the real tensors."""
+        """Run the present graph on the real tensors and return its results."""
         return list(Interpreter(GraphModule(nn.Module(), self.graph)).run(*self.values))
 
     def targets(self) -> list[Any]:
-        """The operators, in order."""
+        """Return the operators, in order."""
         return [node.target for node in self.graph.nodes if node.op == "call_function"]
 
 

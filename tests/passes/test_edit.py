@@ -1,9 +1,10 @@
+import operator
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from sylva_compile.passes.edit import apply_scales, backward_half, call, materialize, tangent_dependents
+from sylva_compile.passes.edit import apply_scales, call, materialize
 from sylva_compile.passes.match_weight_gradient import Operand, Scale
 
 if TYPE_CHECKING:
@@ -25,9 +26,16 @@ class TestCall:
 
     def test_numbers_and_none_among_the_arguments(self, joint: "Joint") -> None:
         x = joint.input("primals_1", torch.zeros(3, 4))
-        lines = joint.input("primals_2", torch.zeros(2, dtype=torch.int64))
-        assert call(joint.graph, aten.index.Tensor, x, [None, lines]).meta["val"].shape == (3, 2)
+        channels = joint.input("primals_2", torch.zeros(2, dtype=torch.int64))
+        assert call(joint.graph, aten.index.Tensor, x, [None, channels]).meta["val"].shape == (3, 2)
         assert call(joint.graph, aten.mul.Tensor, x, 2.0).meta["val"].shape == (3, 4)
+
+    def test_a_list_of_nodes_and_one_of_its_results(self, joint: "Joint") -> None:
+        x = joint.input("primals_1", torch.zeros(3, 4))
+        both = call(joint.graph, aten.cat.default, [x, x])
+        assert both.meta["val"].shape == (6, 4)
+        parts = call(joint.graph, aten.split.Tensor, both, 3)
+        assert call(joint.graph, operator.getitem, parts, 1).meta["val"].shape == (3, 4)
 
     def test_carries_its_value_and_no_other_key(self, joint: "Joint") -> None:
         x = joint.input("primals_1", torch.zeros(3, 4))
@@ -75,16 +83,3 @@ class TestApplyScales:
     def test_none_leaves_the_blocks(self, joint: "Joint") -> None:
         blocks = joint.input("primals_1", torch.zeros(1, 4, 4))
         assert apply_scales(joint.graph, blocks, ()) is blocks
-
-
-def test_tangent_dependents_are_the_backward_half(joint: "Joint") -> None:
-    x, tangent = joint.input("primals_1", torch.zeros(3)), joint.input("tangents_1", torch.zeros(3))
-    forward = joint.call(aten.sin.default, x)
-    cosine = joint.call(aten.cos.default, x)
-    backward = joint.call(aten.mul.Tensor, tangent, cosine)
-    after = joint.call(aten.neg.default, backward)
-    joint.output(forward, after)
-    assert tangent_dependents(joint.graph) >= {tangent, backward, after}
-    assert not tangent_dependents(joint.graph) & {x, forward, cosine}
-    # The cosine is of use to the backward alone, but needs no gradient.
-    assert backward_half(joint.graph) == {tangent, cosine, backward, after}

@@ -15,7 +15,7 @@ T, M, N = 5, 6, 7
 
 
 class Layer:
-    """The operands of `gyᵀ · x`, as a linear layer holds them, and their product."""
+    """The operands of `gyᵀ · x`, laid out as in a linear layer, and their product."""
 
     def __init__(self, joint: "Joint", suffix: str = "1") -> None:
         self.joint = joint
@@ -26,7 +26,7 @@ class Layer:
         return self.joint.call(aten.mm.default, self.joint.call(aten.t.default, self.gy), self.x)
 
     def turned(self) -> Node:
-        """`xᵀ · gy`, the transpose of the gradient."""
+        """Add `xᵀ · gy`, the transpose of the gradient."""
         return self.joint.call(aten.mm.default, self.joint.call(aten.t.default, self.x), self.gy)
 
     def term(self, *scales: Scale) -> Term:
@@ -172,7 +172,7 @@ class TestLinearOperators:
 
 
 class TestOpaque:
-    """What stays dense, with a reason for the user."""
+    """Gradients that stay dense, with a reason for the user."""
 
     def opaque(self, gradient: Node) -> Term:
         [term] = match_weight_gradient(gradient)

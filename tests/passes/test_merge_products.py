@@ -48,7 +48,7 @@ def test_products_of_one_activation_become_one(joint: "Joint") -> None:
     assert joint.targets() == [SHARED, operator.getitem, operator.getitem, operator.getitem]
 
 
-def test_what_reads_them_later_reads_the_parts(joint: "Joint") -> None:
+def test_later_readers_read_the_parts(joint: "Joint") -> None:
     lefts, x = inputs(joint, 2)
     products = [product(joint, left, x) for left in lefts]
     results = [joint.call(aten.neg.default, node) for node in products]
@@ -69,7 +69,7 @@ def test_another_activation_in_between_untouched(joint: "Joint") -> None:
     check(joint, products, products, 0)
 
 
-def test_one_that_is_read_before_the_other_can_be_untouched(joint: "Joint") -> None:
+def test_one_that_is_read_before_the_other_exists_untouched(joint: "Joint") -> None:
     lefts, x = inputs(joint, 2)
     first = product(joint, lefts[0], x)
     early = joint.call(aten.sum.default, first)

@@ -1,4 +1,7 @@
-"""A narrow copy has the columns of the activation, whatever it is made from, and is made from no more than it needs."""
+"""A narrow copy equals the columns of the activation, whatever tensors it is made from, and reads only the needed ones.
+
+Each test runs for every choice of channels in `CHANNELS`.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,8 +20,8 @@ aten = torch.ops.aten
 INDEX = aten.index.Tensor
 B, S, N = 2, 3, 8
 T = B * S
-LINES: dict[int, list[int]] = {1: [1, 4, 5], 2: [2, 3, 6, 7], 3: [0, 1, 2, 6, 7], 4: []}
-"""By block size: channels one by one, whole blocks, blocks of which the last is cut short, and none."""
+CHANNELS: dict[int, list[int]] = {1: [1, 4, 5], 2: [2, 3, 6, 7], 3: [0, 1, 2, 6, 7], 4: []}
+"""Channels by block size: single ones, whole blocks, blocks of which the last is cut short, and none."""
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -26,18 +29,18 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def check(
-    joint: "Joint", activation: Node, held: Callable[[Node], bool] = lambda node: False, transposed: bool = False
+    joint: "Joint", activation: Node, saved: Callable[[Node], bool] = lambda node: False, transposed: bool = False
 ) -> list[Node]:
-    """Copy, compare with the columns of the whole, and return what is cut to columns, not yet reshaped for that."""
-    channels = next(node for node in joint.graph.nodes if node.name == "primals_lines")
-    block_size = next(b for b, chosen in LINES.items() if len(chosen) == channels.meta["val"].shape[0])
+    """Make the copy, compare it with the columns of the activation, and return the nodes whose columns are selected."""
+    channels = next(node for node in joint.graph.nodes if node.name == "primals_channels")
+    block_size = next(b for b, chosen in CHANNELS.items() if len(chosen) == channels.meta["val"].shape[0])
     last = list(joint.graph.nodes)[-1]
-    copy = narrow_copy(joint.graph, Operand(activation, transposed), channels, block_size, held)
+    copy = narrow_copy(joint.graph, Operand(activation, transposed), channels, block_size, saved)
     with joint.graph.inserting_after(max(last, copy)):
         joint.output(activation, copy)
     joint.graph.lint()
     whole, narrow = joint.run()
-    expected = (whole.t() if transposed else whole)[:, LINES[block_size]]
+    expected = (whole.t() if transposed else whole)[:, CHANNELS[block_size]]
     torch.testing.assert_close(narrow, expected)
     assert (copy.meta["val"].shape, copy.meta["val"].dtype) == (expected.shape, expected.dtype)
     cut = [node.args[0] for node in joint.graph.find_nodes(op="call_function", target=INDEX)]
@@ -46,9 +49,9 @@ def check(
     return [node.args[0] if node.target is aten.reshape.default else node for node in cut]
 
 
-@pytest.fixture(autouse=True, params=LINES)
-def _lines(joint: "Joint", request: pytest.FixtureRequest) -> None:
-    joint.input("primals_lines", torch.tensor(LINES[request.param], dtype=torch.int64))
+@pytest.fixture(autouse=True, params=CHANNELS)
+def _channels(joint: "Joint", request: pytest.FixtureRequest) -> None:
+    joint.input("primals_channels", torch.tensor(CHANNELS[request.param], dtype=torch.int64))
 
 
 def flat(joint: "Joint", node: Node) -> Node:
@@ -86,7 +89,7 @@ class TestGoesThrough:
         [cut] = check(joint, joint.call(aten.reshape.default, joint.call(aten.neg.default, copy), [T, N]))
         assert cut is x
 
-    def test_what_is_read_twice_is_copied_once(self, joint: "Joint") -> None:
+    def test_a_node_that_is_read_twice_is_copied_once(self, joint: "Joint") -> None:
         x = joint.input("primals_1", normal(T, N))
         sine = joint.call(aten.sin.default, x)
         assert check(joint, joint.call(aten.mul.Tensor, sine, joint.call(aten.exp.default, sine))) == [x]
@@ -94,12 +97,12 @@ class TestGoesThrough:
 
 
 class TestEndsAt:
-    def test_what_is_held(self, joint: "Joint") -> None:
+    def test_a_node_that_is_saved(self, joint: "Joint") -> None:
         residual = joint.call(aten.add.Tensor, *(joint.input(f"primals_{i}", normal(T, N)) for i in (1, 2)))
         assert check(joint, joint.call(aten.neg.default, residual), lambda node: node is residual) == [residual]
 
-    def test_chance(self, joint: "Joint") -> None:
-        # Drawn again, it would be other numbers.
+    def test_random_numbers(self, joint: "Joint") -> None:
+        # A second draw would give other numbers.
         x = joint.call(aten.normal.Tensor_float, joint.input("primals_1", normal(T, N)))
         assert check(joint, joint.call(aten.neg.default, x)) == [x]
 
@@ -121,7 +124,7 @@ class TestEndsAt:
     def test_a_move_to_another_device(self, joint: "Joint") -> None:
         x = joint.input("primals_1", normal(T, N))
         moved = joint.call(aten._to_copy.default, x, device=torch.device("meta"))
-        channels = next(node for node in joint.graph.nodes if node.name == "primals_lines")
+        channels = next(node for node in joint.graph.nodes if node.name == "primals_channels")
         narrow_copy(joint.graph, Operand(joint.call(aten.sin.default, moved), False), channels, 2, lambda node: False)
         [cut] = joint.graph.find_nodes(op="call_function", target=INDEX)
         assert cut.args[0].meta["val"].device.type == "meta"
@@ -145,7 +148,7 @@ class TestEndsAt:
 
 
 def test_a_square_is_no_row_of_columns(joint: "Joint") -> None:
-    """As many tokens as columns: what is of the one is not taken for the other."""
+    """With as many tokens as columns, the pass must not mistake a row for a column."""
     x = joint.input("primals_1", normal(N, N))
     column, row = joint.input("primals_2", normal(N, 1)), joint.input("primals_3", normal(1, N))
     total = joint.call(aten.add.Tensor, joint.call(aten.mul.Tensor, x, column), row)

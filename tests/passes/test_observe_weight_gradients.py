@@ -33,7 +33,7 @@ class Seen(NamedTuple):
 
 
 class Model:
-    """The joint graph of layers `y = x · weightᵀ`: placeholders as AOTAutograd describes them, and results."""
+    """The joint graph of layers `y = x · weightᵀ`, with placeholders and results described as AOTAutograd does."""
 
     def __init__(self, joint: "Joint") -> None:
         self.joint = joint
@@ -46,7 +46,7 @@ class Model:
         return self.joint.input(f"primals_{serial}", torch.randn(*shape), desc or PlainAOTInput(serial))
 
     def use(self, dtype: torch.dtype = torch.float32, tokens: int = T) -> tuple[Node, Node]:
-        """Output gradients `[T, M]` and inputs `[T, N]`."""
+        """Add the operands of one use of a weight: output gradients `[T, M]` and inputs `[T, N]`."""
         serial = len(self.joint.values)
         generator = torch.Generator().manual_seed(serial)
         x = torch.randn(tokens, N, generator=generator).to(dtype)
@@ -70,7 +70,7 @@ class Model:
         )
 
     def observed(self) -> tuple[list[Tensor], list[Seen]]:
-        """What the rewritten graph returns, and what it shows on the way."""
+        """Run the graph; return its results and the operands that it hands to the listener."""
         seen: list[Seen] = []
         with observing(lambda *shown: seen.append(Seen(*shown))):
             return self.joint.run(), seen
@@ -82,7 +82,7 @@ def model(joint: "Joint") -> Model:
 
 
 def check_observed(model: Model, weight: Node, gradient: Node, *, products: int = 1) -> list[Seen]:
-    """What is shown adds up to the gradient that the graph returned before, which is now a zero without memory."""
+    """Check that the observed products add up to the former gradient, which is now zeros that take no memory."""
     model.returns(weight, gradient)
     model.joint.output(*model.results, descs=model.descs)
     [before] = model.joint.run()
@@ -182,7 +182,7 @@ class TestShows:
 
 
 class TestFactors:
-    """A factor of the gradient goes onto the output gradients, never onto the layer's inputs."""
+    """Factors of the gradient are applied to the output gradients, never to the layer's inputs."""
 
     @pytest.mark.parametrize("transposed", [False, True])
     @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ class TestFactors:
 
 class TestRefuses:
     def check_untouched(self, model: Model, weight: Node) -> None:
-        """The graph stays as it is; the reason is told for `weight`."""
+        """Check that the graph stays as it is and that the pass reports a reason for `weight`."""
         model.joint.output(*model.results, descs=model.descs)
         code = str(model.joint.graph)
         assert model.rewrite() == 0

@@ -1,13 +1,15 @@
-"""What each of two processes does in the test of combined estimators: here, where a spawned process can import it."""
+"""The work of each of two processes in the test of combined estimators, in a module that a spawned process imports."""
 
 from typing import Any
 
 import torch
+from specs import specs_of
 from torch import Tensor
 from two_ranks import process_group
 
+from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature import update_queue
-from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
+from sylva_compile.curvature.estimators import Estimators
 
 F64 = torch.float64
 
@@ -24,21 +26,21 @@ def estimators(
     names: str, m: int, n: int, method: Any, score: Any, *, depth: int = 2, rank: int = 64, dtype: torch.dtype = F64
 ) -> Estimators:
     weights = {name: torch.empty(m, n, dtype=dtype) for name in names}
-    choice = EstimatorChoice(method, score, 8, depth, rank, None)
-    return Estimators(weights, dict.fromkeys(names, 1), choice)
+    config = SylvaConfig(method=method, score=score, block_size=8, num_partitions=depth, rank=rank)
+    return Estimators(specs_of(weights), config)
 
 
 def combine(rank: int, method: str, score: str, group_bytes: int, store: str, results: str) -> None:
-    """Gather on this rank, combine with the other, and save the scores."""
+    """Update estimators on this rank, combine them with the other rank's, and save the scores."""
     update_queue.GROUP_BYTES_ON_CPU = group_bytes
     with process_group(rank, store) as group:
         one = estimators("qkei", 10, 12, method, score, depth=1, rank=12)
         x, gy = batch_of(40, 10, 12, rank)
         for name in "qk":
-            # Rank 1 sees different tensors, so that the ranks disagree about who shares.
+            # Rank 1 gets a new tensor for each weight, so that the ranks disagree about which weights share one.
             one.update(name, x if rank == 0 else x.clone(), gy)
         if rank == 1:
-            # An expert that no token of rank 0 went to; and nobody ever shows "i".
+            # "e" is an expert that gets no token of rank 0; "i" is updated on no rank.
             one.update("e", x, gy)
         one.end_batch()
         one.combine(group)

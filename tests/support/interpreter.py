@@ -9,7 +9,7 @@ import sylva_compile
 
 
 def run_in_interpreter(file: str) -> None:
-    """Run the tests of `file` in a process of its own; AssertionError, with what it printed, unless they pass."""
+    """Run the tests of `file` in a new process. Raises AssertionError, with its output, unless they pass."""
     root = str(Path(sylva_compile.__file__).parents[1])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root}
     command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", file]

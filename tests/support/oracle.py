@@ -1,4 +1,4 @@
-"""Slow, obvious twins: what the fast paths are held to."""
+"""Slow, simple reference implementations, which the tests compare with the fast ones."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from sylva_compile import BlockMask, Masks
 
 
 def blocks_by_loops(matrix: Tensor, mask: BlockMask) -> Tensor:
-    """The blocks of `matrix` one after the other; what reaches over the edge is zero."""
+    """Return the blocks of `matrix [m, n]`, `[nnz, b, b]`, cut out one by one; elements beyond the edge are zero."""
     b, (m, n) = mask.block_size, mask.shape
     out = matrix.new_zeros(mask.nnz, b, b)
     for k, (row, col) in enumerate(zip(mask.rows.tolist(), mask.cols.tolist(), strict=True)):
@@ -19,7 +19,7 @@ def blocks_by_loops(matrix: Tensor, mask: BlockMask) -> Tensor:
 
 
 def random_masks(model: nn.Module, names: list[str], block_size: int, share: float) -> Masks:
-    """Masks with a random `share` of each weight's blocks."""
+    """Make masks with a random `share` of each weight's blocks."""
     maps = {}
     for name in names:
         m, n = model.get_parameter(name).shape
@@ -28,12 +28,12 @@ def random_masks(model: nn.Module, names: list[str], block_size: int, share: flo
 
 
 def dense_gradients(model: nn.Module, loss: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """The ordinary gradients of named weights of a model that is not embedded."""
+    """Return the dense gradients of named weights of a model that is not embedded."""
     return dict(zip(names, torch.autograd.grad(loss, [model.get_parameter(name) for name in names]), strict=True))
 
 
 def block_gradients(model: nn.Module, masks: Mapping[str, BlockMask]) -> dict[str, Tensor]:
-    """The gradients of an embedded model's blocks."""
+    """Return the gradients of an embedded model's blocks."""
     found = {}
     for name in masks:
         gradient = model.get_parameter(name + "_blocks").grad
@@ -43,7 +43,7 @@ def block_gradients(model: nn.Module, masks: Mapping[str, BlockMask]) -> dict[st
 
 
 def assert_invariant(model: nn.Module, masks: Mapping[str, BlockMask]) -> None:
-    """Dense weights equal the rounded blocks, bit for bit."""
+    """Assert that dense weights equal the rounded blocks, bit for bit."""
     for name, mask in masks.items():
         weight = model.get_parameter(name).detach()
         blocks = model.get_parameter(name + "_blocks").detach()

@@ -1,4 +1,4 @@
-"""The architectures people fine-tune, tiny and randomly initialised, with a batch for each. No dropout."""
+"""Tiny, randomly initialised models of common architectures, with a batch for each. No dropout."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Case:
 
 
 def tiny(architecture: str, *, length: int = 10, layers: int = 2) -> Case:
-    """A model of `architecture`, in training mode, and a batch of four sequences of `length` tokens."""
+    """Make a model of `architecture`, in training mode, and a batch of four sequences of `length` tokens."""
     sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": VOCABULARY}
     decoder = {**sizes, "intermediate_size": 48, "num_key_value_heads": 2, "use_cache": False}
     no_special = {"bos_token_id": None, "eos_token_id": None}
@@ -76,6 +76,6 @@ def checkpoint(model: PreTrainedModel) -> None:
     model.activation_checkpointing_enable()
     for module in model.modules():
         # T5 marks a bias of zeros as trainable for the sake of reentrant checkpoints, which Dynamo cannot trace.
-        # Without this the first decoder layer would run uncompiled: right, but dense (README, "Limits").
+        # Without this line the first decoder layer would run uncompiled: correct, but dense (README, "Limits").
         if isinstance(module, T5Attention):
             module.gradient_checkpointing = False

@@ -18,7 +18,7 @@ def regression(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def model_and_data() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """The same on every rank."""
+    """Make a model and batches, equal on every rank."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 50), nn.GELU(), nn.Linear(50, 30))
     return model, [(torch.randn(8, 40), torch.randn(8, 30)) for _ in range(4)]
@@ -26,10 +26,10 @@ def model_and_data() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 
 def main(rank: int, directory: str, group: ProcessGroup) -> None:
     model, data = model_and_data()
-    # On a GPU updates wait for others; here they do so that it is seen that ranks agree then too.
+    # On a GPU updates are queued into groups. Queue them here too, to test that ranks then agree.
     update_queue.GROUP_BYTES_ON_CPU = 2**20
     for method, score in METHODS:
-        # Ranks that start from other seeds must agree all the same.
+        # Ranks must agree although they start from different seeds.
         torch.manual_seed(rank)
         masks = sylva_compile.trace_and_mask(
             model,
@@ -48,7 +48,7 @@ def main(rank: int, directory: str, group: ProcessGroup) -> None:
 
 
 def failing(rank: int, group: ProcessGroup) -> None:
-    """Print what is raised where the second rank has no data, and where there are fewer samples than ranks."""
+    """Print the errors where the second rank has no data, and where there are fewer samples than ranks."""
     model, data = model_and_data()
     for loader, num_samples in ((data if rank == 0 else [], 32), (data, 1)):
         try:

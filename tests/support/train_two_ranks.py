@@ -16,7 +16,7 @@ STEPS = 3
 
 
 def case_and_masks() -> tuple[Case, Masks]:
-    """The same on every rank."""
+    """Make a model with a batch, and masks, equal on every rank."""
     torch.manual_seed(0)
     case = tiny("llama")
     case.model.requires_grad_(False)
@@ -24,7 +24,7 @@ def case_and_masks() -> tuple[Case, Masks]:
 
 
 def train(model: nn.Module, masks: Masks, batch: dict[str, torch.Tensor]) -> None:
-    """A few steps of gradient descent on one batch."""
+    """Take a few steps of gradient descent on one batch."""
     optimizer = torch.optim.SGD(masks.parameters(), lr=0.1)
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -42,7 +42,7 @@ def main(rank: int, directory: str) -> None:
             case.model.compile(backend=backend)
             model = DistributedDataParallel(case.model)
         else:
-            # Small buckets, so that Dynamo splits the graph at their borders; the first may not be the largest.
+            # Small buckets, so that Dynamo splits the graph at their borders; the first must not exceed the others.
             dist._DEFAULT_FIRST_BUCKET_BYTES = 4096
             model = torch.compile(DistributedDataParallel(case.model, bucket_cap_mb=0.01), backend=backend)
         train(model, masks, {key: value[rank::2] for key, value in case.batch.items()})

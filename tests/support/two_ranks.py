@@ -1,4 +1,4 @@
-"""Scripts that two processes run together: started and awaited by `run`, joined in `process_group`."""
+"""Run a script in two processes: `run` starts them and waits for them, `process_group` connects them."""
 
 import os
 import subprocess
@@ -12,15 +12,15 @@ import torch.distributed as dist
 
 @contextmanager
 def process_group(rank: int, store: str) -> Iterator[dist.ProcessGroup]:
-    """The group of two ranks that meet at the file `store`; the process ends with the block.
+    """Yield the group of two ranks that meet at the file `store`; the process exits at the end of the block.
 
-    It ends without the destructors: Gloo's waits for its threads under the interpreter's lock, which a thread may want
-    for what its last work holds (https://github.com/pytorch/pytorch/issues/56297), and one run in ten never came back.
+    It exits without destructors: Gloo's holds the interpreter's lock while it waits for its threads, and a thread may
+    need that lock to release its last work (https://github.com/pytorch/pytorch/issues/56297). One run in ten hung.
     """
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     assert dist.group.WORLD is not None
     yield dist.group.WORLD
-    # Nobody leaves while the other still needs an answer.
+    # Neither rank exits while the other still waits for its messages.
     dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -28,7 +28,7 @@ def process_group(rank: int, store: str) -> Iterator[dist.ProcessGroup]:
 
 
 def run(script: str, *arguments: str | Path, timeout: float = 300) -> list[str]:
-    """What both ranks print: `python SCRIPT RANK *arguments` for ranks 0 and 1, neither of which outlives the call."""
+    """Run `python SCRIPT RANK *arguments` for ranks 0 and 1; return the output of each. Neither outlives the call."""
     path = Path(__file__).parent / script
     ranks = [
         subprocess.Popen([sys.executable, path, str(rank), *arguments], stdout=subprocess.PIPE, text=True)

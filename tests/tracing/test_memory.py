@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from specs import specs_of
 from torch import Tensor, nn
 
 import sylva_compile
+from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature import update_queue
-from sylva_compile.curvature.estimators import EstimatorChoice, Estimators
+from sylva_compile.curvature.estimators import Estimators
 from sylva_compile.errors import ArgumentError, TraceError
 from sylva_compile.tracing import memory
 
@@ -39,19 +41,19 @@ def test_the_estimate_is_what_is_held_but_for_shared_factors(method: Any, score:
     model = Attention()
     found = sylva_compile.estimate(model, method=method, score=score, block_size=16)
     weights = {name: parameter for name, parameter in model.named_parameters() if name.endswith("weight")}
-    held = Estimators(weights, dict.fromkeys(weights, 1), EstimatorChoice(method, score, 16, 4, 8, None))
+    held = Estimators(specs_of(weights), SylvaConfig(method=method, score=score, block_size=16))
     for name, weight in weights.items():
         held.update(name, torch.randn(5, weight.shape[1]), torch.randn(5, weight.shape[0]))
         held.end_batch()
     # The number of tokens of each weight is not counted.
     actual = sum(tensor.nbytes for tensor in held.state().values() if tensor.dim() > 0)
     rows = found.weights.values()
-    estimated = sum(row.input_factor + row.output_factor + row.gradient for row in rows)
+    estimated = sum(row.memory.input_factor + row.memory.output_factor + row.memory.gradient for row in rows)
     small = sum(tensor.nbytes for tensor in held.state().values() if tensor.dim() == 0)
     assert actual <= estimated <= actual + small
-    scoring = max(row.scoring for row in rows)
+    scoring = max(row.memory.scoring for row in rows)
     assert found.at_most() == {CPU: estimated + scoring}
-    assert found.at_least() == {CPU: estimated + scoring - sum(row.input_factor for row in rows)}
+    assert found.at_least() == {CPU: estimated + scoring - sum(row.memory.input_factor for row in rows)}
 
 
 def test_updates_that_wait_are_counted_where_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,18 +61,19 @@ def test_updates_that_wait_are_counted_where_they_may(monkeypatch: pytest.Monkey
     monkeypatch.setattr(update_queue, "GROUP_BYTES_ON_CPU", 2**30)
     hierarchies = sylva_compile.estimate(Attention(), score="paper", block_size=16)
     assert hierarchies.at_most()[CPU] == 2**30 + sum(
-        row.input_factor + row.output_factor + row.gradient for row in hierarchies.weights.values()
+        row.memory.input_factor + row.memory.output_factor + row.memory.gradient for row in hierarchies.weights.values()
     )
     assert hierarchies.at_least()[CPU] < 2**20
     assert sylva_compile.estimate(Attention(), score="gain", block_size=16).at_most()[CPU] < 2**20
 
 
-def test_gradients_elsewhere_are_counted_there() -> None:
-    weights = {"q.weight": nn.Parameter(torch.empty(48, 48))}
-    beside, elsewhere = (
-        memory.estimate_bytes(weights, {"q.weight": 1}, EstimatorChoice("sylva", "gain", 16, 4, 8, None, device))
-        for device in (None, torch.device("meta"))
-    )
+def test_gradients_elsewhere_are_counted_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = specs_of({"q.weight": nn.Parameter(torch.empty(48, 48))})
+    config = SylvaConfig(score="gain", block_size=16)
+    beside = memory.estimate_bytes(specs, config)
+    # Any other device: machines without a GPU have one more, which config refuses.
+    monkeypatch.setattr(memory, "gradient_device", lambda config: torch.device("meta"))
+    elsewhere = memory.estimate_bytes(specs, config)
     assert elsewhere.at_most()[torch.device("meta")] == 4 * 48 * 48
     assert elsewhere.at_most()[CPU] == beside.at_most()[CPU] - 4 * 48 * 48
 
@@ -104,8 +107,8 @@ def test_a_trace_that_may_not_fit_runs_with_a_warning(
 def test_scoring_takes_no_more_than_estimated(score: Any) -> None:
     model = nn.Sequential(nn.Linear(600, 900, bias=False))
     weights = dict(model.named_parameters())
-    choice = EstimatorChoice("sylva", score, 32, 4, 8, None)
-    held = Estimators(weights, {"0.weight": 1}, choice)
+    config = SylvaConfig(score=score, block_size=32)
+    held = Estimators(specs_of(weights), config)
     held.update("0.weight", torch.randn(50, 600), torch.randn(50, 900))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         if score == "greedy":
@@ -117,7 +120,7 @@ def test_scoring_takes_no_more_than_estimated(score: Any) -> None:
         if event.name() == "[memory]":
             level += event.nbytes()
             peak = max(peak, level)
-    estimated = memory.estimate_bytes(weights, {"0.weight": 1}, choice).weights["0.weight"].scoring
+    estimated = memory.estimate_bytes(specs_of(weights), config).weights["0.weight"].memory.scoring
     print(f"{score}: peak {peak / 2**20:.1f} MiB, estimated {estimated / 2**20:.1f} MiB")
     assert 0.2 * estimated < peak <= estimated
 

@@ -2,10 +2,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from specs import specs_of
 from torch import Tensor
 
+from sylva_compile.config import SylvaConfig
 from sylva_compile.errors import ArgumentError
-from sylva_compile.tracing.selection import Budget, select_blocks
+from sylva_compile.tracing.selection import select_blocks
 
 
 def grids(shapes: list[tuple[int, int]], seed: int, levels: int = 0) -> dict[str, Tensor]:
@@ -21,8 +23,8 @@ def grids(shapes: list[tuple[int, int]], seed: int, levels: int = 0) -> dict[str
     return scores
 
 
-def axes(scores: dict[str, Tensor], axis: int = 1) -> dict[str, int]:
-    return dict.fromkeys(scores, axis)
+def budget(sparsity: float, allocation: str = "layer", column_budget: float | None = None) -> SylvaConfig:
+    return SylvaConfig(sparsity=sparsity, allocation=allocation, column_budget=column_budget)  # type: ignore[arg-type]
 
 
 def slow_best(values: list[float], count: int) -> set[int]:
@@ -47,7 +49,7 @@ class TestLayer:
         self, shapes: list[tuple[int, int]], sparsity: float, seed: int, levels: int
     ) -> None:
         scores = grids(shapes, seed, levels)
-        maps = select_blocks(scores, Budget(sparsity), axes(scores))
+        maps = select_blocks(scores, budget(sparsity), specs_of(scores))
         assert list(maps) == list(scores)
         for name, score in scores.items():
             assert maps[name].dtype == torch.bool
@@ -72,27 +74,27 @@ class TestLayer:
     @pytest.mark.parametrize("allocation", ["layer", "global"])
     def test_counts_are_rounded_with_halves_up(self, allocation: str, sparsity: float, total: int, wanted: int) -> None:
         scores = {"w": torch.zeros(1, total)}
-        budget = Budget(sparsity, allocation)  # type: ignore[arg-type]
-        assert int(select_blocks(scores, budget, {"w": 1})["w"].sum()) == wanted
+        config = budget(sparsity, allocation)  # type: ignore[arg-type]
+        assert int(select_blocks(scores, config, specs_of(scores))["w"].sum()) == wanted
 
     def test_one_block_at_least(self) -> None:
         scores = grids([(2, 2), (50, 50)], seed=0)
-        maps = select_blocks(scores, Budget(0.999), axes(scores))
+        maps = select_blocks(scores, budget(0.999), specs_of(scores))
         assert maps["layer0"].sum() == 1
         assert maps["layer0"].flatten()[scores["layer0"].argmax()]
 
     def test_sparsity_zero_takes_everything(self) -> None:
         scores = grids([(3, 4), (1, 1)], seed=0)
-        assert all(bool(chosen.all()) for chosen in select_blocks(scores, Budget(0.0), axes(scores)).values())
+        assert all(bool(chosen.all()) for chosen in select_blocks(scores, budget(0.0), specs_of(scores)).values())
 
     def test_ties_go_to_the_earlier_position(self) -> None:
         scores = {"w": torch.zeros(4, 5)}
-        chosen = select_blocks(scores, Budget(0.65), {"w": 1})["w"]
+        chosen = select_blocks(scores, budget(0.65), specs_of(scores))["w"]
         assert chosen.flatten().nonzero().flatten().tolist() == list(range(7))
 
     def test_negative_scores_are_scores(self) -> None:
         scores = {"w": torch.tensor([[-3.0, -1.0], [-2.0, -4.0]])}
-        assert select_blocks(scores, Budget(0.5), {"w": 1})["w"].tolist() == [[False, True], [True, False]]
+        assert select_blocks(scores, budget(0.5), specs_of(scores))["w"].tolist() == [[False, True], [True, False]]
 
 
 class TestGlobal:
@@ -102,7 +104,7 @@ class TestGlobal:
         self, shapes: list[tuple[int, int]], sparsity: float, seed: int, levels: int
     ) -> None:
         scores = grids(shapes, seed, levels)
-        maps = select_blocks(scores, Budget(sparsity, "global"), axes(scores))
+        maps = select_blocks(scores, budget(sparsity, "global"), specs_of(scores))
         assert list(maps) == list(scores)
         assert all(maps[name].shape == score.shape for name, score in scores.items())
         everything = [value for score in scores.values() for value in score.flatten().tolist()]
@@ -112,18 +114,18 @@ class TestGlobal:
 
     def test_a_weight_may_end_up_with_none(self) -> None:
         scores = {"good": torch.ones(4, 4), "bad": torch.zeros(4, 4)}
-        maps = select_blocks(scores, Budget(0.5, "global"), axes(scores))
+        maps = select_blocks(scores, budget(0.5, "global"), specs_of(scores))
         assert bool(maps["good"].all())
         assert not maps["bad"].any()
 
     def test_one_block_at_least_over_all(self) -> None:
         scores = {"a": torch.zeros(2, 2), "b": torch.tensor([[0.0, 1.0]])}
-        maps = select_blocks(scores, Budget(0.99, "global"), axes(scores))
+        maps = select_blocks(scores, budget(0.99, "global"), specs_of(scores))
         assert (int(maps["a"].sum()), maps["b"].tolist()) == (0, [[False, True]])
 
     def test_the_column_budget_holds_in_every_weight(self) -> None:
         scores = grids([(8, 10), (10, 8)], seed=0)
-        maps = select_blocks(scores, Budget(0.9, "global", 0.3), {"layer0": 1, "layer1": 0})
+        maps = select_blocks(scores, budget(0.9, "global", 0.3), specs_of(scores, ["layer1"]))
         assert sum(int(chosen.sum()) for chosen in maps.values()) == 16
         assert int(maps["layer0"].any(0).sum()) <= 3
         assert int(maps["layer1"].any(1).sum()) <= 3
@@ -143,9 +145,9 @@ class TestColumnBudget:
         scores = {"w": torch.rand(shape, generator=torch.Generator().manual_seed(seed))}
         columns = shape[axis]
         room = max(1, int(fraction * columns)) * shape[1 - axis]
-        budget = Budget(1 - 0.5 * room / scores["w"].numel(), column_budget=fraction)
-        chosen = select_blocks(scores, budget, {"w": axis})["w"]
-        assert is_share(int(chosen.sum()), budget.sparsity, chosen.numel())
+        config = budget(1 - 0.5 * room / scores["w"].numel(), column_budget=fraction)
+        chosen = select_blocks(scores, config, specs_of(scores, [] if axis else ["w"]))["w"]
+        assert is_share(int(chosen.sum()), config.sparsity, chosen.numel())
         used = int(chosen.any(1 - axis).sum())
         # A fraction that misses a whole number of columns by a rounding error may mean that number.
         assert used <= max(1.0, fraction * columns + 1e-6)
@@ -159,18 +161,20 @@ class TestColumnBudget:
         # Column 1 holds the single best block; column 2 the best pair. Two blocks in one column: the pair wins.
         score = torch.tensor([[0.0, 9.0, 7.0, 1.0], [0.0, 0.0, 6.0, 1.0], [5.0, 0.0, 0.0, 1.0]])
         score = score if axis == 1 else score.t().contiguous()
-        chosen = select_blocks({"w": score}, Budget(1 - 2 / 12, column_budget=0.25), {"w": axis})["w"]
+        scores = {"w": score}
+        specs = specs_of(scores, [] if axis else ["w"])
+        chosen = select_blocks(scores, budget(1 - 2 / 12, column_budget=0.25), specs)["w"]
         expected = torch.tensor([[0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
         assert torch.equal(chosen, expected if axis == 1 else expected.t())
 
     def test_a_budget_of_one_is_none(self) -> None:
         scores = grids([(6, 7)], seed=0)
-        free = select_blocks(scores, Budget(0.8), axes(scores))["layer0"]
-        assert torch.equal(select_blocks(scores, Budget(0.8, column_budget=1.0), axes(scores))["layer0"], free)
+        free = select_blocks(scores, budget(0.8), specs_of(scores))["layer0"]
+        assert torch.equal(select_blocks(scores, budget(0.8, column_budget=1.0), specs_of(scores))["layer0"], free)
 
     def test_one_column_at_least(self) -> None:
         scores = grids([(6, 7)], seed=0)
-        chosen = select_blocks(scores, Budget(0.95, column_budget=0.01), axes(scores))["layer0"]
+        chosen = select_blocks(scores, budget(0.95, column_budget=0.01), specs_of(scores))["layer0"]
         assert int(chosen.any(0).sum()) == 1
 
     @pytest.mark.parametrize(("fraction", "columns", "kept"), [(0.29, 100, 29), (0.57, 100, 57), (0.58, 50, 29)])
@@ -178,21 +182,21 @@ class TestColumnBudget:
         self, fraction: float, columns: int, kept: int
     ) -> None:
         scores = {"w": torch.rand(4, columns, generator=torch.Generator().manual_seed(0))}
-        room = Budget(1 - kept / columns, column_budget=fraction)
-        assert int(select_blocks(scores, room, {"w": 1})["w"].sum()) == 4 * kept
+        room = budget(1 - kept / columns, column_budget=fraction)
+        assert int(select_blocks(scores, room, specs_of(scores))["w"].sum()) == 4 * kept
 
     @pytest.mark.parametrize("allocation", ["layer", "global"])
     def test_no_room_is_an_error_that_says_what_to_raise(self, allocation: str) -> None:
         scores = grids([(4, 10)], seed=0)
-        budget = Budget(0.5, allocation, column_budget=0.2)  # type: ignore[arg-type]
+        config = budget(0.5, allocation, column_budget=0.2)
         with pytest.raises(ArgumentError, match=r"room for 8 blocks.*wants 20; raise either"):
-            select_blocks(scores, budget, axes(scores))
+            select_blocks(scores, config, specs_of(scores))
 
     @pytest.mark.parametrize("allocation", ["layer", "global"])
     def test_room_that_is_just_enough(self, allocation: str) -> None:
         scores = grids([(4, 10)], seed=0)
-        budget = Budget(0.8, allocation, column_budget=0.2)  # type: ignore[arg-type]
-        chosen = select_blocks(scores, budget, axes(scores))["layer0"]
+        config = budget(0.8, allocation, column_budget=0.2)
+        chosen = select_blocks(scores, config, specs_of(scores))["layer0"]
         assert (int(chosen.sum()), int(chosen.all(0).sum())) == (8, 2)
 
 
@@ -202,29 +206,29 @@ class TestErrors:
     def test_scores_that_are_not_finite(self, bad: float, allocation: str) -> None:
         scores = {"good": torch.ones(2, 2), "bad": torch.tensor([[1.0, bad]])}
         with pytest.raises(ArgumentError, match="bad: block scores are not finite"):
-            select_blocks(scores, Budget(0.5, allocation), axes(scores))  # type: ignore[arg-type]
+            select_blocks(scores, budget(0.5, allocation), specs_of(scores))
 
     @pytest.mark.parametrize("sparsity", [1.0, -0.1, 2, torch.nan])
     def test_sparsity_out_of_range(self, sparsity: float) -> None:
         with pytest.raises(ArgumentError, match="sparsity="):
-            Budget(sparsity)
+            budget(sparsity)
 
     @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, torch.nan])
     def test_column_budget_out_of_range(self, fraction: float) -> None:
         with pytest.raises(ArgumentError, match="column_budget="):
-            Budget(0.9, column_budget=fraction)
+            budget(0.9, column_budget=fraction)
 
     def test_unknown_allocation(self) -> None:
         with pytest.raises(ArgumentError, match="allocation='row'"):
-            Budget(0.9, "row")  # type: ignore[arg-type]
+            budget(0.9, "row")
 
     def test_are_value_errors_too(self) -> None:
         with pytest.raises(ValueError, match="sparsity"):
-            Budget(1.0)
+            budget(1.0)
 
 
 def test_scores_are_left_as_they_are() -> None:
     scores = grids([(4, 5)], seed=0)
     before = scores["layer0"].clone()
-    select_blocks(scores, Budget(0.8, column_budget=0.5), axes(scores))
+    select_blocks(scores, budget(0.8, column_budget=0.5), specs_of(scores))
     assert torch.equal(scores["layer0"], before)

@@ -1,4 +1,4 @@
-"""Tasks that models are fine-tuned on: their data, models, heads and metrics. Dropout is off everywhere."""
+"""Tasks to fine-tune models on: their data, models, heads and metrics. Dropout is off everywhere."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +11,14 @@ from benchmarks.quality.tasks.hub import hub_task
 __all__ = ["TASKS", "Batch", "Data", "Sizes", "Task", "TaskError", "find_task", "head_of", "heads_of", "on"]
 
 TASKS: dict[str, Task] = {"sst2": SST2, "cola": COLA, "e2e": E2E()}
-"""Those that need no hub, by their names in grid files."""
+"""The tasks that need no hub, by their names in grid files."""
 
 
 def find_task(name: str, hub: Mapping[str, Any]) -> Task:
-    """The task of a hub's data that `hub` describes, or, if that is empty, the one in `TASKS`.
+    """Return the task that the table `hub` describes or, if that is empty, the task `name` of `TASKS`.
 
     Raises:
-        TaskError: neither is there.
+        TaskError: the name is unknown, or the table is invalid.
     """
     if hub:
         return hub_task(hub)

@@ -1,4 +1,4 @@
-"""What a task is: its data, its model, its head, and how a model is judged on it."""
+"""The interface of a task: its data, its model, its head, and its metrics."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,21 +21,22 @@ class Examples(ABC):
 
     @abstractmethod
     def lengths(self) -> Sequence[int]:
-        """Tokens of every example."""
+        """Return the number of tokens of every example."""
 
     @abstractmethod
     def batch(self, chosen: Sequence[int]) -> Batch:
-        """What the model is called with for these examples, labels among it."""
+        """Return the keyword arguments of the model for these examples, labels included."""
 
     def __len__(self) -> int:
         return len(self.lengths())
 
     def batches(self, size: int, *, seed: int | None = None) -> list[Batch]:
-        """Batches of `size` examples of like length.
+        """Return batches of `size` examples of similar length.
 
         Args:
             size: B; the last batch may be smaller.
-            seed: shuffles; neighbours in length are then sought among eight batches. None: sorted by length.
+            seed: the seed of a shuffle, after which pools of eight batches are sorted by length. None: all examples are
+                sorted by length.
         """
         lengths = self.lengths()
         if seed is None:
@@ -57,12 +58,12 @@ J = TypeVar("J")
 
 @dataclass(frozen=True)
 class Data(Generic[E, J]):
-    """What a task is trained, tuned and tested on; nothing is in two of them.
+    """The three parts of a task's data; no example is in two of them.
 
     Attributes:
-        train: examples to train on and to trace.
-        validation: what chooses the learning rate.
-        test: what is reported.
+        train: the examples to train on and to trace.
+        validation: the examples that choose the learning rate.
+        test: the examples of the reported metric.
     """
 
     train: E
@@ -72,13 +73,13 @@ class Data(Generic[E, J]):
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of a task's data a run takes.
+    """The amounts of a task's data that a run takes.
 
     Attributes:
-        train: examples to train on.
-        validation: examples (of generation: meanings) to choose the learning rate on.
-        extra_test: further ones to test on, besides those that the task keeps for that.
-        length: most tokens of an example.
+        train: the number of examples to train on.
+        validation: the number of examples (in generation: of meanings) to choose the learning rate on.
+        extra_test: the number of examples to test on, besides those that the task keeps for testing.
+        length: the maximum number of tokens of an example.
     """
 
     train: int
@@ -88,22 +89,22 @@ class Sizes:
 
 
 class TaskError(ValueError):
-    """A task cannot be had here: data or a model are missing, or too few."""
+    """A task cannot run here: data or a model are missing, the data are too few, or its table is invalid."""
 
 
 def existing(path: Path) -> Path:
-    """`path`. Raises TaskError where there is no such file."""
+    """Return `path`. Raises TaskError where there is no such file."""
     if not path.exists():
         raise TaskError(f"no {path}; name the folder of the data sets with --data.")
     return path
 
 
 class Task(ABC):
-    """A task that models are fine-tuned on.
+    """A task to fine-tune models on.
 
     Attributes:
         metric: the name, in tables, of the metric that chooses the learning rate; a fraction, shown in per cent.
-        further: the names of other metrics, shown in the units that `evaluate` gives.
+        further: the names of other metrics, shown in the units that `evaluate` returns.
     """
 
     metric: str
@@ -111,29 +112,29 @@ class Task(ABC):
 
     @abstractmethod
     def load(self, folder: Path, model: str, sizes: Sizes) -> Data[Any, Any]:
-        """The data, tokenised for `model`; `folder` holds what comes as files. Always the same for the same sizes."""
+        """Return the data, tokenised for `model`, equal for equal sizes; `folder` holds the data sets in files."""
 
     @abstractmethod
     def make_model(self, folder: Path, model: str, seed: int) -> PreTrainedModel:
-        """The model before any training here, dropout off; a new head is drawn from `seed`."""
+        """Return the model before fine-tuning, with dropout off; `seed` initialises a new head."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, part: Any, size: int) -> dict[str, Any]:
-        """`{"metric": ..., "loss": ...}` on a part of the data, and `"further"` by name where the task has some.
+        """Return `{"metric": ..., "loss": ...}` on a part of the data, and `"further"`, by name, if the task has any.
 
         Args:
-            model: fine-tuned.
-            part: the validation or the test.
-            size: examples at a time.
+            model: the fine-tuned model.
+            part: the validation or the test part.
+            size: the number of examples in a batch.
         """
 
     def provenance(self, folder: Path, model: str) -> dict[str, Any]:
-        """What a row should say of the model besides its name."""
+        """Return the facts that a row records about the model besides its name."""
         return {}
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """`config`, with every rate of dropout set to 0."""
+    """Set every dropout rate of `config` to 0 and return it."""
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -141,13 +142,13 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def heads_of(model: nn.Module) -> list[str]:
-    """Those of `HEAD` that the model has."""
+    """Return those of `HEAD` that the model has."""
     found = {name.split(".")[-1] for name, _ in model.named_modules()}
     return [name for name in HEAD if name in found]
 
 
 def head_of(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that every method trains densely."""
+    """Return the parameters that every method trains densely."""
     return [
         parameter
         for name, module in model.named_modules()
@@ -157,10 +158,10 @@ def head_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def on(device: torch.device, batch: Batch) -> Batch:
-    """`batch` on `device`."""
+    """Return `batch` on `device`."""
     return {name: value.to(device) for name, value in batch.items()}
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model is."""
+    """Return the device of the model."""
     return next(model.parameters()).device

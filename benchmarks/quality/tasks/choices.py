@@ -1,4 +1,4 @@
-"""Questions with lettered choices; the model's answer is the letter that it finds likeliest to follow."""
+"""Multiple-choice questions; the model's answer is the choice's letter with the highest logit as next token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class Questions(Examples):
-    """Token ids of questions, up to where the letter would follow.
+    """Token ids of questions, each ending where the letter of the answer would follow.
 
     Attributes:
-        ids: of every question.
-        answers: the place of the right choice among the choices.
+        ids: the token ids of every question.
+        answers: the index of the right choice of every question.
         letters: the token of each letter.
-        padding: fills batches up.
+        padding: the token that pads batches.
     """
 
     ids: Sequence[list[int]]
@@ -40,14 +40,14 @@ class Questions(Examples):
         shots: int,
         length: int,
     ) -> "Questions":
-        """Put answered questions of the same subject before each question.
+        """Put answered questions of the same subject before each question, and tokenise.
 
         Args:
-            rows: with `question`, `choices`, `answer` (the place of the right one) and `subject`.
-            examples: answered questions, of the same form.
-            tokenizer: of the model.
-            shots: how many answered questions go before one.
-            length: most tokens; of longer ones the beginning is cut off.
+            rows: questions with `question`, `choices`, `answer` (the index of the right choice) and `subject`.
+            examples: answered questions with the same fields.
+            tokenizer: the model's tokeniser.
+            shots: the number of answered questions before each question.
+            length: the maximum number of tokens; longer texts lose their beginning.
         """
         shown: dict[str, list[str]] = {}
         for row in examples:
@@ -59,31 +59,31 @@ class Questions(Examples):
             text = "\n\n".join([title, *shown.get(row["subject"], [])[:shots], asked(row)])
             ids.append(tokenizer(text)["input_ids"][-length:])
         most = max(len(row["choices"]) for row in rows)
-        # As it stands after the question: with the space before it, where the tokeniser keeps that.
+        # The token of a letter after "Answer:" includes the space before it, where the tokeniser keeps that.
         letters = [
             tokenizer(f"Answer: {letter}", add_special_tokens=False)["input_ids"][-1] for letter in LETTERS[:most]
         ]
         return cls(ids, [row["answer"] for row in rows], letters, tokenizer.pad_token_id)
 
     def lengths(self) -> Sequence[int]:
-        """Tokens of every question."""
+        """Return the number of tokens of every question."""
         return [len(each) for each in self.ids]
 
     def batch(self, chosen: Sequence[int]) -> Batch:
-        """Ids and mask `[B, S]`; `answers` `[B]`."""
+        """Return token ids and mask `[B, S]`, and `answers` `[B]`."""
         ids, mask = padded([self.ids[at] for at in chosen], self.padding)
         return {"input_ids": ids, "attention_mask": mask, "answers": torch.tensor([self.answers[at] for at in chosen])}
 
 
 def asked(row: Mapping[str, Any]) -> str:
-    """A question and its choices, a line each, and the word after which the letter belongs."""
+    """Format a question and its choices, one line each, and the word "Answer:" before the letter."""
     choices = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)]
     return "\n".join([row["question"], *choices, "Answer:"])
 
 
 @torch.no_grad()
 def evaluate_choices(model: nn.Module, part: Questions, size: int) -> dict[str, Any]:
-    """The share of questions answered rightly, and the mean loss of the right letter among the letters."""
+    """Return the share of questions answered correctly, and the mean loss of the right letter among the letters."""
     model.eval()
     right, loss = 0, 0.0
     for batch in part.batches(size):

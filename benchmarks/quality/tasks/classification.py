@@ -1,4 +1,4 @@
-"""Sentences with labels, from tab-separated files; the metric is of the labels that the model finds likeliest."""
+"""Sentence classification, from tab-separated files; metrics compare the labels with the predicted ones."""
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +39,10 @@ class Sentences(Examples):
     """Sentences, or pairs of them.
 
     Attributes:
-        ids: of every sentence's tokens.
-        labels: of every sentence.
-        padding: the id that fills batches up.
-        types: of every token, 1 in the second sentence of a pair; for models that ask for it.
+        ids: the token ids of every sentence.
+        labels: the label of every sentence.
+        padding: the token id that pads batches.
+        types: the types of every token, 1 in the second sentence of a pair; for models that take them.
     """
 
     ids: list[list[int]]
@@ -51,11 +51,11 @@ class Sentences(Examples):
     types: list[list[int]] | None = None
 
     def lengths(self) -> Sequence[int]:
-        """Tokens of every sentence."""
+        """Return the number of tokens of every sentence."""
         return [len(each) for each in self.ids]
 
     def batch(self, chosen: Sequence[int]) -> Batch:
-        """Padded to the longest: `[B, S]`, and labels `[B]`."""
+        """Return token ids and mask, padded to the longest, `[B, S]`, and labels `[B]`."""
         length = max(len(self.ids[at]) for at in chosen)
         ids = torch.full((len(chosen), length), self.padding)
         mask = torch.zeros_like(ids)
@@ -72,12 +72,12 @@ class Sentences(Examples):
 
 
 Score = Callable[[Sequence[float], Sequence[float]], float]
-"""Takes labels and predictions."""
+"""A call is `score(labels, predictions)`."""
 
 
 @torch.no_grad()
 def evaluate_labels(model: nn.Module, part: Sentences, size: int, score: Score) -> dict[str, Any]:
-    """`score` of the predictions, and the mean loss over sentences. A model's only output is itself the prediction."""
+    """Return `score` of the predictions and the mean loss over sentences. A single logit is itself the prediction."""
     model.eval()
     loss, labels, predictions = 0.0, [], []
     for batch in part.batches(size):
@@ -99,10 +99,10 @@ class SentenceFiles(Task):
     """A classification task of two classes in two tab-separated files.
 
     Attributes:
-        train_file, test_file: in the data folder; the second is only ever tested on.
-        sentence, label: their columns.
-        metric: its name in tables.
-        score: takes labels and predictions.
+        train_file, test_file: paths in the data folder; the second is used for the test only.
+        sentence, label: the indices of their columns.
+        metric: the name of the metric in tables.
+        score: computes the metric from labels and predictions.
     """
 
     train_file: str
@@ -113,10 +113,10 @@ class SentenceFiles(Task):
     score: Score
 
     def load(self, folder: Path, model: str, sizes: Sizes) -> Data[Sentences, Sentences]:
-        """Shuffle the training file, always alike, and cut it into training, validation and further test sentences.
+        """Shuffle the training file in a fixed order and split it into training, validation and further test sentences.
 
         Raises:
-            TaskError: there is no such file, or the training file has fewer sentences.
+            TaskError: a file is missing, or the training file has too few sentences.
         """
         tokenizer = load_tokenizer(model)
         rows = self.read(self.file(folder))
@@ -126,7 +126,7 @@ class SentenceFiles(Task):
                 f"{self.file(folder)} has {len(rows)} training sentences, and {wanted} are asked for; ask for fewer."
             )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-        # Counted from the end, the test sentences stay what they are when `train` or `validation` changes.
+        # Test sentences come from the end, so that they do not change with `train` or `validation`.
         kept = len(order) - sizes.extra_test
         test = self.read(existing(folder / self.test_file)) + [rows[at] for at in order[kept:]]
         seen = {text for text, _ in test}
@@ -140,21 +140,21 @@ class SentenceFiles(Task):
         return Data(encode(rest[: sizes.train]), encode(rest[sizes.train : until]), encode(test))
 
     def file(self, folder: Path) -> Path:
-        """Of the training sentences. Raises TaskError where it is missing."""
+        """Return the path of the training sentences. Raises TaskError where it is missing."""
         return existing(folder / self.train_file)
 
     def read(self, path: Path) -> list[tuple[str, int]]:
-        """Sentences and labels of a file."""
+        """Return the sentences and labels of a file."""
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             return [(row[self.sentence], int(row[self.label])) for row in rows]
 
     def make_model(self, folder: Path, model: str, seed: int) -> PreTrainedModel:
-        """See `load_model`."""
+        """Load the model with `load_model`."""
         return load_model(model, seed)
 
     def evaluate(self, model: nn.Module, part: Sentences, size: int) -> dict[str, Any]:
-        """The task's metric, and the mean loss over sentences."""
+        """Return the task's metric and the mean loss over sentences."""
         return evaluate_labels(model, part, size, self.score)
 
 
@@ -165,16 +165,16 @@ COLA = SentenceFiles(
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that `load_model` knows."""
+    """Load the tokeniser of a model that `load_model` knows."""
     return AutoTokenizer.from_pretrained(_folder(model))
 
 
 def load_model(model: str, seed: int) -> PreTrainedModel:
-    """A pre-trained model with a new classifier of two classes, drawn from `seed`.
+    """Load a pre-trained model and give it a new classifier of two classes.
 
     Args:
         model: "minilm", "tiny" (random weights, for tests), or a folder or hub name.
-        seed: of the classifier.
+        seed: the seed that initialises the classifier.
     """
     torch.manual_seed(seed)
     if model == "tiny":

@@ -1,4 +1,4 @@
-"""The E2E challenge: from a meaning (`name[...], food[...]`) to a sentence; several references a meaning."""
+"""The E2E challenge: write a sentence for a meaning (`name[...], food[...]`), which has several references."""
 
 import csv
 import functools
@@ -22,9 +22,9 @@ class E2E(Task):
     """Sentences about restaurants, written by a decoder.
 
     Attributes:
-        file: in the data folder, with columns `mr` and `ref`.
-        tested: meanings that are only ever tested on.
-        new_tokens: at most so many are written.
+        file: a path in the data folder; the file has the columns `mr` and `ref`.
+        tested: the number of meanings that are used for the test only.
+        new_tokens: the maximum number of tokens to write.
     """
 
     file: str = "e2e/devset.csv"
@@ -34,10 +34,10 @@ class E2E(Task):
     further: Sequence[str] = ("NIST", "METEOR", "ROUGE-L", "CIDEr")
 
     def load(self, folder: Path, model: str, sizes: Sizes) -> Data[Writing, Writing]:
-        """Shuffle the distinct meanings, always alike, and cut them apart; all references of one stay together.
+        """Shuffle the distinct meanings in a fixed order and split them; the references of a meaning stay together.
 
         Raises:
-            TaskError: there is no such file, or it has fewer references or meanings.
+            TaskError: the file is missing, or has too few references or meanings.
         """
         tokenizer = AutoTokenizer.from_pretrained(_folder(folder, model))
         if tokenizer.pad_token is None:
@@ -45,7 +45,7 @@ class E2E(Task):
         meanings = self.read(existing(folder / self.file))
         order = torch.randperm(len(meanings), generator=torch.Generator().manual_seed(0)).tolist()
         prompts = [meanings[at] for at in order]
-        # Counted from the end, the test stays what it is when `train` or `validation` changes.
+        # The test comes from the end, so that it does not change with `train` or `validation`.
         kept = len(prompts) - self.tested - sizes.extra_test
         rest, test = prompts[: max(0, kept)], prompts[max(0, kept) :]
         validation, training = rest[: sizes.validation], rest[sizes.validation :]
@@ -55,47 +55,47 @@ class E2E(Task):
                 f"{folder / self.file} leaves {len(examples)} references to train on, and {sizes.train} are asked for; "
                 "ask for fewer."
             )
-        # Not the first ones: so few meanings would have so many references.
+        # Shuffled, since the first references would all belong to a few meanings.
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1)).tolist()
         chosen = [examples[at] for at in order[: sizes.train]]
         encode = functools.partial(Writing.encode, tokenizer=tokenizer, length=sizes.length, decoder_only=True)
         return Data(encode(chosen), encode(validation), encode(test))
 
     def read(self, path: Path) -> list[Prompt]:
-        """The distinct meanings of a file, in its order."""
+        """Return the distinct meanings of a file, in its order."""
         references: dict[str, list[str]] = {}
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 references.setdefault(row["mr"], []).append(row["ref"])
-        # The space belongs to the first word, as it does in the middle of a text.
+        # The space makes the first word the same token as in the middle of a text.
         return [Prompt(prompt_of(meaning), [" " + ref for ref in found]) for meaning, found in references.items()]
 
     def make_model(self, folder: Path, model: str, seed: int) -> PreTrainedModel:
-        """The pre-trained model; there is no head for `seed` to draw."""
+        """Load the pre-trained model; it has no head for `seed` to initialise."""
         path = _folder(folder, model)
         config = without_dropout(AutoConfig.from_pretrained(path))
         return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
 
     def provenance(self, folder: Path, model: str) -> dict[str, Any]:
-        """Of a model that was pre-trained here, a digest of its weights."""
+        """Return a digest of the weights of a model that was pre-trained here."""
         if model not in RECIPES:
             return {}
         weights = (Path(_folder(folder, model)) / "model.safetensors").read_bytes()
         return {"base": hashlib.sha256(weights).hexdigest()[:12]}
 
     def evaluate(self, model: nn.Module, part: Writing, size: int) -> dict[str, Any]:
-        """BLEU and the others of what the model writes, and the mean loss over the tokens of first references."""
+        """Return BLEU and the other metrics of the model's texts, and the mean token loss of first references."""
         return evaluate_writing(model, part, size, scores=_scores, metric=self.metric, new_tokens=self.new_tokens)
 
 
 def prompt_of(meaning: str) -> str:
-    """`name[Alimentum], area[city centre]` as `name: Alimentum; area: city centre ->`."""
+    """Return `name[Alimentum], area[city centre]` as `name: Alimentum; area: city centre ->`."""
     fields = [field.rstrip("]").partition("[") for field in meaning.split("], ")]
     return "; ".join(f"{name}: {value}" for name, _, value in fields) + " ->"
 
 
 def _scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Mapping[str, float]:
-    # Seconds to import, and only evaluation wants them.
+    # The import takes seconds, and only evaluation needs it.
     from benchmarks.quality.tasks.metrics import text_metrics
 
     return text_metrics(texts, [[reference.strip() for reference in each] for each in references])

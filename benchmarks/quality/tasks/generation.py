@@ -1,4 +1,4 @@
-"""Writing: a prompt, and references to learn from and to be compared with. The loss is on the references' tokens."""
+"""Text generation: prompts, and references to train on and to compare with. Only references' tokens carry loss."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked, and all answers that count as good."""
+    """The prompt of a model, and all answers that count as good."""
 
     text: str
     references: Sequence[str]
@@ -27,10 +27,10 @@ class Writing(Examples):
     """Prompts, and an example for every reference.
 
     Attributes:
-        prompts: distinct; a model writes once for each.
-        tokenizer: of the model.
-        ids: of every example, its prompt's tokens and its reference's, which end with the end of text.
-        decoder_only: whether one sequence holds both.
+        prompts: distinct prompts; a model writes one text for each.
+        tokenizer: the model's tokeniser.
+        ids: for every example, the tokens of its prompt and of its reference, which end with the end of text.
+        decoder_only: whether one sequence holds both prompt and reference.
     """
 
     prompts: Sequence[Prompt]
@@ -42,14 +42,14 @@ class Writing(Examples):
     def encode(
         cls, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, length: int, *, decoder_only: bool
     ) -> "Writing":
-        """Tokenise. Of what is longer than `length` tokens, prompts lose their beginning and references their end."""
+        """Tokenise. Beyond `length` tokens, prompts lose their beginning and references their end."""
         ids = []
         for prompt in prompts:
-            # With what the tokeniser puts around texts: the beginning for a Llama, the end for a T5.
+            # With the special token that the tokeniser adds: the beginning for a Llama, the end for a T5.
             asked = tokenizer(prompt.text)["input_ids"]
             for reference in prompt.references:
                 answer = tokenizer(reference, add_special_tokens=False)["input_ids"]
-                # Where one sequence holds both and is too short, a reference keeps half of it, or what a prompt leaves.
+                # If one sequence is too short for both, a reference gets half of it, or more where the prompt is short.
                 most = max(length // 2, length - len(asked)) if decoder_only else length
                 answer = [*answer[: most - 1], tokenizer.eos_token_id]
                 room = length - len(answer) if decoder_only else length
@@ -57,11 +57,11 @@ class Writing(Examples):
         return cls(prompts, tokenizer, ids, decoder_only)
 
     def lengths(self) -> Sequence[int]:
-        """Tokens of every example."""
+        """Return the number of tokens of every example."""
         return [len(asked) + len(answer) for asked, answer in self.ids]
 
     def batch(self, chosen: Sequence[int]) -> Batch:
-        """Token ids, mask and labels, padded to the longest: `[B, S]`; an encoder-decoder's labels are `[B, T]`."""
+        """Return token ids, mask and labels, padded to the longest, `[B, S]`; encoder-decoders have labels `[B, T]`."""
         pairs = [self.ids[at] for at in chosen]
         whole = [asked + answer if self.decoder_only else asked for asked, answer in pairs]
         labels = [[IGNORED] * len(asked) + answer if self.decoder_only else answer for asked, answer in pairs]
@@ -70,7 +70,7 @@ class Writing(Examples):
 
 
 def padded(rows: Sequence[Sequence[int]], filling: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows of one length, and 1 where a row is not filling: both `[B, S]`."""
+    """Pad rows to one length; return them, and a mask that is 1 outside of the padding, both `[B, S]`."""
     length = max(len(row) for row in rows)
     ids, mask = torch.full((len(rows), length), filling), torch.zeros(len(rows), length, dtype=torch.int64)
     for at, row in enumerate(rows):
@@ -82,13 +82,13 @@ def padded(rows: Sequence[Sequence[int]], filling: int, *, left: bool = False) -
 
 @torch.no_grad()
 def write(model: nn.Module, part: Writing, size: int, *, new_tokens: int) -> list[str]:
-    """What the model writes for every prompt: at each step the likeliest token, until the end of text.
+    """Return the model's text for every prompt: at each step the likeliest token, until the end of text.
 
     Args:
-        model: fine-tuned.
-        part: of which the prompts are taken.
-        size: prompts at a time, padded on the left.
-        new_tokens: at most so many.
+        model: the fine-tuned model.
+        part: the part of the data whose prompts are used.
+        size: the number of prompts in a batch; a decoder's are padded on the left.
+        new_tokens: the maximum number of tokens to write.
     """
     model.eval()
     tokenizer, texts = part.tokenizer, [""] * len(part.prompts)
@@ -99,7 +99,7 @@ def write(model: nn.Module, part: Writing, size: int, *, new_tokens: int) -> lis
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         ids, mask = padded([asked[at] for at in chosen], tokenizer.pad_token_id, left=part.decoder_only)
-        # Compiled or not, weights are the same; a compiler would meet a new length at every step.
+        # Eager, since a compiler would meet a new length at every step; the weights are the same.
         with torch.compiler.set_stance("force_eager"):
             found = model.generate(
                 **on(device_of(model), {"input_ids": ids, "attention_mask": mask}),
@@ -116,7 +116,7 @@ def write(model: nn.Module, part: Writing, size: int, *, new_tokens: int) -> lis
 
 @torch.no_grad()
 def token_loss(model: nn.Module, part: Writing, size: int) -> float:
-    """Mean over the tokens of every prompt's first reference."""
+    """Return the mean loss over the tokens of every prompt's first reference."""
     model.eval()
     loss, tokens = 0.0, 0
     owners = _owners(part.prompts)
@@ -129,13 +129,13 @@ def token_loss(model: nn.Module, part: Writing, size: int) -> float:
 
 
 Scores = Callable[[Sequence[str], Sequence[Sequence[str]]], Mapping[str, float]]
-"""Takes texts and the references of each."""
+"""A call is `scores(texts, references of each text)`."""
 
 
 def evaluate_writing(
     model: nn.Module, part: Writing, size: int, *, scores: Scores, metric: str, new_tokens: int
 ) -> dict[str, Any]:
-    """`metric`, as a fraction, and the other `scores` of what the model writes; the mean loss of first references."""
+    """Return `metric` as a fraction, the other `scores` of the model's texts, and the mean loss of first references."""
     texts = write(model, part, size, new_tokens=new_tokens)
     found = dict(scores(texts, [prompt.references for prompt in part.prompts]))
     return {"metric": found.pop(metric) / 100, "loss": token_loss(model, part, size), "further": found}

@@ -1,7 +1,7 @@
 """Tasks on data sets of a hub, each described by a table in a grid file: `[tasks.NAME.hub]`.
 
 A data set is named as `datasets.load_dataset` takes it, or is a folder that `DatasetDict.save_to_disk` wrote. Rows are
-shuffled, always alike; what chooses the learning rate comes out of the training split unless a split is named for it.
+shuffled in a fixed order; validation rows come from the training split unless the table names a split for them.
 """
 
 import itertools
@@ -42,15 +42,15 @@ Rows = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class HubTask(Task):
-    """What all tables say.
+    """The fields that all tables share.
 
     Attributes:
-        data: the data set.
-        name: of its configuration.
-        revision: of its repository; "refs/convert/parquet" where its main branch has a script.
-        train, validation, test: splits; no validation: cut from the training split.
-        tested: at most so many rows are tested on; 0: all.
-        dtype: of the model's weights.
+        data: the name or folder of the data set.
+        name: the name of its configuration.
+        revision: the revision of its repository; "refs/convert/parquet" where its main branch has a script.
+        train, validation, test: the names of splits; validation None: rows of the training split.
+        tested: the maximum number of rows to test on; 0: all.
+        dtype: the dtype of the model's weights.
     """
 
     data: str
@@ -63,19 +63,22 @@ class HubTask(Task):
     dtype: str = "float32"
 
     def check(self) -> str | None:
-        """What is wrong with the table, or None."""
+        """Return the problem with the table, or None."""
         known = isinstance(getattr(torch, self.dtype, None), torch.dtype)
         return None if known else f"dtype={self.dtype!r}; use float32 or bfloat16"
 
     @abstractmethod
     def asked(self, row: Mapping[str, Any]) -> Hashable:
-        """What the model is shown of a row: rows in which it is the same are all on one side."""
+        """Return the part of a row that the model sees; rows with equal parts stay in one part of the data."""
 
     def parts(self, sizes: Sizes) -> tuple[Rows, Rows, Rows]:
-        """Rows to train on, to choose the learning rate on, and to test on.
+        """Return rows to train on, to choose the learning rate on, and to test on.
 
-        What is asked in the test is asked in neither other part, and what is asked in the validation not in training.
-        `sizes.validation` counts distinct questions, of which every row comes along; 0: all of the split that is named.
+        No question of the test is in another part, and no question of the validation is in training. `sizes.validation`
+        counts distinct questions, each with all its rows; 0: all of the split that the table names.
+
+        Raises:
+            TaskError: a split or a size is missing, or too few rows are left.
         """
         if sizes.extra_test:
             raise TaskError("extra_test is for tasks in files; name the split to test on, and cap it with tested.")
@@ -105,7 +108,7 @@ class HubTask(Task):
         return kept, held, test
 
     def tokenizer(self, model: str) -> PreTrainedTokenizerBase:
-        """Of the model, with a token to fill up with."""
+        """Load the model's tokeniser, with a padding token."""
         with said_in_a_line(f"the tokeniser of {model}"):
             tokenizer = AutoTokenizer.from_pretrained(model)
         if tokenizer.pad_token is None:
@@ -113,12 +116,12 @@ class HubTask(Task):
         return tokenizer
 
     def load_model(self, kind: Any, model: str, **rest: Any) -> PreTrainedModel:
-        """A pre-trained model of the `Auto...` class `kind`; `rest` goes into its configuration."""
+        """Load a pre-trained model with the `Auto...` class `kind`; `rest` goes into its configuration."""
         with said_in_a_line(f"the model {model}"):
             config = without_dropout(AutoConfig.from_pretrained(model, **rest))
             loaded = kind.from_pretrained(model, config=config, dtype=getattr(torch, self.dtype))
         if loaded.config.pad_token_id is None:
-            # Classifiers of decoders look for the last token that is no filling.
+            # A decoder's classifier reads the last token that is not padding.
             loaded.config.pad_token_id = self.tokenizer(model).pad_token_id
         return loaded
 
@@ -128,9 +131,9 @@ class HubLabels(HubTask):
     """Sentences, or pairs of them, with labels.
 
     Attributes:
-        text: the column of the sentence, or two.
+        text: the column of the sentence, or the two columns of a pair.
         label: the column of labels.
-        classes: how many; 1: the label is a number, and the loss its squared error.
+        classes: the number of classes; 1: the label is a number, and the loss its squared error.
         metric: a name in `LABEL_METRICS`.
     """
 
@@ -140,7 +143,7 @@ class HubLabels(HubTask):
     metric: str = "accuracy"
 
     def check(self) -> str | None:
-        """What is wrong with the table, or None."""
+        """Return the problem with the table, or None."""
         if self.metric not in LABEL_METRICS:
             return f"metric={self.metric!r}; use one of {sorted(LABEL_METRICS)}"
         return super().check()
@@ -159,7 +162,7 @@ class HubLabels(HubTask):
         return Data(*map(encode, self.parts(sizes)))
 
     def asked(self, row: Mapping[str, Any]) -> Hashable:
-        """The sentence, or both."""
+        """Return the sentence, or both of a pair."""
         return tuple(row[column] for column in self.text)
 
     def make_model(self, folder: Path, model: str, seed: int) -> PreTrainedModel:
@@ -174,14 +177,14 @@ class HubLabels(HubTask):
 
 @dataclass(frozen=True, kw_only=True)
 class HubWriting(HubTask):
-    """Prompts and what should follow.
+    """Prompts, and the texts that should follow them.
 
     Attributes:
         prompt: a template, such as "{question} Answer:". Rows of the same prompt are its references.
-        target: the same for what should follow; the loss is on it alone.
-        decoder_only: whether the model is one (or else an encoder and a decoder).
-        metric: "ROUGE-L", or "BLEU", which brings the others of the E2E challenge.
-        new_tokens: at most so many are written.
+        target: a template of the text that should follow; it alone carries loss.
+        decoder_only: whether the model is a decoder; otherwise it is an encoder-decoder.
+        metric: "ROUGE-L", or "BLEU", which adds the other metrics of the E2E challenge.
+        new_tokens: the maximum number of tokens to write.
     """
 
     prompt: str
@@ -192,31 +195,31 @@ class HubWriting(HubTask):
 
     @property
     def further(self) -> Sequence[str]:  # type: ignore[override]
-        """The other metrics."""
+        """Names of the other metrics."""
         return ("NIST", "METEOR", "ROUGE-L", "CIDEr") if self.metric == "BLEU" else ()
 
     def check(self) -> str | None:
-        """What is wrong with the table, or None."""
+        """Return the problem with the table, or None."""
         return super().check() if self.metric in ("BLEU", "ROUGE-L") else f"metric={self.metric!r}; BLEU or ROUGE-L"
 
     def load(self, folder: Path, model: str, sizes: Sizes) -> Data[Any, Any]:
-        """See `Task`. No prompt is on two sides."""
+        """See `Task`. No prompt is in two parts."""
         tokenizer = self.tokenizer(model)
         return Data(*(self.encode(self.prompts(rows), tokenizer, sizes.length) for rows in self.parts(sizes)))
 
     def asked(self, row: Mapping[str, Any]) -> Hashable:
-        """The prompt."""
+        """Return the prompt."""
         return self.prompt.format(**row)
 
     def prompts(self, rows: Rows) -> list[Prompt]:
-        """Distinct prompts with all their references."""
+        """Return the distinct prompts with all their references."""
         found: dict[str, list[str]] = {}
         for row in rows:
             found.setdefault(self.prompt.format(**row), []).append(self.target.format(**row))
         return [Prompt(text, references) for text, references in found.items()]
 
     def encode(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, length: int) -> Writing:
-        """Tokenised."""
+        """Tokenise the prompts and their references."""
         return Writing.encode(prompts, tokenizer, length, decoder_only=self.decoder_only)
 
     def make_model(self, folder: Path, model: str, seed: int) -> PreTrainedModel:
@@ -225,7 +228,7 @@ class HubWriting(HubTask):
 
     def evaluate(self, model: nn.Module, part: Writing, size: int) -> dict[str, Any]:
         """See `Task`."""
-        # Seconds to import, and only evaluation wants them.
+        # The import takes seconds, and only evaluation needs it.
         from benchmarks.quality.tasks.metrics import rouge_l, text_metrics
 
         def rouge_alone(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Mapping[str, float]:
@@ -237,14 +240,14 @@ class HubWriting(HubTask):
 
 @dataclass(frozen=True, kw_only=True)
 class HubChat(HubWriting):
-    """Training as for writing, judged by multiple-choice questions of another data set (MMLU's columns).
+    """Training as in HubWriting, evaluation on multiple-choice questions of another data set (MMLU's columns).
 
     Attributes:
-        questions: that data set; `validation` and `test` are splits of it.
-        questions_name: of its configuration.
-        shots: answered questions before each.
-        shots_split: where those come from.
-        questions_length: most tokens of a question with those before it.
+        questions: the data set of the questions; `validation` and `test` are splits of it.
+        questions_name: the name of its configuration.
+        shots: the number of answered questions before each question.
+        shots_split: the split of the answered questions.
+        questions_length: the maximum number of tokens of a question with the answered ones before it.
     """
 
     questions: str
@@ -258,9 +261,9 @@ class HubChat(HubWriting):
     validation: str = "validation"
 
     def check(self) -> str | None:
-        """What is wrong with the table, or None."""
+        """Return the problem with the table, or None."""
         if self.metric != "accuracy" or not self.decoder_only:
-            return "a chat is a decoder's; use metric accuracy"
+            return "kind='chat' trains a decoder; use decoder_only=true and metric='accuracy'"
         return HubTask.check(self)
 
     def load(self, folder: Path, model: str, sizes: Sizes) -> Data[Writing, Questions]:
@@ -269,7 +272,7 @@ class HubChat(HubWriting):
         rows = shuffled(load_splits(self.data, self.name, self.revision), self.train, self.data)
         if len(rows) < sizes.train:
             raise TaskError(f"{self.data} has {len(rows)} rows to train on, not {sizes.train}; ask for fewer.")
-        # Whole conversations: each row stands for itself, whatever prompts they share.
+        # Each row is a whole conversation and its own example, even where rows share a prompt.
         prompts = [
             Prompt(self.prompt.format(**row), [self.target.format(**row)]) for row in rows[: sizes.train or None]
         ]
@@ -295,7 +298,7 @@ KINDS: Mapping[str, type[HubTask]] = {"labels": HubLabels, "writing": HubWriting
 
 
 def hub_task(table: Mapping[str, Any]) -> HubTask:
-    """The task that a table describes, its `kind` a name in `KINDS`. Raises TaskError for what means nothing."""
+    """Make the task of a table, whose `kind` is a name in `KINDS`. Raises TaskError for unknown or missing names."""
     kind = KINDS.get(table.get("kind", ""))
     if kind is None:
         raise TaskError(f"kind={table.get('kind')!r}; use one of {sorted(KINDS)}")
@@ -313,7 +316,7 @@ def hub_task(table: Mapping[str, Any]) -> HubTask:
 
 
 def correlation(labels: Sequence[float], predictions: Sequence[float]) -> float:
-    """Pearson's; 0 where all predictions are the same."""
+    """Return Pearson's correlation; 0 where all predictions are equal."""
     if len(set(predictions)) == 1:
         return 0.0
     found: float = pearsonr(labels, predictions).statistic
@@ -321,8 +324,8 @@ def correlation(labels: Sequence[float], predictions: Sequence[float]) -> float:
 
 
 def load_splits(data: str, name: str | None, revision: str | None) -> Mapping[str, Any]:
-    """Every split of a data set. Raises TaskError, in one line, where it cannot be had."""
-    # Seconds to import, and tasks of this repository's own do without.
+    """Load every split of a data set. Raises TaskError, in one line, where it cannot be loaded."""
+    # The import takes seconds, and tasks in files do not need it.
     import datasets
 
     with said_in_a_line(f"the data set {data}"):
@@ -332,7 +335,7 @@ def load_splits(data: str, name: str | None, revision: str | None) -> Mapping[st
 
 
 def shuffled(splits: Mapping[str, Any], split: str, data: str) -> Any:
-    """The rows of a split in an order that is always the same. Raises TaskError where there is no such split."""
+    """Return the rows of a split, shuffled in a fixed order. Raises TaskError where there is no such split."""
     if split not in splits:
         raise TaskError(f"{data} has no split {split!r}; use one of {sorted(splits)}.")
     found = splits[split]
@@ -341,7 +344,7 @@ def shuffled(splits: Mapping[str, Any], split: str, data: str) -> Any:
 
 
 class _Lazy(Sequence[dict[str, Any]]):
-    """Rows in some order, read when they are asked for; slices cost nothing."""
+    """Rows in a given order, each read on access; a slice reads no rows."""
 
     def __init__(self, rows: Any, order: Sequence[int]) -> None:
         self.rows, self.order = rows, order
@@ -360,7 +363,7 @@ class _Lazy(Sequence[dict[str, Any]]):
 
 @contextmanager
 def said_in_a_line(what: str) -> Iterator[None]:
-    """Turn the errors of a hub that cannot be reached, or has no such thing, into a TaskError."""
+    """Turn the errors of a hub that is unreachable, or lacks `what`, into a TaskError of one line."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -1,11 +1,11 @@
-"""Metrics of written texts with several references, in the units of the E2E challenge, each from its usual library.
+"""Metrics of generated texts with several references, in the units of the E2E challenge, each from its usual library.
 
-Texts are lower-cased, and cut into words by the tokeniser of BLEU (mteval-v13a) for all metrics that ask for words.
+Texts are lower-cased. BLEU's tokeniser (mteval-v13a) splits them into words for all metrics that take words.
 
 * BLEU: sacrebleu, over the corpus.
 * NIST: nltk, 5-grams, over the corpus.
-* METEOR: METEOR 1.5 itself, with its synonyms and paraphrases, which pycocoevalcap carries as Java; left out where
-  there is no Java. nltk's own METEOR would lack the synonyms, which are a download.
+* METEOR: the Java program METEOR 1.5, with its synonyms and paraphrases, from pycocoevalcap; left out where there is
+  no Java. nltk's own METEOR would lack the synonyms, which are a separate download.
 * ROUGE-L: rouge_score, the F-measure with stemming, of the best reference; the mean over texts. (The challenge's script
   weighs recall higher and does not stem.)
 * CIDEr: pycocoevalcap, document frequencies from these references.
@@ -29,11 +29,11 @@ TEXT_METRICS = ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr")
 
 
 def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """All of the above, by name, BLEU, METEOR and ROUGE-L in per cent.
+    """Return all metrics of this module by name; BLEU, METEOR and ROUGE-L are in per cent.
 
     Args:
-        texts: one a prompt.
-        references: those of every prompt; at least one, and as many as there are.
+        texts: one text for each prompt.
+        references: the references of each prompt, one or more.
     """
     most = max(len(each) for each in references)
     streams = [[each[at] if at < len(each) else None for each in references] for at in range(most)]
@@ -51,12 +51,12 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> d
 
 
 def java() -> str | None:
-    """The Java that METEOR runs on, if there is one."""
+    """Return the path of Java, which runs METEOR, or None."""
     return shutil.which("java")
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean over texts of the F-measure against the best reference."""
+    """Return the mean over texts of the F-measure against the best reference, as a fraction."""
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(texts, references, strict=True)
     return statistics.mean(scorer.score_multi(list(each), text)["rougeL"].fmeasure for text, each in pairs)
@@ -67,13 +67,13 @@ def _nist(texts: Mapping[int, list[str]], references: Mapping[int, list[str]]) -
     try:
         return float(corpus_nist(wanted, [each[0].split() for each in texts.values()], n=5))
     except ZeroDivisionError:
-        # All texts together have no 5-gram.
+        # The texts together have no 5-gram.
         return 0.0
 
 
 @functools.cache
 def _meteor() -> Meteor:
-    # It takes many seconds to start, so one serves for all runs.
+    # METEOR takes many seconds to start, so one process serves all runs.
     scorer = Meteor()
     atexit.register(_stop, scorer.meteor_p)
     return scorer
@@ -90,5 +90,5 @@ def _tokenizer() -> Tokenizer13a:
 
 
 def _words(text: str) -> str:
-    # METEOR takes lines, parted by three bars: the tokeniser parts bars, and this joins lines.
+    # METEOR reads lines with "|||" between fields: the tokeniser splits such bars, and the join removes line breaks.
     return " ".join(str(_tokenizer()(text.lower())).split())

@@ -1,8 +1,8 @@
 """A small GPT-2 with a byte-level tokeniser, pre-trained on English text that every machine with this project has.
 
 The text is the documentation inside Python's standard library and the training sentences of SST-2 and CoLA. Models are
-kept in out/pretrained/, so that all methods and seeds start from the same one. They have seen a millionth of what GPT-2
-has: they know something of spelling, grammar and names, and little else.
+kept in out/pretrained/, so that all methods and seeds start from the same one. They have seen a millionth of GPT-2's
+text: they know something of spelling, grammar and names, and little else.
 """
 
 import ast
@@ -34,13 +34,13 @@ PADDING = "<|padding|>"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is made.
+    """The sizes and the pre-training of a model.
 
     Attributes:
-        layers, heads, width, positions: of the model.
-        vocabulary: tokens; 258 are bytes, the end of a text, and padding.
-        characters: of the pre-training text; 0: random weights, and bytes as tokens.
-        epochs, batch, learning_rate: of the pre-training, in sequences of half of `positions`.
+        layers, heads, width, positions: the sizes of the model.
+        vocabulary: the number of tokens; 258 of them are the bytes, the end of a text, and padding.
+        characters: the length of the pre-training text; 0: random weights, and bytes as tokens.
+        epochs, batch, learning_rate: the pre-training, on sequences half as long as `positions`.
     """
 
     layers: int = 4
@@ -61,11 +61,11 @@ RECIPES = {
 
 
 def pretrained(name: str, data: Path) -> Path:
-    """The folder of a model and its tokeniser; made now where it is not there yet.
+    """Return the folder of a model and its tokeniser; make it now if it does not exist.
 
     Args:
-        name: in `RECIPES`.
-        data: the folder of the data sets, where sentences come from.
+        name: a name in `RECIPES`.
+        data: the folder of the data sets whose sentences the text takes.
     """
     recipe = RECIPES[name]
     said = [json.dumps(asdict(recipe), sort_keys=True).encode()]
@@ -83,13 +83,13 @@ def pretrained(name: str, data: Path) -> Path:
         try:
             beside.rename(folder)
         except OSError:
-            # Another process was first; all take its model.
+            # Another process was first; use its model.
             shutil.rmtree(beside)
     return folder
 
 
 def gather(data: Path, characters: int) -> list[str]:
-    """Texts of the standard library's documentation and of SST-2 and CoLA, in an order that is always the same."""
+    """Return texts of the standard library's documentation and of SST-2 and CoLA, shuffled in a fixed order."""
     texts = sorted(set(_documentation(Path(sysconfig.get_path("stdlib")))))
     for task in (SST2, COLA):
         sentences = [sentence for sentence, label in task.read(task.file(data))]
@@ -104,7 +104,7 @@ def gather(data: Path, characters: int) -> list[str]:
 
 
 def _documentation(library: Path) -> Iterator[str]:
-    """Docstrings of at least ten words."""
+    """Yield the docstrings of at least ten words in a library."""
     for path in sorted(library.rglob("*.py")):
         if {"site-packages", "test", "tests"} & set(path.parts):
             continue
@@ -112,7 +112,7 @@ def _documentation(library: Path) -> Iterator[str]:
             with warnings.catch_warnings(action="ignore"):
                 tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError):
-            # Files of this kind are there to test that they are refused.
+            # The library keeps files with errors, to test that Python refuses them.
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -122,7 +122,7 @@ def _documentation(library: Path) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2's."""
+    """Train a byte-level BPE tokeniser, as GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -137,7 +137,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> GPT2LMHeadModel:
-    """A new model; with texts, trained to continue them."""
+    """Make a new model and train it to continue the texts, if there are any."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -163,7 +163,7 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, texts: Sequence
         if at % (steps // recipe.epochs) == 0:
             order = torch.randperm(len(sequences))
         start = at % (steps // recipe.epochs) * recipe.batch
-        # Wherever a piece stands in a sequence, so that prompts may be longer than what was seen here.
+        # Random offsets train all positions, so that prompts may be longer than the sequences here.
         shift = int(torch.randint(0, recipe.positions - length + 1, ()))
         batch = sequences[order[start : start + recipe.batch]]
         positions = torch.arange(shift, shift + length).expand(len(batch), -1)

@@ -1,12 +1,12 @@
-"""A cache of generated code on disk, from which nothing runs that this user did not put there.
+"""A cache of generated code on disk that never runs a file which another user put there.
 
-Code that is loaded is code that is trusted, so an entry is used only if
+The writer of an entry decides which code this process runs, so an entry is used only if
 
-* its directory, and every directory above it, can be changed by this user (or root) alone, and
-* the digest in its name is that of its content.
+* this user (or root) alone can change its directory and every directory above it, and
+* the digest in its name is the digest of its content.
 
-An entry is named `<key>.<digest of the content><suffix>`, is written beside its place and renamed, and is never
-changed afterwards. What is cut short, altered or put there by another is rebuilt.
+An entry is named `<digest of the key>.<digest of the content><suffix>`. It is written to a temporary file, renamed, and
+never changed afterwards. An entry that is cut short, altered or another user's is rebuilt.
 """
 
 import atexit
@@ -28,22 +28,22 @@ log = logging.getLogger(__name__)
 
 
 def cached(key: str, suffix: str, build: Callable[[], bytes]) -> Path:
-    """The file of `key`, built by `build` unless a sound one is there.
+    """Return the cached file of `key`; call `build` to make it where there is no valid one.
 
     Args:
-        key: what the content depends on, all of it; any text.
-        suffix: of the file, such as ".py".
-        build: gives the content; called only if there is no sound entry.
+        key: any text that names everything the content depends on.
+        suffix: the file name's suffix, such as ".py".
+        build: returns the content.
 
     Raises:
-        OSError: neither the cache nor a temporary directory can be written.
+        OSError: this user can write neither to the cache nor to a temporary directory.
     """
     directory = _private_directory(_wanted_directory())
     name = digest(key.encode())
     for entry in sorted(directory.glob(f"{name}.*{suffix}")):
         if _is_own(entry) and entry.name == f"{name}.{digest(entry.read_bytes())}{suffix}":
             return entry
-        log.warning("%s is damaged or not yours; it is built anew.", entry)
+        log.warning("%s is damaged or belongs to another user; it is built anew.", entry)
         entry.unlink()
     content = build()
     entry = directory / f"{name}.{digest(content)}{suffix}"
@@ -52,29 +52,29 @@ def cached(key: str, suffix: str, build: Callable[[], bytes]) -> Path:
 
 
 def digest(content: bytes) -> str:
-    """32 hexadecimal digits of SHA-256."""
+    """Return the first 32 hexadecimal digits of the SHA-256 of `content`."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _wanted_directory() -> Path:
-    """`$SYLVA_COMPILE_CACHE_DIR`, or the platform's place for caches."""
+    """Return `$SYLVA_COMPILE_CACHE_DIR`, or the platform's directory for caches."""
     chosen = os.environ.get("SYLVA_COMPILE_CACHE_DIR")
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("sylva_compile"))
 
 
 @functools.cache
 def _private_directory(wanted: Path) -> Path:
-    """`wanted`, made if need be; a directory for this process alone if others could write there, or nobody can."""
+    """Return `wanted`, created if need be; a temporary directory if other users can write there or this user cannot."""
     try:
         wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
         wanted = wanted.resolve()
         if _is_own(wanted) and all(_is_safe_above(parent) for parent in wanted.parents) and os.access(wanted, os.W_OK):
             return wanted
-        why = "others can write there, or you cannot"
+        why = "other users can write there, or you cannot"
     except OSError as error:
         why = str(error)
     log.warning(
-        "Generated code is not kept in %s: %s. Set SYLVA_COMPILE_CACHE_DIR to a directory of yours.", wanted, why
+        "Generated code is not kept in %s: %s. Set SYLVA_COMPILE_CACHE_DIR to a directory of your own.", wanted, why
     )
     own = Path(tempfile.mkdtemp(prefix="sylva_compile-"))
     atexit.register(shutil.rmtree, own, ignore_errors=True)
@@ -82,7 +82,7 @@ def _private_directory(wanted: Path) -> Path:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether `path` belongs to this user and no other can write to it; always, on systems without such owners."""
+    """Return whether `path` is this user's and no other user can write to it; true on systems without file owners."""
     if not hasattr(os, "getuid"):
         return True
     found = path.lstat()
@@ -90,7 +90,7 @@ def _is_own(path: Path) -> bool:
 
 
 def _is_safe_above(directory: Path) -> bool:
-    """Whether no other user can rename what lies in `directory`: its owner is trusted, or the sticky bit keeps it."""
+    """Return whether other users cannot rename the entries of `directory`: its owner is trusted, or its sticky bit set."""
     if not hasattr(os, "getuid"):
         return True
     found = directory.stat()

@@ -1,4 +1,4 @@
-"""Compile C++ with a C interface for this very processor, and load it."""
+"""Compile C++ with a C interface for the processor of this machine, and load it."""
 
 import ctypes
 import functools
@@ -21,17 +21,17 @@ _SECONDS = 300
 
 @functools.cache
 def load(source: str, *, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The library made from `source`, compiled once and kept on disk (see `sylva_compile.kernels.build.code_cache`).
+    """Return the library of `source`, compiled once and kept on disk (see `sylva_compile.kernels.build.code_cache`).
 
-    OpenMP is on and, in a process with torch, shares torch's threads. Floating-point arithmetic is strict.
+    OpenMP is on and shares torch's threads in a process with torch. `-ffast-math` is off.
 
     Args:
-        source: C++17; its functions are declared `extern "C"`.
-        name: for messages.
-        flags: more flags for the compiler.
+        source: C++17 whose functions are declared `extern "C"`.
+        name: the name of the library in messages.
+        flags: further flags for the compiler.
 
     Raises:
-        NativeCompilerError: there is no C++ compiler, it refuses the source, or what it makes cannot be kept or loaded.
+        NativeCompilerError: there is no C++ compiler, it rejects the source, or the library cannot be stored or loaded.
     """
     compiler = _compiler()
     command = (compiler, *_FLAGS, *flags)
@@ -40,20 +40,20 @@ def load(source: str, *, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         path = cached(key, ".so", functools.partial(_compile, command, source, name))
     except OSError as error:
         raise NativeCompilerError(
-            f"{name} can be kept nowhere: {error}. Set SYLVA_COMPILE_CACHE_DIR to a directory with room."
+            f"{name} cannot be stored: {error}. Set SYLVA_COMPILE_CACHE_DIR to a directory with free space."
         ) from error
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        # The next process builds it anew.
+        # The next process compiles it again.
         path.unlink(missing_ok=True)
         raise NativeCompilerError(
-            f"{name} cannot be loaded: {error}. Check CXX, and that {path.parent} lets programs run."
+            f"{name} cannot be loaded: {error}. Check CXX, and that {path.parent} allows execution."
         ) from error
 
 
 def _compiler() -> str:
-    """Path of `$CXX`, or of the first C++ compiler on the path."""
+    """Return the path of `$CXX`, or of the first C++ compiler on PATH; raise NativeCompilerError without one."""
     chosen = os.environ.get("CXX")
     found = next(filter(None, map(shutil.which, [chosen] if chosen else ["c++", "g++", "clang++"])), None)
     if found is None:
@@ -65,7 +65,7 @@ def _compiler() -> str:
 
 @functools.cache
 def _version(compiler: str) -> str:
-    """What the compiler says of itself."""
+    """Return what `compiler --version` prints."""
     try:
         return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     except OSError as error:
@@ -74,7 +74,7 @@ def _version(compiler: str) -> str:
 
 @functools.cache
 def _processor() -> str:
-    """What `-march=native` depends on: a home directory may be shared by unlike machines."""
+    """Return the processor's description, on which `-march=native` depends: unlike machines may share one cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:

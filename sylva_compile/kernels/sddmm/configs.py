@@ -1,8 +1,8 @@
-"""How the Triton SDDMM is launched: tile, warps and stages from a committed table, splits from the device.
+"""Launch parameters of the Triton SDDMM: tile, warps and stages from a committed table, splits from the device.
 
-Nothing is tuned while a model trains: `python benchmarks/sddmm.py --device cuda --tune` measures the table's entries on
-the GPU at hand and writes `sddmm_configs.json` anew. Its key is `<dtype>/<panel>/<few or many>`: the block size rounded
-up to a power of two of 16 to 128, and tokens up to or above `MANY`.
+No kernel is tuned while a model trains: `python -m benchmarks.sddmm --device cuda --tune` measures the table's entries
+on the GPU at hand and rewrites `configs.json`. An entry's key is `<dtype>/<panel>/<few or many>`: the panel is the
+block size rounded up to a power of two from 16 to 128, and "many" stands for more than `MANY` tokens.
 """
 
 import functools
@@ -22,7 +22,13 @@ _SHORTEST_SEGMENT = 256
 
 @dataclass(frozen=True)
 class Config:
-    """A launch: tokens of a tile, warps of a program, stages of its pipeline."""
+    """Parameters of a launch.
+
+    Attributes:
+        tokens: tokens a tile.
+        warps: warps a program.
+        stages: stages of a program's software pipeline.
+    """
 
     tokens: int
     warps: int
@@ -30,21 +36,21 @@ class Config:
 
 
 def config_key(dtype: torch.dtype, block_size: int, tokens: int) -> str:
-    """The entry of the table that covers this shape."""
+    """Return the key of the table's entry for this shape."""
     panel = next((panel for panel in PANELS if panel >= block_size), PANELS[-1])
     return f"{str(dtype).removeprefix('torch.')}/{panel}/{'many' if tokens > MANY else 'few'}"
 
 
 def choose_config(dtype: torch.dtype, block_size: int, tokens: int) -> Config:
-    """The committed choice; the same for the same shape, whatever the device."""
+    """Return the table's entry for this shape, the same on every device."""
     if block_size > PANELS[-1]:
-        # No measured entry; a tile that still fits into the registers and the shared memory of a core.
+        # The table has no entry; this tile still fits into the registers and the shared memory of a core.
         return Config(tokens=16, warps=8, stages=2)
     return _table()[config_key(dtype, block_size, tokens)]
 
 
 def choose_splits(blocks: int, tokens: int, device: torch.device) -> int:
-    """In how many parts the sum over `tokens` is taken, so that few blocks fill the device too."""
+    """Return the number of parts of the sum over `tokens`, chosen so that few blocks fill the device too."""
     cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = -(-_PROGRAMS_PER_CORE * cores // max(blocks, 1))
     return max(1, min(wanted, tokens // _SHORTEST_SEGMENT))

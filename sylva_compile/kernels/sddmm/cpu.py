@@ -1,6 +1,6 @@
-"""SDDMM on the CPU: `sddmm.cpp`, compiled for this processor on first use and called through its C interface.
+"""SDDMM on the CPU: `sddmm.cpp`, compiled for this processor on the first call and called through its C interface.
 
-Without a C++ compiler, one small GEMM for each run of neighbouring blocks: as right, and slower where blocks are small.
+Without a C++ compiler, one small GEMM computes each run of neighbouring blocks: correct, but slower for small blocks.
 """
 
 import ctypes
@@ -24,16 +24,17 @@ _SEGMENT = 256
 
 
 def sddmm_cpu(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Blocks of `lhsᵀ · rhs`; shapes as in `sylva_compile.kernels.sddmm.op`.
+    """Return blocks of `lhsᵀ · rhs`; shapes as in `sylva_compile.kernels.sddmm.op`.
 
-    The result is the same, bit for bit, on any number of threads.
+    The result is the same, bit for bit, for any number of threads.
 
     Raises:
         IndexError: a position lies outside of the matrix.
+        MemoryError: there is no memory for the packed panels.
         ValueError: the operands differ in dtype or in tokens, or positions are not int64.
     """
     if lhs.dtype != rhs.dtype or lhs.shape[0] != rhs.shape[0] or positions.dtype != torch.int64:
-        # The kernel reads by address, and would read past the end of one of them.
+        # The kernel reads by address and would read past the end of the shorter operand.
         raise ValueError(
             f"lhs {tuple(lhs.shape)} of {lhs.dtype}, rhs {tuple(rhs.shape)} of {rhs.dtype}, positions of "
             f"{positions.dtype}; give operands of one dtype with equally many rows, and positions of int64."
@@ -65,24 +66,31 @@ def sddmm_cpu(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> T
         out.data_ptr(),
     )
     if failed == 1:
-        raise IndexError(f"A block lies outside of its [{lhs.shape[1]}, {rhs.shape[1]}] matrix of b={block_size}.")
+        raise IndexError(
+            f"A position lies outside of the [{lhs.shape[1]}, {rhs.shape[1]}] matrix with blocks of b={block_size}."
+        )
     if failed:
         raise MemoryError("No memory for the panels of sylva::sddmm.")
-    # A result that is part of a larger buffer would keep the other segments alive.
+    # A view of the buffer would keep the other segments alive.
     return out[0] if segments == 1 else out[0].clone()
 
 
+def sddmm_shared_cpu(lhs: list[Tensor], rhs: Tensor, positions: list[Tensor], block_size: int) -> list[Tensor]:
+    """Return blocks of `lhs[w]ᵀ · rhs` for each w; shapes as in `sylva_compile.kernels.sddmm.shared_op`."""
+    return [sddmm_cpu(left, rhs, at, block_size) for left, at in zip(lhs, positions, strict=True)]
+
+
 def segments_of(tokens: int, nnz: int) -> int:
-    """In how many parts the sum over `tokens` is taken: enough for all threads where blocks are few."""
-    # A function of the shape alone: one of the number of threads would make results differ between machines.
+    """Return the number of parts of the sum over `tokens`: enough for all threads where blocks are few."""
+    # It depends on the shape alone: if it depended on the number of threads, results would differ between machines.
     return max(1, min(-(-_TASKS // nnz), tokens // _SEGMENT))
 
 
 def sddmm_by_products(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """The same without a compiler.
+    """Return blocks of `lhsᵀ · rhs` by torch's GEMMs, for machines without a C++ compiler.
 
-    No dense `m x n` product and no copy of an operand is made. Operands narrower than float32 are widened a panel of b
-    columns at a time, so that sums are float32 and the widened panel stays in cache.
+    It makes neither the dense `m x n` product nor a copy of an operand. It widens operands narrower than float32 a
+    panel at a time, so that sums are in float32 and the widened panel stays in cache.
     """
     m, n = lhs.shape[1], rhs.shape[1]
     wide = block_dtype(lhs.dtype)
@@ -110,11 +118,11 @@ def sddmm_by_products(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: i
 
 @functools.cache
 def _kernel() -> Callable[..., int] | None:
-    """The compiled kernel; None, and a word in the log, where nothing compiles it."""
+    """Return the compiled kernel; log a warning and return None where it cannot be compiled."""
     try:
         library = load(Path(__file__).with_name("sddmm.cpp").read_text(), name="the SDDMM kernel")
     except NativeCompilerError as error:
-        log.warning("SDDMM runs without its compiled kernel, right but slower. %s", error)
+        log.warning("SDDMM runs without its compiled kernel: correct, but slower. %s", error)
         return None
     function: Callable[..., int] = library.sylva_sddmm
     size, pointer = ctypes.c_int64, ctypes.c_void_p

@@ -3,27 +3,28 @@
     out[k] = (lhsᵀ · rhs)[r·b : (r+1)·b, c·b : (c+1)·b]      with r, c = positions[:, k]
 
 Sylva, eqn 16: both operands are token-major as layers hold them, `lhs [T, m]` (output gradients for `nn.Linear`) and
-`rhs [T, n]` (activations). Sums over the T tokens are in float32 or wider, and so is the result `[nnz, b, b]`; what
-reaches over the edge of the matrix is zero.
+`rhs [T, n]` (activations). Kernels sum over the T tokens in float32 or wider and return `[nnz, b, b]` in that dtype;
+elements of a block beyond the matrix's edge are zero.
+
+This module imports torch alone; the first call on a device loads the C++ or the Triton kernel.
 """
 
 import torch
 from torch import Tensor
 
 from sylva_compile.kernels.blocks import block_dtype, read_blocks
-from sylva_compile.kernels.sddmm.cpu import sddmm_cpu
-from sylva_compile.kernels.sddmm.triton_kernel import sddmm_triton
+from sylva_compile.kernels.lazy import on_first_call
 
 
 def sddmm_reference(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """The oracle: the whole dense product, then its blocks. Shapes as in the module's docstring."""
+    """Return the blocks of the whole dense product, as an oracle. Shapes as in the module's docstring."""
     wide = block_dtype(lhs.dtype)
     return read_blocks(lhs.to(wide).t() @ rhs.to(wide), positions, block_size).contiguous()
 
 
 @torch.library.custom_op("sylva::sddmm", mutates_args=())
 def sddmm(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Blocks of `lhsᵀ · rhs`.
+    """Return blocks of `lhsᵀ · rhs`.
 
     Args:
         lhs: `[T, m]`, any strides.
@@ -42,5 +43,5 @@ def _(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
     return lhs.new_empty((positions.shape[1], block_size, block_size), dtype=block_dtype(lhs.dtype))
 
 
-sddmm.register_kernel("cpu")(sddmm_cpu)
-sddmm.register_kernel("cuda")(sddmm_triton)
+sddmm.register_kernel("cpu")(on_first_call("sylva_compile.kernels.sddmm.cpu", "sddmm_cpu"))
+sddmm.register_kernel("cuda")(on_first_call("sylva_compile.kernels.sddmm.triton_kernel", "sddmm_triton"))

@@ -1,13 +1,13 @@
 // SDDMM on the CPU: blocks of lhs^T * rhs, for lhs [T, m] and rhs [T, n] with any strides.
 //
-// The work is cut into tasks: a run of blocks in one block row, over one segment of the tokens. A task walks its
-// segment in tiles of TOKENS tokens. For each tile it packs the panels that it reads (TOKENS x b of lhs once, of rhs
-// for each block), widened to the type of the sums, and multiplies them with a kernel that keeps a tile of the result
-// in registers. Packing is what makes it fast: rows of an operand lie a power of two apart, so that a panel left in
-// its place would share a few sets of the cache.
+// A task computes a run of blocks in one block row, over one segment of the tokens. It walks its segment in tiles of
+// TOKENS tokens. For each tile it packs the panels that it reads (TOKENS x b of lhs once, of rhs for each block),
+// widened to the type of the sums, and multiplies them with a kernel that keeps a tile of the result in registers.
+// Packing makes it fast: rows of an operand often lie a power of two apart, and a panel left in its place would then
+// share a few sets of the cache.
 //
-// Segments depend on the shape alone, and their sums are added in order. So the result does not depend on the number
-// of threads, nor on which of them did what.
+// Segments depend on the shape alone, and their sums are added in order. The result therefore depends neither on the
+// number of threads nor on the task that each thread runs.
 
 #include <algorithm>
 #include <cstdint>
@@ -17,8 +17,8 @@
 
 namespace {
 
-constexpr int TOKENS = 128;  // of a tile: both panels of a register tile stay in the first cache
-constexpr int RUN = 4;       // blocks of a task that share a packed panel of lhs
+constexpr int TOKENS = 128;  // tokens of a tile: both panels of a register tile stay in the first-level cache
+constexpr int RUN = 4;       // most blocks of a task, which share a packed panel of lhs
 
 #if defined(__AVX512F__)
 constexpr int BYTES = 64, HEIGHT = 8;
@@ -49,7 +49,7 @@ struct Vector {
     static constexpr int lanes = BYTES / sizeof(W);
 };
 
-// Panels of GROUP columns, [panel][token][GROUP]; columns from `used` on are zero.
+// Packs columns into panels of GROUP columns, [panel][token][GROUP]; columns from `used` on become zero.
 template <int GROUP, typename T, typename W>
 void pack(const Operand& from, int64_t token, int tokens, int64_t column, int used, int padded, W* to) {
     const T* base = static_cast<const T*>(from.data) + token * from.token_stride + column * from.column_stride;
@@ -77,11 +77,11 @@ void multiply(const W* left, const W* right, int tokens, W* sums, int64_t stride
     for (int i = 0; i < HEIGHT; ++i)
         for (int v = 0; v < VECTORS; ++v) total[i][v] = V{};
     for (int t = 0; t < tokens; ++t) {
-        V line[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) line[v] = *reinterpret_cast<const V*>(right + t * width + v * lanes);
+        V values[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) values[v] = *reinterpret_cast<const V*>(right + t * width + v * lanes);
         for (int i = 0; i < HEIGHT; ++i) {
             const W factor = left[t * HEIGHT + i];
-            for (int v = 0; v < VECTORS; ++v) total[i][v] += factor * line[v];
+            for (int v = 0; v < VECTORS; ++v) total[i][v] += factor * values[v];
         }
     }
 #pragma GCC unroll 8
@@ -105,7 +105,7 @@ struct Problem {
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Writes `sums` [rows x stride] into the block `to` [b, b]; what lies over the edge is zero, whatever was multiplied.
+// Writes `sums` [rows x stride] into the block `to` [b, b]; elements over the edge become zero, even if sums are NaN.
 template <typename W>
 void store(const W* sums, int64_t stride, int b, int height, int width, W* to) {
     for (int i = 0; i < b; ++i) {
@@ -125,7 +125,7 @@ class Task {
           right_(new W[TOKENS * wide_]),
           sums_(new W[RUN * high_ * wide_]) {}
 
-    // Blocks first..last (one block row) over the tokens start..stop; `out` is that segment's [blocks, b, b].
+    // Computes blocks first..last (of one block row) over tokens start..stop into `out`, that segment's [blocks, b, b].
     void run(const Problem& p, int64_t first, int64_t last, int64_t start, int64_t stop, W* out) {
         const int64_t row = p.rows[first] * p.b;
         const int height = static_cast<int>(std::min<int64_t>(p.b, p.lhs.width - row));
@@ -179,7 +179,7 @@ bool compute(const Problem& p, const int64_t* runs, int64_t count, W* out) {
             const int64_t stop = std::min(tiles * (segment + 1) / p.segments * TOKENS, p.tokens);
             if (task) task->run(p, runs[run], runs[run + 1], start, stop, out + segment * p.blocks * size);
         }
-        // The first segment's place is the result's: the others are added to it, in their order.
+        // The first segment's sums become the result: the other segments are added to them, in order.
         if (p.segments > 1) {
 #pragma omp for schedule(static)
             for (int64_t k = 0; k < p.blocks; ++k)
@@ -210,7 +210,7 @@ int dispatch(const Problem& p, W* out) {
 
 // dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. positions: int64[2, blocks], contiguous. tokens > 0.
 // out: [segments, blocks, b, b] in float32 (float64 for float64); the result is its first segment.
-// Returns 0; 1 if a position lies outside of the matrix; 2 if memory ran out.
+// Returns 0; 1 if a position lies outside of the matrix; 2 if there is not enough memory.
 extern "C" int sylva_sddmm(int dtype, const void* lhs, int64_t m, int64_t lhs_token_stride, int64_t lhs_column_stride,
                            const void* rhs, int64_t n, int64_t rhs_token_stride, int64_t rhs_column_stride,
                            int64_t tokens, const int64_t* positions, int64_t blocks, int64_t b, int64_t segments,

@@ -2,21 +2,21 @@
 
     out[w] = sddmm(lhs[w], rhs, positions[w])
 
-The shapes are those of `sylva_compile.kernels.sddmm.op`, the result one tensor for each weight.
+The shapes are those of `sylva_compile.kernels.sddmm.op`, with one result tensor for each weight. This module imports
+torch alone; the first call on a device loads the C++ or the Triton kernel.
 """
 
 import torch
 from torch import Tensor
 
 from sylva_compile.kernels.blocks import block_dtype
-from sylva_compile.kernels.sddmm.cpu import sddmm_cpu
+from sylva_compile.kernels.lazy import on_first_call
 from sylva_compile.kernels.sddmm.op import sddmm_reference
-from sylva_compile.kernels.sddmm.triton_kernel import sddmm_shared_triton
 
 
 @torch.library.custom_op("sylva::sddmm_shared", mutates_args=())
 def sddmm_shared(lhs: list[Tensor], rhs: Tensor, positions: list[Tensor], block_size: int) -> list[Tensor]:
-    """Blocks of `lhs[w]ᵀ · rhs` for each w.
+    """Return blocks of `lhs[w]ᵀ · rhs` for each w.
 
     Args:
         lhs: `[T, m_w]` each, any strides.
@@ -36,9 +36,5 @@ def _(lhs: list[Tensor], rhs: Tensor, positions: list[Tensor], block_size: int) 
     return [rhs.new_empty((at.shape[1], block_size, block_size), dtype=wide) for at in positions]
 
 
-@sddmm_shared.register_kernel("cpu")
-def _(lhs: list[Tensor], rhs: Tensor, positions: list[Tensor], block_size: int) -> list[Tensor]:
-    return [sddmm_cpu(left, rhs, at, block_size) for left, at in zip(lhs, positions, strict=True)]
-
-
-sddmm_shared.register_kernel("cuda")(sddmm_shared_triton)
+sddmm_shared.register_kernel("cpu")(on_first_call("sylva_compile.kernels.sddmm.cpu", "sddmm_shared_cpu"))
+sddmm_shared.register_kernel("cuda")(on_first_call("sylva_compile.kernels.sddmm.triton_kernel", "sddmm_shared_triton"))

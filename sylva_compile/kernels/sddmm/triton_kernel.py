@@ -1,12 +1,12 @@
 """SDDMM in Triton: one program computes one block over one segment of the tokens.
 
 A program walks over its tokens, loads a `[TOKENS, b]` panel of each operand and adds their product to a float32
-accumulator. Where the blocks alone do not fill the device, tokens are split over programs (split-K), each of which
-writes a partial result; the parts are then summed in their order, so that the result is the same bits in every run.
+accumulator. Where the blocks alone do not fill the device, the launch splits the tokens over programs (split-K), each
+of which writes a partial result; the parts are then summed in order, so that every run returns the same bits.
 
-Programs are numbered segment by segment, and blocks by block row: what runs at one time reads the same tokens, and
-neighbours read the same panel of `lhs`, so that panels are found in cache. Up to `WEIGHTS` weights that share `rhs` are
-one launch.
+Programs are numbered by segment, then by block in the order of the positions (by block row). Programs that run at one
+time therefore read the same tokens, and neighbours read the same panel of `lhs` from the cache. One launch serves up to
+`WEIGHTS` weights that share `rhs`.
 
 The same source runs on the CPU under `TRITON_INTERPRET=1`, which must be set before this module is imported.
 """
@@ -25,15 +25,15 @@ from sylva_compile.kernels.devices import current
 from sylva_compile.kernels.sddmm.configs import Config, choose_config, choose_splits
 
 WEIGHTS = 3
-"""Of one launch: query, key and value; gate and up."""
+"""The largest number of weights in one launch: query, key and value, or gate and up."""
 
-# The interpreter holds bfloat16 as the 16-bit integers that spell it, and its dot multiplies those.
+# The interpreter stores bfloat16 as 16-bit integers, and its dot would multiply those integers.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
 def _pick(which, first, second, third, WEIGHTS: tl.constexpr):
-    """The argument that belongs to weight `which`."""
+    """Return the argument that belongs to weight `which`."""
     if WEIGHTS == 1:
         return first
     elif WEIGHTS == 2:
@@ -44,7 +44,7 @@ def _pick(which, first, second, third, WEIGHTS: tl.constexpr):
 
 @triton.jit
 def _load_panel(base, offsets, token, tokens, inside, EXACT: tl.constexpr):
-    """A `[TOKENS, PANEL]` tile; what lies beyond the tokens, or not `inside`, is zero."""
+    """Load a `[TOKENS, PANEL]` tile; elements past the last token, or not `inside`, are zero."""
     if EXACT:
         return tl.load(base + offsets, mask=(token < tokens)[:, None], other=0.0)
     else:
@@ -102,11 +102,11 @@ def _sddmm_kernel(
     row = tl.load(positions + block)
     col = tl.load(positions + blocks + block)
     lane = tl.arange(0, PANEL)
-    # Surplus lanes (a block size that is no power of two, the edge of the matrix) must not read the next block.
+    # Surplus lanes (for a block size that is no power of two, or at the matrix's edge) must not read the next block.
     lhs_inside = (lane < BLOCK) & (row * BLOCK + lane < m)
     rhs_inside = (lane < BLOCK) & (col * BLOCK + lane < n)
 
-    # One 64-bit base a tile, and offsets inside of it that are 32 bits wide unless a stride is enormous.
+    # One 64-bit base a tile; offsets inside the tile are 32 bits wide unless a stride is enormous.
     step = tl.arange(0, TOKENS)
     wide = tl.int64 if LONG else tl.int32
     lhs_offsets = step.to(wide)[:, None] * lhs_token_stride + lane.to(wide)[None, :] * lhs_column_stride
@@ -130,13 +130,16 @@ def _sddmm_kernel(
     if EXACT:
         tl.store(out + address, total)
     else:
-        # An infinity beside a lane of zeros makes a NaN there; what lies over the edge is zero.
+        # Infinity times a lane of zeros gives NaN there, but elements over the edge must be zero.
         total = tl.where(lhs_inside[:, None] & rhs_inside[None, :], total, 0.0)
         tl.store(out + address, total, mask=(lane < BLOCK)[:, None] & (lane < BLOCK)[None, :])
 
 
 def sddmm_triton(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Blocks of `lhsᵀ · rhs`; shapes as in `sylva_compile.kernels.sddmm.op`. Float32 follows torch's TF32 switch."""
+    """Return blocks of `lhsᵀ · rhs`; shapes as in `sylva_compile.kernels.sddmm.op`.
+
+    Products of float32 operands follow torch's TF32 switch.
+    """
     return sddmm_shared_triton([lhs], rhs, [positions], block_size)[0]
 
 
@@ -149,19 +152,19 @@ def sddmm_shared_triton(
     config: Config | None = None,
     splits: int | None = None,
 ) -> list[Tensor]:
-    """Blocks of `lhs[w]ᵀ · rhs` for each w; shapes as in `sylva_compile.kernels.sddmm.shared_op`.
+    """Return blocks of `lhs[w]ᵀ · rhs` for each w; shapes as in `sylva_compile.kernels.sddmm.shared_op`.
 
-    `config` and `splits` are chosen by shape and device unless given.
+    The shape and the device choose `config` and `splits` unless they are given.
     """
     if rhs.dtype == torch.float64:
-        # Tensor cores and Triton's dot stop at float32; float64 is for checking, not for speed.
+        # Triton's dot takes no float64, which serves checks and not speed.
         pairs = zip(lhs, positions, strict=True)
         return [read_blocks(left.t() @ rhs, at, block_size).contiguous() for left, at in pairs]
     found: list[Tensor] = []
     start = 0
     while start < len(lhs):
         stop = start + 1
-        # One launch takes operands that lie alike; gradients of one layer do.
+        # Operands of one launch share their column stride, as the gradients of one layer do.
         while stop < min(len(lhs), start + WEIGHTS) and lhs[stop].stride(1) == lhs[start].stride(1):
             stop += 1
         found += _launch(lhs[start:stop], rhs, positions[start:stop], block_size, config, splits)
@@ -177,7 +180,7 @@ def _launch(
     config: Config | None,
     splits: int | None,
 ) -> list[Tensor]:
-    """At most WEIGHTS weights in one launch."""
+    """Compute at most WEIGHTS weights in one launch; shapes as for `sddmm_shared_triton`."""
     tokens, counts = rhs.shape[0], [at.shape[1] for at in positions]
     config = config or choose_config(rhs.dtype, b, tokens)
     splits = splits or choose_splits(sum(counts), tokens, rhs.device)
@@ -211,15 +214,15 @@ def _launch(
                 num_warps=config.warps,
                 num_stages=config.stages,
             )
-    # The order of this sum is fixed by the shapes, as nothing that adds atomically could promise.
+    # The shapes fix the order of this sum; atomic additions would leave it open.
     return [part.squeeze(0) if splits == 1 else part.sum(0) for part in out]
 
 
 def _padded(values: Sequence[Any]) -> list[Any]:
-    """Exactly WEIGHTS arguments: the surplus ones are never looked at."""
+    """Fill `values` up to WEIGHTS arguments; the kernel does not read the surplus ones."""
     return [*values, *[values[0]] * (WEIGHTS - len(values))]
 
 
 def _reach(operand: Tensor, tokens: int, panel: int) -> int:
-    """The largest offset inside of one tile, in elements."""
+    """Return the largest offset inside one tile, in elements."""
     return operand.stride(0) * tokens + operand.stride(1) * panel

@@ -1,8 +1,8 @@
 """C++ and Triton source of an optimizer step, generated from a lowered rule.
 
-Only two functions of a kernel depend on the rule, and only they are generated: `scalars`, once a parameter and step,
-and `update`, once an element. What every rule shares (tables of addresses, dtypes, tiles, write-through) is written by
-hand in `step.cpp` and `triton_parts.py`.
+Two functions of a kernel depend on the rule and are generated: `scalars`, which runs once a parameter and step, and
+`update`, which runs once an element. The parts that all rules share (tables of addresses, dtypes, tiles, write-through)
+are written by hand in `step.cpp` and `triton_parts.py`.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ _SHARED_CPP = Path(__file__).with_name("step.cpp")
 
 
 class _Printer:
-    """What the two languages have in common: powers as products and roots, functions by name, numbers in one place."""
+    """The printing that all target languages share: powers as products and roots, functions by name."""
 
     def number(self, value: str) -> str:
         raise NotImplementedError
@@ -63,7 +63,7 @@ class _Printer:
 
 
 class _Cpp(_Printer, CXX17CodePrinter):  # type: ignore[misc]
-    """C++ over the type `real`."""
+    """Prints C++ over the type `real`."""
 
     def __init__(self, real: str) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class _Cpp(_Printer, CXX17CodePrinter):  # type: ignore[misc]
 
 
 class _Python(_Printer, PythonCodePrinter):  # type: ignore[misc]
-    """What Triton and torch have in common: a choice is `where`."""
+    """The printing that Triton and torch share: a `Piecewise` becomes `where`."""
 
     where = ""
 
@@ -91,7 +91,7 @@ class _Python(_Printer, PythonCodePrinter):  # type: ignore[misc]
 
 
 class _Triton(_Python):
-    """Triton over float32, or over float64 where `wide`."""
+    """Prints Triton over float32, or over float64 if `wide`."""
 
     where = "tl.where"
 
@@ -108,7 +108,7 @@ class _Triton(_Python):
 
 
 class _Torch(_Python):
-    """torch's own operations, of any dtype."""
+    """Prints torch operations, for any dtype."""
 
     where = "torch.where"
 
@@ -120,12 +120,12 @@ class _Torch(_Python):
 
 
 def torch_expression(expression: sp.Expr) -> str:
-    """`expression` in Python, over tensors that have its symbols' names."""
+    """Return `expression` in Python, over tensors that have its symbols' names."""
     return str(_Torch().doprint(expression))
 
 
 def cpp_source(program: Program) -> str:
-    """The whole C++ file: two generated functions, then what every rule shares."""
+    """Return the whole C++ file: the two generated functions, then `step.cpp`."""
     rule = program.rule
     states = [symbol.name for symbol, _ in rule.states]
     lines = [
@@ -165,7 +165,7 @@ def cpp_source(program: Program) -> str:
 
 
 def triton_source(program: Program) -> str:
-    """The whole Triton module: two generated functions and the kernel `step_kernel` around them."""
+    """Return the whole Triton module: the two generated functions and the kernel `step_kernel` around them."""
     rule = program.rule
     states = [symbol.name for symbol, _ in rule.states]
     hyper = [symbol.name for symbol, _ in rule.hyperparameters]
@@ -176,11 +176,11 @@ def triton_source(program: Program) -> str:
         "import triton",
         "import triton.language as tl",
         "",
-        "from sylva_compile.kernels import step_parts_triton as parts",
+        "from sylva_compile.kernels.step import triton_parts as parts",
         "from sylva_compile.kernels.step.triton_parts import maximum, power, sign",
         "",
         "",
-        "# Once a parameter and step; every program does it for its own.",
+        "# Once a parameter and step; every program computes those of its own parameter.",
         "@triton.jit",
         "def scalars(hyper_, t):",
     ]
@@ -219,7 +219,7 @@ def triton_source(program: Program) -> str:
 
 
 def table_width(rule: Rule) -> int:
-    """Columns of the table of addresses that a kernel of `rule` reads."""
+    """Return the number of columns of the address table that a kernel of `rule` reads."""
     return len(COLUMNS) + len(STATE_COLUMNS) * len(rule.states)
 
 

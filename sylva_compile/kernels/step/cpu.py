@@ -13,30 +13,30 @@ from sylva_compile.kernels.step.lowering import Program
 from sylva_compile.kernels.step.table import Slot, StepTable
 
 TILE = 4096
-"""Elements a tile: a block of 64 x 64."""
+"""Elements a tile: one block of 64 x 64."""
 
-# Without these a square root keeps its loop from being vectorised; neither errno nor floating-point traps are read.
+# Without these flags a square root keeps its loop from being vectorised; no code reads errno or floating-point traps.
 _FLAGS = ("-fno-math-errno", "-fno-trapping-math")
 
 
 class CpuLaunch:
-    """A `Launch` of a function that was compiled for this processor."""
+    """A `Launch` that calls C++ compiled for this processor."""
 
     writes_by_address = True
 
     def __init__(self, program: Program, device: torch.device, *, stochastic: bool) -> None:
-        """Compile, or find in the cache. Raises NativeCompilerError where there is no C++ compiler."""
+        """Compile the program, or load it from the cache; raise NativeCompilerError without a C++ compiler."""
         self.device = device
         self.table = StepTable(device, TILE, whole_blocks=True, stochastic=stochastic)
         self._library = native.load(cpp_source(program), name=f"the step of {program.rule.name}", flags=_FLAGS)
         self._profile_name = f"sylva_compile::step({program.rule.name})"
 
     def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
-        """See `Launch`."""
+        """Describe this step; see `Launch`."""
         self.table.describe(slots, gradients)
 
     def squares(self) -> Tensor:
-        """See `Launch`: a sum a tile."""
+        """Return one sum of squares a tile; see `Launch`."""
         table = self.table
         sums = torch.empty(len(table.tiles), dtype=torch.float64, device="cpu")
         self._library.squares(
@@ -51,7 +51,7 @@ class CpuLaunch:
         return sums
 
     def step(self, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
-        """See `Launch`."""
+        """Step every parameter; see `Launch`."""
         if skip.item():
             return
         table = self.table

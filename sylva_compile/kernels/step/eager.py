@@ -1,7 +1,7 @@
 """The optimizer step in torch's own operations, parameter by parameter, from the same lowered rule.
 
-The oracle of the generated kernels, and what steps where they cannot: no C++ compiler, another kind of device, float64
-on a GPU, a parameter whose elements do not lie side by side.
+It is the oracle of the generated kernels and their fallback: without a C++ compiler, on other kinds of device, for
+float64 on a GPU, and for a parameter whose elements do not lie side by side in memory.
 """
 
 from collections.abc import Sequence
@@ -18,30 +18,30 @@ from sylva_compile.kernels.step.table import Slot
 
 
 class EagerLaunch:
-    """A `Launch` that computes in float32 or wider. Blocks are not written through: whoever calls does that."""
+    """A `Launch` that computes in float32 or wider. The caller writes blocks through into their dense weights."""
 
     writes_by_address = False
 
     def __init__(self, program: Program, device: torch.device, *, stochastic: bool) -> None:
-        """Nothing is compiled."""
+        """Make functions of torch operations from the program; `stochastic` rounds bfloat16 states stochastically."""
         self.device, self._program, self._stochastic = device, program, stochastic
         self._pairs: list[tuple[Slot, Tensor]] = []
         self._scalars = [(symbol, _function(value)) for symbol, value in program.scalars]
         self._statements = [(symbol, _function(value)) for symbol, value in program.statements]
 
     def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
-        """See `Launch`."""
+        """Describe this step; see `Launch`."""
         pairs = zip(slots, gradients, strict=True)
-        # A launch outlives its model, whose weights it must not keep.
+        # A launch may outlive the model and must not keep its dense weights alive.
         self._pairs = [(slot._replace(target=None), gradient) for slot, gradient in pairs if gradient is not None]
 
     def squares(self) -> Tensor:
-        """See `Launch`: a sum a gradient."""
+        """Return one sum of squares a gradient; see `Launch`."""
         sums = [gradient.double().square().sum() for _, gradient in self._pairs]
         return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self.device)
 
     def step(self, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
-        """See `Launch`."""
+        """Step every parameter that has a gradient; see `Launch`."""
         for slot, gradient in self._pairs:
             if slot.step is not None:
                 slot.step.add_((skip == 0).to(slot.step.dtype))
@@ -67,13 +67,20 @@ class EagerLaunch:
 
 
 def round_stochastically(value: Tensor, seed: int, step: Tensor, index: int, number: int) -> Tensor:
-    """`value`, float32, rounded up or down to bfloat16 by the bits that the kernels draw for that element.
+    """Round `value` up or down to bfloat16 by the random bits that the generated kernels draw for the same element.
 
-    Elements are numbered in the order of memory. The rest tells draws apart: the seed, the number of the step, the
-    parameter's index in its optimizer and the state's in its rule.
+    Args:
+        value: float32, any shape; elements are numbered in the order of memory.
+        seed: the optimizer's seed, 0 to 2³² - 1.
+        step: the number of the step, int64 `[]`.
+        index: the parameter's index in its optimizer.
+        number: the state's index in its rule.
+
+    Returns:
+        Rounded values, float32, in the shape of `value`.
     """
     key = _mix(_mix(_mix(step ^ seed) + index) + number)
-    # `torch.empty_like` keeps the layout of memory, which is where an element's number comes from.
+    # `torch.empty_like` keeps the memory layout, which gives each element its number.
     place = torch.empty_like(value, dtype=torch.int64)
     order = torch.arange(value.numel(), device=value.device)
     place.as_strided(order.shape, (1,)).copy_(order)
@@ -84,7 +91,7 @@ def round_stochastically(value: Tensor, seed: int, step: Tensor, index: int, num
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The 32-bit mixer of the kernels, in 64-bit integers."""
+    """Mix 32 bits as the kernels do, in 64-bit integers."""
     x = x & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
@@ -92,13 +99,13 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _function(expression: sp.Expr) -> Any:
-    """A function of `{symbol: tensor}` that computes `expression`."""
+    """Return a function of `{symbol: tensor}` that computes `expression`."""
     code = compile(torch_expression(expression), f"<{expression}>", "eval")
 
     def compute(values: dict[sp.Symbol, Any]) -> Tensor:
         names = {symbol.name: values[symbol] for symbol in expression.free_symbols}
         value = eval(code, {"torch": torch}, names)
-        # A number as a tensor on the CPU goes with tensors of any device.
+        # A constant becomes a scalar tensor on the CPU, which combines with tensors of any device.
         return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
     return compute

@@ -1,10 +1,11 @@
-"""From an update rule's equations to what a kernel computes: scalars once, then a few statements an element.
+"""Lowers an update rule's equations to the program of a kernel: scalars once, then a few statements an element.
 
-A rule is written as in its paper. Three things are done to it here, in this order:
+A rule is written as in its paper. Lowering does three things to it, in this order:
 
-1. What depends on no element (`lr / (1 - beta1**t)`) is taken out and computed once a parameter and step, in float64.
-2. Subexpressions that occur twice get a name (`sympy.cse`).
-3. Every assignment of an equation becomes a name of its own, so that the order of the statements is the rule's.
+1. It hoists expressions that depend on no element (`lr / (1 - beta1**t)`): kernels compute them once a parameter and
+   step, in float64.
+2. It gives every assignment a name of its own, so that the statements keep the order of the equations.
+3. It names subexpressions that occur twice (`sympy.cse`).
 """
 
 import itertools
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import sympy as sp
 
 p, g, t = sp.symbols("p g t", real=True)
-"""The parameter, its gradient, and the number of the step, from 1."""
+"""The parameter, its gradient, and the number of the step, which starts at 1."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Rule:
     """An update rule.
 
     Attributes:
-        name: for people.
-        equations: `(left, right)` in order. A left side is a state, an intermediate value, or `p`. A name on a
-            right side means its newest value, as in a program.
-        states: the state symbols with the names that checkpoints know them by; all of them start at zero.
-        hyperparameters: every other symbol with the option of the parameter group that it stands for, such as `"lr"` or
-            `("betas", 0)`.
+        name: the rule's name in messages, profiles and generated source.
+        equations: `(left, right)` in order. A left side is a state, an intermediate value, or `p`. A symbol on a
+            right side has the value that the last equation before it assigned, as in a program.
+        states: the state symbols with their names in checkpoints; every state starts at zero.
+        hyperparameters: every other symbol with the option of the parameter group that holds its value, such as `"lr"`
+            or `("betas", 0)`.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Rule:
 
     @property
     def counts_steps(self) -> bool:
-        """Whether the equations speak of the number of the step."""
+        """Whether the equations read `t`, the number of the step."""
         return any(right.has(t) for _, right in self.equations)
 
     def __str__(self) -> str:
@@ -46,13 +47,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Program:
-    """A rule, lowered.
+    """A lowered rule.
 
     Attributes:
-        rule: where it comes from.
-        scalars: `(symbol, expression)` of hyperparameters and `t`.
-        statements: `(symbol, expression)` an element, each symbol assigned once; of scalars, `p`, `g` and states.
-        results: the symbol that holds the new value of `p`, then that of each state in the rule's order.
+        rule: the rule it was lowered from.
+        scalars: `(symbol, expression)` over hyperparameters and `t`, computed once a parameter and step.
+        statements: `(symbol, expression)` over scalars, `p`, `g`, states and earlier symbols, computed once an element;
+            each symbol is assigned once.
+        results: the symbol that holds the new value of `p`, then those of the states in the rule's order.
     """
 
     rule: Rule
@@ -62,24 +64,24 @@ class Program:
 
 
 def lower(rule: Rule) -> Program:
-    """Lower `rule`.
+    """Lower `rule` to a program.
 
     Raises:
-        ValueError: a symbol is neither a state, a hyperparameter, nor assigned before it is read; a state or `p` is
-            never assigned; or a name is none that generated code can use.
+        ValueError: a symbol is neither a state nor a hyperparameter and is read before it is assigned; a state or `p`
+            is never assigned; or generated code cannot use a symbol's name.
     """
     states = [symbol for symbol, _ in rule.states]
     constants = {symbol for symbol, _ in rule.hyperparameters} | {t}
     for symbol in {*states, *constants, *(left for left, _ in rule.equations)}:
         if not symbol.name.isidentifier() or not symbol.name.isascii() or symbol.name.endswith("_"):
-            raise ValueError(f"{rule.name}: name {symbol} in letters, digits and _ (not at the end, which is ours).")
+            raise ValueError(f"{rule.name}: name {symbol} in ASCII letters, digits and _, without _ at the end.")
     newest: dict[sp.Symbol, sp.Symbol] = {symbol: symbol for symbol in (p, g, *states)}
     scalars: dict[sp.Expr, sp.Symbol] = {}
     statements: list[tuple[sp.Symbol, sp.Expr]] = []
     for left, right in rule.equations:
         unknown = right.free_symbols - newest.keys() - constants
         if unknown:
-            raise ValueError(f"{rule.name}: {left} is made from {unknown}, which nothing defines before.")
+            raise ValueError(f"{rule.name}: {left} reads {unknown}, which no equation before it assigns.")
         value = _hoist(right.xreplace(newest), constants, scalars)
         newest[left] = sp.Symbol(f"{left.name}{len(statements)}_", real=True)
         statements.append((newest[left], value))
@@ -95,7 +97,7 @@ def lower(rule: Rule) -> Program:
 
 
 def _hoist(expression: sp.Expr, constants: set[sp.Symbol], scalars: dict[sp.Expr, sp.Symbol]) -> sp.Expr:
-    """`expression` with its largest parts that depend on `constants` alone replaced by symbols, noted in `scalars`."""
+    """Replace the largest parts of `expression` that depend on `constants` alone by symbols; add those to `scalars`."""
     if not expression.free_symbols & constants:
         return expression
     if expression.free_symbols <= constants:
@@ -115,7 +117,7 @@ def _names() -> Iterator[sp.Symbol]:
 def _without_common_subexpressions(
     statements: Sequence[tuple[sp.Symbol, sp.Expr]],
 ) -> tuple[tuple[sp.Symbol, sp.Expr], ...]:
-    """The statements, with what several of them compute named once, right before its first use."""
+    """Return the statements with each common subexpression assigned once, right before its first use."""
     common, reduced = sp.cse([right for _, right in statements], _names(), order="none")
     waiting = dict(common)
     result: list[tuple[sp.Symbol, sp.Expr]] = []

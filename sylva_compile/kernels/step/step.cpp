@@ -1,7 +1,7 @@
-// What every rule's step shares. `update`, `scalars` and the constants above are generated.
+// The parts that the steps of all rules share. `update`, `scalars` and the constants above are generated.
 //
-// A row of the table describes one parameter; a tile is a row and its first element. Tiles are independent of each other,
-// so the result does not depend on the number of threads.
+// A row of the table describes one parameter; a tile is a row and its first element. Tiles are independent of each
+// other, so the result does not depend on the number of threads.
 
 #include <algorithm>
 #include <cstring>
@@ -12,7 +12,7 @@
 namespace {
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, BFLOAT16_STOCHASTIC };
-constexpr int64_t CHUNK = 512;  // Elements that are stepped at a time; what becomes of them is still in the first-level cache.
+constexpr int64_t CHUNK = 512;  // Elements stepped at a time, whose results stay in the first-level cache.
 constexpr int64_t LINE = 64;    // Bytes of a cache line.
 
 inline float from_bfloat16(uint16_t bits) {
@@ -29,7 +29,7 @@ inline uint16_t to_bfloat16(float value) {
   return value != value ? 0x7FC0 : uint16_t(nearest);
 }
 
-// Rounds up with the probability that makes the expectation exact. Infinity and NaN have no neighbours to choose from.
+// Rounds up with the probability that makes the expectation exact. Infinity and NaN are not rounded at random.
 inline uint16_t to_bfloat16_stochastic(float value, uint32_t random) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -37,7 +37,7 @@ inline uint16_t to_bfloat16_stochastic(float value, uint32_t random) {
   return finite ? uint16_t((bits + (random & 0xFFFF)) >> 16) : to_bfloat16(value);
 }
 
-// A 32-bit mixer with low bias: each bit of the argument changes each bit of the result half of the time.
+// A 32-bit mixer with low bias: each bit of the argument changes each bit of the result with probability one half.
 inline uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
@@ -54,7 +54,7 @@ T* address(int64_t at) { return reinterpret_cast<T*>(at); }
 constexpr Type type_of(float) { return FLOAT32; }
 constexpr Type type_of(double) { return FLOAT64; }
 
-// `n` elements from `first` on as T: where they lie if they are of that type, else widened into `buffer`.
+// Returns `n` elements from `first` on as T: a pointer to them if they have that type, else widened into `buffer`.
 template <typename T>
 T* load(int64_t at, int64_t type, int64_t first, int64_t n, T* buffer) {
   if (type == type_of(T())) return address<T>(at) + first;
@@ -68,7 +68,7 @@ T* load(int64_t at, int64_t type, int64_t first, int64_t n, T* buffer) {
   return buffer;
 }
 
-// The way back; nothing is to be done for values that were changed where they lie.
+// Stores what `load` returned; values of type T were changed in place and need no store.
 template <typename T>
 void store(int64_t at, int64_t type, int64_t first, int64_t n, const T* values, uint32_t key) {
   if (type == type_of(T())) return;
@@ -95,7 +95,7 @@ uint32_t state_key(const int64_t* row, uint32_t seed, int state) {
 
 const int64_t* state_columns(const int64_t* row, int state) { return row + WIDTH - STATE_COLUMNS * (STATES - state); }
 
-// Elements [first, first + count) of one parameter.
+// Steps elements [first, first + count) of one parameter.
 template <typename T>
 void run(const int64_t* row, int64_t gradient, T scale, const T* s, uint32_t seed, int64_t first, int64_t count) {
   alignas(64) T buffers[STATES + 2][CHUNK];
@@ -117,8 +117,8 @@ void run(const int64_t* row, int64_t gradient, T scale, const T* s, uint32_t see
   }
 }
 
-// Writes a whole line. Where the processor can, it does so past its caches, which would read the line before they change
-// it: rows of a block are pages apart in the dense weight, so in a large one none of its lines is there.
+// Writes a whole cache line, past the caches where the processor can. The caches would read the line before they change
+// it: rows of a block are pages apart in the dense weight, so the caches hold none of a large weight's lines.
 inline void write_line(void* line, const void* values) {
 #ifdef __SSE2__
   const auto* from = static_cast<const __m128i*>(values);
@@ -129,14 +129,14 @@ inline void write_line(void* line, const void* values) {
 #endif
 }
 
-// Lines that this thread wrote are seen by all others from here on.
+// Makes the lines that this thread wrote visible to all other threads.
 inline void finish_lines() {
 #ifdef __SSE2__
   _mm_sfence();
 #endif
 }
 
-// Whether `width` elements from column `left` on are whole lines of the dense weight in every row.
+// Whether `width` elements from column `left` on are whole cache lines of the dense weight in every row.
 bool in_whole_lines(const int64_t* row, int64_t left, int64_t width) {
   const int64_t bytes = row[DENSE_TYPE] == FLOAT64 ? 8 : row[DENSE_TYPE] == FLOAT32 ? 4 : 2;
   return row[COL_STRIDE] == 1 && (row[DENSE] + left * bytes) % LINE == 0 && row[ROW_STRIDE] * bytes % LINE == 0 &&
@@ -166,8 +166,8 @@ void write_rows(const int64_t* row, int64_t first, int64_t top, int64_t left, in
   }
 }
 
-// Fetching a block's rows, pages apart in the dense weight, takes about as long as stepping it, so it is begun before. Whole
-// lines need none of it.
+// Fetching a block's rows, pages apart in the dense weight, takes about as long as stepping the block, so the prefetch
+// starts first. Whole cache lines are written without being fetched.
 void prefetch_rows(const int64_t* row, int64_t top, int64_t left, int64_t height, int64_t width) {
   const int64_t bytes = row[DENSE_TYPE] == FLOAT64 ? 8 : row[DENSE_TYPE] == FLOAT32 ? 4 : 2;
   if (row[COL_STRIDE] != 1) return;
@@ -203,14 +203,14 @@ void step_tile(const int64_t* row, int64_t gradient, const double* hyper, double
        first += size) {
     const int64_t top = positions[first / size] * b, left = positions[row[BLOCKS] + first / size] * b;
     const int64_t height = std::min(b, row[ROWS] - top), width = std::min(b, row[COLS] - left);
-    // Whole lines are written as soon as they are known, beside the next rows' arithmetic; single elements take longer
-    // that way than all at once.
+    // Whole cache lines are written as soon as they are computed, beside the next rows' arithmetic; single elements are
+    // faster to write all at once.
     const bool lines = in_whole_lines(row, left, width);
     const int64_t rows = lines ? std::max(CHUNK / b, int64_t(1)) : b;
     if (!lines) prefetch_rows(row, top, left, height, width);
     for (int64_t r = 0; r < height; r += rows) {
       const int64_t begin = first + r * b, n = std::min(rows, height - r);
-      // What reaches over the matrix's edge is neither trained nor written.
+      // Elements over the matrix's edge are neither trained nor written.
       if (width == b) {
         run<T>(row, gradient, T(scale), s, seed, begin, n * b);
       } else {
@@ -236,7 +236,7 @@ double sum_of_squares(const int64_t* row, int64_t gradient, int64_t first, int64
 
 }  // namespace
 
-// One step of every parameter whose gradient is there: `table [rows, WIDTH]`, `gradients [rows]` (0 where one is missing),
+// Steps every parameter that has a gradient: `table [rows, WIDTH]`, `gradients [rows]` (0 where one is missing),
 // `hyper [groups, HYPERPARAMETERS]`, `tiles [count, 2]` (row and first element).
 extern "C" void step(const int64_t* table, const int64_t* gradients, int64_t rows, const double* hyper,
                      const int64_t* tiles, int64_t count, int64_t tile, double scale, uint32_t seed, int threads) {
@@ -260,7 +260,7 @@ extern "C" void step(const int64_t* table, const int64_t* gradients, int64_t row
   }
 }
 
-// The sum of squares of each tile's gradient, `sums [count]`; not finite where an element is not.
+// Writes the sum of squares of each tile's gradient to `sums [count]`; not finite where an element is not.
 extern "C" void squares(const int64_t* table, const int64_t* gradients, const int64_t* tiles, int64_t count, int64_t tile,
                         double* sums, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -1,8 +1,8 @@
 """The table of addresses from which one launch steps every parameter, whatever its shape, dtype and layout.
 
-A row describes one parameter: where its values, states and step count lie, of which dtype they are, and, for blocks of
-a dense weight, where that weight lies and where the blocks sit in it. A tile is a piece of one parameter that one
-thread or program steps. Addresses of gradients, which change from step to step, are apart.
+A row describes one parameter: the addresses and dtypes of its values, states and step count and, for blocks of a dense
+weight, the address of that weight and the positions of the blocks in it. A tile is a piece of one parameter that one
+thread or program steps. Addresses of gradients change from step to step and have a tensor of their own.
 """
 
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ COLUMNS = (
     "POSITIONS",
     "BLOCKS",
 )
-"""Addresses are 0 where there is nothing: `STEP` of a rule that counts none, `DENSE` of an ordinary parameter."""
+"""An address is 0 where there is no tensor: `STEP` without a step count, `DENSE` of an ordinary parameter."""
 
 STATE_COLUMNS = ("STATE", "STATE_TYPE")
-"""These follow once for every state."""
+"""A row repeats these columns for every state."""
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 STOCHASTIC = 4
@@ -40,7 +40,7 @@ STOCHASTIC = 4
 
 
 class Target(NamedTuple):
-    """The dense weight that blocks are written through into.
+    """The dense weight into which the kernel writes blocks through.
 
     Attributes:
         matrix: `[m, n]`, any strides.
@@ -54,15 +54,15 @@ class Target(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One parameter and all that its step reads and writes, but the gradient.
+    """One parameter and the tensors that its step reads and writes, without the gradient.
 
     Attributes:
-        param: any shape, its elements side by side in memory.
+        param: any shape; a kernel needs its elements side by side in memory.
         states: laid out as `param`, in the rule's order.
-        step: float32, how many steps it has had; None if nobody counts them.
-        group: index of its row of hyperparameters.
-        order: which parameter of the optimizer it is; part of the seed of stochastic rounding.
-        target: where blocks are written through; None for an ordinary parameter.
+        step: float32 `[]`, the number of steps so far; None if steps are not counted.
+        group: the index of its row of hyperparameters.
+        order: its index among the optimizer's parameters, part of the seed of stochastic rounding.
+        target: the dense weight of blocks; None for an ordinary parameter.
     """
 
     param: Tensor
@@ -74,15 +74,15 @@ class Slot(NamedTuple):
 
 
 class StepTable:
-    """The rows and tiles of one launch, on its device; sent there anew only when one of them is another."""
+    """The rows and tiles of one launch, on its device. They are copied there again only when one of them changes."""
 
     def __init__(self, device: torch.device, tile: int, *, whole_blocks: bool, stochastic: bool) -> None:
         """An empty table.
 
         Args:
-            device: of everything that the rows name.
+            device: the device of every tensor that the rows name.
             tile: elements a tile.
-            whole_blocks: let the tiles of blocks end where a block does, even if more or fewer elements fit.
+            whole_blocks: end the tiles of blocks where a block ends, even if such a tile has more or fewer elements.
             stochastic: round bfloat16 states stochastically.
         """
         self.device, self.tile = device, tile
@@ -90,18 +90,18 @@ class StepTable:
         self._rows: list[tuple[int, ...]] = []
         self._addresses: list[int] = []
         self.rebuilt = 0
-        """How often the rows were sent."""
+        """The number of times that the rows were copied to the device."""
         self.rows = self.tiles = self.gradients = torch.empty(0, dtype=torch.int64, device=device)
 
     def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
-        """Describe this step. A gradient `[count]` is laid out as its parameter; where it is None, nothing is done."""
+        """Describe this step. Gradients are laid out as their parameters; a parameter without one is not stepped."""
         rows = [self._row(slot, gradient) for slot, gradient in zip(slots, gradients, strict=True)]
         if rows != self._rows:
             self._rows = rows
             self.rows = self._send(rows)
             self.tiles = self._tiles(rows).to(self.device)
             self.rebuilt += 1
-        # An empty gradient has no address, but its parameter's step counts.
+        # An empty gradient has no address, but the step of its parameter must be counted.
         addresses = [0 if gradient is None else gradient.data_ptr() or 1 for gradient in gradients]
         if addresses != self._addresses:
             self._addresses = addresses
@@ -140,7 +140,7 @@ class StepTable:
         return send(torch.tensor(values, dtype=torch.int64, device="cpu"), self.device)
 
     def _tiles(self, rows: list[tuple[int, ...]]) -> Tensor:
-        """`int64[tiles, 2]`: row and first element of each tile."""
+        """Return `int64[tiles, 2]`: the row and the first element of each tile."""
         table = torch.tensor(rows, dtype=torch.int64, device="cpu")
         block, count = table[:, COLUMNS.index("BLOCK")], table[:, COLUMNS.index("COUNT")]
         size = torch.full_like(count, self.tile)
@@ -154,10 +154,10 @@ class StepTable:
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`, without waiting for it."""
+    """Copy `values` from the CPU to `device` without waiting for it."""
     if device.type != "cuda":
         return values
-    # torch keeps pinned memory until the copy out of it has run, so the next step may well make another.
+    # torch keeps pinned memory until the copy out of it has run, so the next step may pin another.
     return values.pin_memory().to(device, non_blocking=True)
 
 
@@ -166,20 +166,20 @@ class Launch(Protocol):
 
     device: torch.device
     writes_by_address: bool
-    """Whether blocks are written through into their targets, and nobody has told autograd of any write."""
+    """Whether the step writes blocks into their targets too, and writes every tensor without autograd's knowledge."""
 
     def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
-        """Say what the next calls are about. Gradients are laid out as their parameters, or None where missing."""
+        """Set the parameters and gradients of this step. Gradients are laid out as their parameters, or None."""
 
     def squares(self) -> Tensor:
-        """`float64[pieces]`, sums of squares of pieces of the gradients; not finite where an element is not."""
+        """Return `float64[pieces]`, sums of squares of pieces of the gradients; not finite where an element is not."""
 
     def step(self, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
-        """Step every parameter that has a gradient, and count it.
+        """Step every parameter that has a gradient, and count its step.
 
         Args:
-            hyper: `float64[groups, hyperparameters]`, on the device, as the two that follow.
-            scale: float64, what gradients are multiplied by.
-            skip: not zero if nothing is to be done.
-            seed: of stochastic rounding, 0 to 2³² - 1.
+            hyper: `float64[groups, hyperparameters]`, on the device, as `scale` and `skip`.
+            scale: float64 `[]`, the factor of every gradient.
+            skip: float64 `[]`; a value other than zero leaves everything unchanged.
+            seed: the seed of stochastic rounding, 0 to 2³² - 1.
         """

@@ -1,8 +1,8 @@
 """The optimizer step on a GPU: one launch of a generated Triton kernel over the tiles of all parameters.
 
-Nothing in a step waits for the device, and what changes from step to step (counts, learning rates held in tensors, the
-scale, whether to skip) is read on the device, so that a step can be captured in a CUDA graph once a few steps have made
-the states and tables.
+A step does not wait for the device. It reads values that change from step to step (counts, learning rates held in
+tensors, the scale, the skip flag) on the device, so that a CUDA graph can capture it after a few steps have made the
+states and tables. This module does not import Triton; the generated module does.
 """
 
 import importlib.util
@@ -20,16 +20,16 @@ from sylva_compile.kernels.step.lowering import Program
 from sylva_compile.kernels.step.table import Slot, StepTable
 
 TILE = 4096
-"""Elements that a program steps."""
+"""Elements a tile, which one program steps."""
 
 
 class TritonLaunch:
-    """A `Launch` of a generated Triton kernel."""
+    """A `Launch` that runs a generated Triton kernel."""
 
     writes_by_address = True
 
     def __init__(self, program: Program, device: torch.device, *, stochastic: bool) -> None:
-        """Put the source where Triton can read it; it is compiled for the device when it first runs there."""
+        """Import the generated module; Triton compiles its kernels for the device when they first run there."""
         self.device = device
         self.table = StepTable(device, TILE, whole_blocks=False, stochastic=stochastic)
         self._width = table_width(program.rule)
@@ -37,13 +37,13 @@ class TritonLaunch:
         self._counts: list[Tensor] = []
 
     def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
-        """See `Launch`."""
+        """Describe this step; see `Launch`."""
         self.table.describe(slots, gradients)
         pairs = zip(slots, gradients, strict=True)
         self._counts = [slot.step for slot, gradient in pairs if gradient is not None and slot.step is not None]
 
     def squares(self) -> Tensor:
-        """See `Launch`: a sum a tile."""
+        """Return one sum of squares a tile; see `Launch`."""
         table = self.table
         sums = torch.empty(len(table.tiles), dtype=torch.float64, device=self.device)
         if len(sums):
@@ -54,7 +54,7 @@ class TritonLaunch:
         return sums
 
     def step(self, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
-        """See `Launch`."""
+        """Step every parameter; see `Launch`."""
         table = self.table
         if self._counts:
             torch._foreach_add_(self._counts, (skip == 0).to(torch.float32))
@@ -66,7 +66,7 @@ class TritonLaunch:
 
 
 def _import(source: str) -> ModuleType:
-    """The module of `source`, from a file: Triton reads the text of its functions again."""
+    """Import `source` from a file, whose text Triton reads; the file's name in the cache depends on all of `source`."""
     path = cached("triton\0" + source, ".py", source.encode)
     name = f"_sylva_compile_{path.name.partition('.')[0]}"
     if name not in sys.modules:

@@ -1,6 +1,6 @@
-"""What every rule's Triton kernel shares: finding a tile, loads and stores of any dtype, write-through, rounding.
+"""The parts that all generated Triton kernels share: tiles, loads and stores of any dtype, write-through, rounding.
 
-The hand-written twin of `step_cpu.cpp`. The same source runs on the CPU under `TRITON_INTERPRET=1`, which must be set
+`step.cpp` holds the same parts in C++. The Triton source runs on the CPU under `TRITON_INTERPRET=1`, which must be set
 before this module is imported.
 """
 
@@ -32,31 +32,31 @@ _FLOAT32, _BFLOAT16, _FLOAT16, _STOCHASTIC = map(tl.constexpr, [*list(TYPES.valu
 
 @triton.jit
 def maximum(a, b):
-    """The larger, or NaN if `a` is; as torch's."""
+    """Return the larger, or NaN if `a` is NaN."""
     return tl.where((a > b) | (a != a), a, b)
 
 
 @triton.jit
 def sign(a):
-    """1, 0 or -1; 0 for NaN, as torch's."""
+    """Return 1, 0 or -1; 0 for NaN, as torch does."""
     return (a > 0).to(tl.float32) - (a < 0).to(tl.float32)
 
 
 @triton.jit
 def power(base, exponent):
-    """A power of a base that is not negative."""
+    """Return a power of a base that is not negative."""
     return tl.exp(exponent * tl.log(base))
 
 
 @triton.jit
 def column(row, number):
-    """An entry of a row of the table."""
+    """Load column `number` of a row of the table."""
     return tl.load(row + number)
 
 
 @triton.jit
 def find_tile(table, tiles, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """The row of this program's tile, its first element, and the indices of its elements in the parameter."""
+    """Return the row of this program's tile, its first element, and the indices of its elements in the parameter."""
     tile = tiles + 2 * tl.program_id(0)
     start = tl.load(tile + 1)
     return table + tl.load(tile) * WIDTH, start, start + tl.arange(0, TILE)
@@ -64,10 +64,10 @@ def find_tile(table, tiles, WIDTH: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _place(row, start, TILE: tl.constexpr):
-    """The row and column of the dense weight where each element of the tile sits."""
+    """Return each element's row and column in the dense weight."""
     b = column(row, BLOCK)
     block = start // (b * b)
-    # Divisions of 64 bits an element would take longer than the memory. A block that a program of SDDMM holds is small.
+    # 64-bit divisions would take longer than the memory accesses; a block that SDDMM can hold needs only 32 bits.
     side = b.to(tl.int32)
     local = (start - block * b * b).to(tl.int32) + tl.arange(0, TILE)
     further = local // (side * side)
@@ -81,7 +81,7 @@ def _place(row, start, TILE: tl.constexpr):
 
 @triton.jit
 def within_matrix(row, start, index, TILE: tl.constexpr):
-    """Which elements of the tile are there and, of blocks, do not reach over the dense weight's edge."""
+    """Return whether each element of the tile exists and, for blocks, lies inside the dense weight."""
     inside = index < column(row, COUNT)
     if column(row, DENSE) != 0:
         at_row, at_col = _place(row, start, TILE)
@@ -91,7 +91,7 @@ def within_matrix(row, start, index, TILE: tl.constexpr):
 
 @triton.jit
 def load(address, code, index, inside):
-    """Elements of any dtype as float32."""
+    """Load elements of any dtype as float32."""
     if code == _FLOAT32:
         value = tl.load(address.to(tl.pointer_type(tl.float32)) + index, mask=inside, other=0.0)
     elif code == _FLOAT16:
@@ -104,13 +104,13 @@ def load(address, code, index, inside):
 
 @triton.jit
 def _store(address, code, index, inside, value):
-    """Float32 values, rounded to nearest, to any dtype."""
+    """Store float32 values, rounded to nearest, in any dtype."""
     if code == _FLOAT32:
         tl.store(address.to(tl.pointer_type(tl.float32)) + index, value, mask=inside)
     elif code == _FLOAT16:
         tl.store(address.to(tl.pointer_type(tl.float16)) + index, value.to(tl.float16), mask=inside)
     else:
-        # In integers, so that the interpreter, whose bfloat16 is the bits that spell it, rounds as the device does.
+        # Integer arithmetic rounds alike everywhere; the interpreter, which stores bfloat16 as integers, would not.
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         nearest = tl.where(value != value, 0x7FC0, nearest)
@@ -119,18 +119,18 @@ def _store(address, code, index, inside, value):
 
 @triton.jit
 def store_parameter(row, start, index, inside, value, TILE: tl.constexpr):
-    """The new values, and for blocks the dense weight's elements too."""
+    """Store the new values, and for blocks the dense weight's elements too."""
     _store(column(row, PARAM), column(row, PARAM_TYPE), index, inside, value)
     if column(row, DENSE) != 0:
         at_row, at_col = _place(row, start, TILE)
         offset = at_row * column(row, ROW_STRIDE) + at_col * column(row, COL_STRIDE)
-        # What the parameter holds now is what is rounded: it may itself be narrower than float32.
+        # Blocks are float32 here, so `value` is exactly the parameter's new value.
         _store(column(row, DENSE), column(row, DENSE_TYPE), offset, inside, value)
 
 
 @triton.jit
 def load_step(row):
-    """The number of this step, from 1, in float64; counts are advanced before the launch."""
+    """Return the number of this step, from 1, in float64; the caller has advanced the counts before the launch."""
     t = tl.full((), 1.0, tl.float64)
     if column(row, STEP) != 0:
         t = tl.load(column(row, STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
@@ -146,18 +146,18 @@ def _mix(x):
 
 @triton.jit
 def load_state(row, NUMBER: tl.constexpr, index, inside):
-    """Elements of the state of that number, as float32."""
+    """Load elements of the state with index `NUMBER` as float32."""
     at = row + STATES + STATE_WIDTH * NUMBER
     return load(tl.load(at), tl.load(at + 1), index, inside)
 
 
 @triton.jit
 def store_state(row, NUMBER: tl.constexpr, index, inside, value, seed, t):
-    """The state's new values; `seed` and the step `t` choose the random bits of stochastic rounding."""
+    """Store the state's new values; `seed` and the step `t` choose the random bits of stochastic rounding."""
     at = row + STATES + STATE_WIDTH * NUMBER
     address, code = tl.load(at), tl.load(at + 1)
     if code == _STOCHASTIC:
-        # A seed of 1 arrives as a constant, a large one as 64 bits.
+        # Triton passes a seed of 1 as a constant and a large seed as 64 bits.
         key = _mix((t.to(tl.int64) ^ seed).to(tl.uint32))
         key = _mix(_mix(key + column(row, INDEX).to(tl.uint32)) + tl.full((), NUMBER, tl.uint32))
         random = _mix(_mix(index.to(tl.uint32) ^ key) + (index >> 32).to(tl.uint32))
@@ -171,7 +171,7 @@ def store_state(row, NUMBER: tl.constexpr, index, inside, value, seed, t):
 
 @triton.jit
 def squares_kernel(table, gradients, tiles, sums, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """The sum of squares of each tile's gradient, in float64; not finite where an element is not."""
+    """Store the sum of squares of each tile's gradient, in float64; not finite where an element is not."""
     row, _start, index = find_tile(table, tiles, WIDTH, TILE)
     gradient = tl.load(gradients + tl.load(tiles + 2 * tl.program_id(0)))
     total = tl.full((), 0.0, tl.float64)

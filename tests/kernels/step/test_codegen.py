@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from sylva_compile.kernels.build import native
+from sylva_compile.kernels.build.code_cache import cached
+from sylva_compile.kernels.step import triton_parts
 from sylva_compile.kernels.step.codegen import cpp_source, torch_expression, triton_source
 from sylva_compile.kernels.step.lowering import Rule, g, lower, p, t
 from sylva_compile.kernels.step.triton_launch import _import
@@ -97,6 +99,17 @@ def test_no_rule_gets_the_kernel_of_another(own_cache: Path) -> None:
     sources = [triton_source(lower(Rule("Once", ((p, formula),), (), ()))) for formula in (p + g, p + 2 * g)]
     assert _import(sources[0]) is not _import(sources[1])
     assert _import(sources[0]) is _import(sources[0])
+
+
+def test_a_cached_module_with_old_import_paths_is_not_loaded(own_cache: Path) -> None:
+    source = triton_source(lower(rules.lion()))
+    old = source.replace("sylva_compile.kernels.step import triton_parts", "sylva_compile.kernels import moved_away")
+    assert old != source
+    cached("triton\0" + old, ".py", old.encode)
+    with pytest.raises(ImportError, match="moved_away"):
+        _import(old)
+    assert _import(source).parts is triton_parts
+    assert len(list(own_cache.glob("*.py"))) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x7fELF and then nothing"])

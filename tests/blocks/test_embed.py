@@ -1,4 +1,4 @@
-"""Blocks and dense weights stay one value, whoever writes either."""
+"""Blocks and dense weights stay equal, whichever of the two is written."""
 
 import copy
 import gc
@@ -20,9 +20,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import sylva_compile
 from sylva_compile import Masks
-from sylva_compile.blocks import embedding, site
-from sylva_compile.blocks.site import live_states
-from sylva_compile.errors import AdapterError, EmbedError
+from sylva_compile.blocks import block_state, registry
+from sylva_compile.blocks.embed import block_states
+from sylva_compile.blocks.registry import live_states
+from sylva_compile.errors import EmbedError
 
 NAMES = ["0.weight", "2.weight"]
 
@@ -39,7 +40,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, width: int = 40) ->
 
 
 class Raw(torch.optim.Optimizer):
-    """Writes past autograd, which cannot see that anything has changed."""
+    """An optimizer that writes through `.data`, so that autograd's version counters do not change."""
 
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
@@ -85,7 +86,7 @@ class TestEmbed:
     def test_unembed_leaves_an_ordinary_model(self) -> None:
         model, masks = small()
         masks.embed()
-        sylva_compile.merge_adapter(model)
+        sylva_compile.merge_and_unload(model)
         assert type(model[0]) is nn.Linear
         assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
         assert model[0].weight.requires_grad
@@ -95,7 +96,7 @@ class TestEmbed:
         model, masks = small()
         model.requires_grad_(False)
         masks.embed()
-        sylva_compile.merge_adapter(model)
+        sylva_compile.merge_and_unload(model)
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
     def test_get_parameter_finds_the_dense_weight(self) -> None:
@@ -236,7 +237,7 @@ class TestOneValue:
                     blocks.add_(0.25)
             out = compiled(x)
         assert_invariant(model, masks)
-        sylva_compile.merge_adapter(model)
+        sylva_compile.merge_and_unload(model)
         torch.testing.assert_close(out, model(x))
 
     def test_a_dense_weight_changed_in_place(self) -> None:
@@ -294,8 +295,8 @@ class TestOneValue:
         masks.embed()
         pickled = pickle.dumps(model)
         # As in a worker of torch.multiprocessing.spawn, where nothing was ever embedded.
-        while embedding._hooks:
-            embedding._hooks.pop().remove()
+        while registry._hooks:
+            registry._hooks.pop().remove()
         twin = pickle.loads(pickled)
         Raw(Masks(masks, model=twin).parameters(), {}).step()
         assert_invariant(twin, masks)
@@ -442,7 +443,7 @@ class TestStateDict:
         assert_invariant(model, masks)
 
     def test_a_checkpoint_of_other_masks_is_said(self, caplog: pytest.LogCaptureFixture) -> None:
-        site._say_another_base.cache_clear()
+        block_state._warn_of_another_base.cache_clear()
         model, masks = small()
         base = copy.deepcopy(model)
         masks.embed()
@@ -522,7 +523,7 @@ class TestGradients:
 
 
 class TestPendingEdits:
-    """An edit that nobody has followed yet survives whatever comes next."""
+    """A write that is not yet copied to the other side survives the next operation on the model."""
 
     @pytest.mark.parametrize("side", ["blocks", "dense"])
     @pytest.mark.parametrize("then", ["to", "state_dict", "deepcopy", "torch.save", "merge", "forward", "step"])
@@ -550,7 +551,7 @@ class TestPendingEdits:
         elif then == "torch.save":
             found = _through_torch_save(model)
         elif then == "merge":
-            sylva_compile.merge_adapter(model)
+            sylva_compile.merge_and_unload(model)
         elif then == "forward":
             model(torch.randn(2, 40))
         else:
@@ -560,7 +561,7 @@ class TestPendingEdits:
             assert_invariant(found, masks)
 
     def test_blocks_win_where_both_moved(self) -> None:
-        """A weight average moves both; the dense bfloat16 half alone would stay where it was."""
+        """A weight average changes both; the changes are too small for the dense bfloat16 weights to move."""
         model, masks = small()
         model.bfloat16()
         masks.embed()
@@ -614,14 +615,14 @@ class TestBase:
             model[0]._parameters["weight"].mul_(2.0)
         with pytest.raises(EmbedError, match="changed in place"):
             sylva_compile.unload_adapter(model)
-        with pytest.raises(AdapterError, match="changed in place"):
+        with pytest.raises(EmbedError, match="changed in place"):
             sylva_compile.save_adapter(model, tmp_path / "adapter")
         assert_invariant(model, masks)
-        sylva_compile.merge_adapter(model)
+        sylva_compile.merge_and_unload(model)
 
 
 class TestRefusals:
-    """What cannot be done is refused in one line, and changes nothing."""
+    """A request that cannot be met raises an error of one line and changes nothing."""
 
     def test_a_weight_of_another_shape_or_kind(self) -> None:
         model, masks = small()
@@ -680,7 +681,7 @@ class TestRefusals:
         masks.embed()
         x, other = torch.randn(2, 40), torch.randn(50, 40)
         plain = copy.deepcopy(model)
-        sylva_compile.merge_adapter(plain)
+        sylva_compile.merge_and_unload(plain)
         with torch.no_grad():
             plain[0].weight.copy_(other)
             found = torch.func.functional_call(model, {"0.weight": other}, (x,))
@@ -749,10 +750,10 @@ def test_layers_wrapped_by_torch_compile_keep_their_names(tmp_path: Path) -> Non
     assert list(sylva_compile.load_adapter(base, tmp_path)) == ["0.2.weight", "1.0.weight"]
 
 
-def test_sites_die_with_their_model() -> None:
+def test_states_die_with_their_model() -> None:
     model, masks = small()
     masks.embed()
-    alive = [weakref.ref(site) for site in embedding.sites(model).values()]
+    alive = [weakref.ref(state) for state in block_states(model).values()]
     assert {ref() for ref in alive} <= set(live_states())
     del model
     gc.collect()

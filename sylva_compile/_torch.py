@@ -1,0 +1,154 @@
+"""Every name of torch's private API that the package uses, in one place.
+
+Import private names from here: `from sylva_compile._torch import compile_fx`. A name is looked up when it is imported,
+so that a module pays for the parts of torch that it uses, and a name that a later version lacks is an error that says
+what to do. `tests/test_torch.py` looks up all of them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from functorch.compile import make_boxed_func as make_boxed_func
+    from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
+    from torch._dynamo.backends.common import aot_autograd as aot_autograd
+    from torch._dynamo.convert_frame import register_bytecode_hook as register_bytecode_hook
+    from torch._dynamo.eval_frame import remove_from_cache as remove_from_cache
+    from torch._dynamo.eval_frame import skip_code as skip_code
+    from torch._dynamo.exc import RestartAnalysis as RestartAnalysis
+    from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
+    from torch._functorch._aot_autograd.descriptors import GradAOTOutput as GradAOTOutput
+    from torch._functorch._aot_autograd.descriptors import PlainAOTInput as PlainAOTInput
+    from torch._functorch.partitioners import (
+        min_cut_rematerialization_partition as min_cut_rematerialization_partition,
+    )
+    from torch._guards import TracingContext as TracingContext
+    from torch._inductor import list_mode_options as list_mode_options
+    from torch._inductor.compile_fx import compile_fx as compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+    from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
+    from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
+
+SEEN = "2.11 and 2.13"
+"""The versions of torch in which all names below were seen."""
+
+
+class Private(NamedTuple):
+    """A private name: where it lives, and what to do where a version of torch lacks it."""
+
+    module: str
+    name: str
+    if_gone: str
+
+
+_DESCRIPTORS = "torch._functorch._aot_autograd.descriptors"
+
+PRIVATE = {
+    "make_boxed_func": Private(
+        "functorch.compile", "make_boxed_func", "set `_boxed_call = True` on a function of a list"
+    ),
+    "dynamo_config": Private("torch._dynamo", "config", "use torch.compiler.config for the recompilation limits"),
+    "maybe_mark_dynamic": Private("torch._dynamo", "maybe_mark_dynamic", "use torch._dynamo.mark_dynamic"),
+    "aot_autograd": Private(
+        "torch._dynamo.backends.common", "aot_autograd", "use functorch.compile.aot_module_simplified"
+    ),
+    "register_bytecode_hook": Private(
+        "torch._dynamo.convert_frame", "register_bytecode_hook", "collect code objects from torch._dynamo.callback"
+    ),
+    "remove_from_cache": Private("torch._dynamo.eval_frame", "remove_from_cache", "call torch._dynamo.reset_code"),
+    "skip_code": Private("torch._dynamo.eval_frame", "skip_code", "use torch._dynamo.disable(recursive=False)"),
+    "RestartAnalysis": Private("torch._dynamo.exc", "RestartAnalysis", "find how Dynamo restarts a trace now"),
+    "ShortenTraceback": Private("torch._dynamo.exc", "ShortenTraceback", "find which errors Dynamo leaves unwrapped"),
+    "functorch_config": Private("torch._functorch", "config", "find how AOTAutograd's cache is switched off now"),
+    "GradAOTOutput": Private(_DESCRIPTORS, "GradAOTOutput", "find how outputs of a joint graph are described now"),
+    "PlainAOTInput": Private(_DESCRIPTORS, "PlainAOTInput", "find how inputs of a joint graph are described now"),
+    "min_cut_rematerialization_partition": Private(
+        "torch._functorch.partitioners",
+        "min_cut_rematerialization_partition",
+        "import it from functorch.compile",
+    ),
+    "TracingContext": Private("torch._guards", "TracingContext", "ask torch.compiler.is_dynamo_compiling"),
+    "inductor_config": Private("torch._inductor", "config", "read the options of torch.compile alone"),
+    "list_mode_options": Private("torch._inductor", "list_mode_options", "use torch._inductor.list_options"),
+    "compile_fx": Private("torch._inductor.compile_fx", "compile_fx", "use torch._inductor.standalone_compile"),
+    "CustomGraphPass": Private(
+        "torch._inductor.custom_graph_pass", "CustomGraphPass", "find which class a joint_custom_pre_pass derives from"
+    ),
+    "get_hash_for_files": Private(
+        "torch._inductor.custom_graph_pass", "get_hash_for_files", "hash the files with hashlib"
+    ),
+    "FakeTensor": Private("torch._subclasses.fake_tensor", "FakeTensor", "import it from torch.fx.experimental"),
+    "disable_current_modes": Private(
+        "torch.utils._python_dispatch", "_disable_current_modes", "use torch.utils._python_dispatch.no_dispatch"
+    ),
+    "is_traceable_wrapper_subclass": Private(
+        "torch.utils._python_dispatch", "is_traceable_wrapper_subclass", "look for `__tensor_flatten__` on the type"
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PRIVATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute, if_gone = PRIVATE[name]
+    try:
+        found = importlib.import_module(module)
+        return getattr(found, attribute)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"torch {torch.__version__} has no {module}.{attribute}, which sylva_compile uses (seen in {SEEN}); "
+            f"install one of these, or change sylva_compile/_torch.py: {if_gone}."
+        ) from error
+
+
+# The functions below read private attributes of objects. Where an attribute is gone, the function is what to change.
+
+
+def operator_of(custom_op: Any) -> Any:
+    """Return the operator that a custom op is in a graph, to compare with `node.target`."""
+    return custom_op._opoverload
+
+
+def active_ddp() -> Any:
+    """Return the DistributedDataParallel whose forward pass is running, or None."""
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def parameters_of_ddp(ddp: Any) -> list[nn.Parameter]:
+    """Return the parameters whose gradients a DistributedDataParallel averages."""
+    parameters: list[nn.Parameter] = ddp._module_parameters
+    return parameters
+
+
+def compiled_call(module: nn.Module) -> Any:
+    """Return what `module.compile()` has put in place of the module's call, or None."""
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: nn.Module, call: Any) -> None:
+    """Put `call` in place of the module's call; None: the module runs uncompiled."""
+    module._compiled_call_impl = call
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """Return the names of the module's own buffers that a state dict leaves out."""
+    return module._non_persistent_buffers_set
+
+
+def axes_marked_dynamic(tensor: Tensor) -> set[int]:
+    """Return the axes of `tensor` that `maybe_mark_dynamic` has marked."""
+    return getattr(tensor, "_dynamo_weak_dynamic_indices", set())
+
+
+def mark_as_parameter(tensor: Tensor) -> None:
+    """Let `isinstance(tensor, nn.Parameter)` be true: torch's own mark for Parameters of another class."""
+    tensor._is_param = True
+
+
+ORDINARY_RESULTS: Any = torch._C._disabled_torch_function_impl
+"""As the `__torch_function__` of a subclass of Tensor: operations on it take and return ordinary tensors."""

@@ -1,0 +1,76 @@
+"""The format of an adapter on disk: `sylva_adapter.json` and the one safetensors file that it names.
+
+The JSON file is written last and renamed into place, so that at every moment the directory holds a whole adapter, the
+old one or the new one.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from sylva_compile.errors import AdapterError, SylvaError
+from sylva_compile.files import write_file
+
+CONFIG_NAME = "sylva_adapter.json"
+_FORMAT = "sylva-adapter-1"
+
+
+def write_adapter(directory: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
+    """Write an adapter; an adapter that is in `directory` already is replaced in one step.
+
+    Args:
+        directory: made if missing.
+        tensors: by name, contiguous and on the CPU.
+        entries: of the JSON file, beside its format, the version of torch and the name and digest of the tensors' file.
+
+    Raises:
+        AdapterError: the directory cannot be written. An older adapter stays then.
+    """
+    content = serialize(dict(tensors))
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"sylva_adapter-{digest[:12]}.safetensors"
+    config = {"format": _FORMAT, "torch": torch.__version__, "tensors": name, "sha256": digest, **entries}
+    text = json.dumps(config, indent=2, default=float) + "\n"
+    try:
+        write_file(directory / name, content)
+        write_file(directory / CONFIG_NAME, text.encode())
+        for old in directory.glob("sylva_adapter-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+    except OSError as error:
+        raise AdapterError(f"No adapter can be written to {directory} ({error}); give a directory of yours.") from error
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the JSON file and the tensors of an adapter.
+
+    Raises:
+        AdapterError: there is no adapter, it is damaged, or another version wrote it.
+    """
+    path = directory / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text())
+        if config["format"] != _FORMAT:
+            raise AdapterError(
+                f"{path} has format {config['format']!r}, not {_FORMAT!r}; use the version that wrote it."
+            )
+        content = (directory / config["tensors"]).read_bytes()
+        if hashlib.sha256(content).hexdigest() != config["sha256"]:
+            raise AdapterError(
+                f"{directory / config['tensors']} is damaged (its checksum differs); save or copy it again."
+            )
+        return config, deserialize(content)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{error.filename} does not exist; give a directory written by save_adapter.") from None
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        if isinstance(error, SylvaError):
+            raise
+        raise AdapterError(f"{path} is damaged or no adapter ({error!r}); save or copy it again.") from error

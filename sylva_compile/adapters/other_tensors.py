@@ -1,0 +1,90 @@
+"""The tensors of a model beside its blocks: those that an adapter stores whole, and those that stay frozen."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sylva_compile._torch import non_persistent_buffers
+from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.fingerprint import checksum
+from sylva_compile.blocks.scope import named_weights, plain_name, unwrap
+from sylva_compile.errors import AdapterError
+
+log = logging.getLogger(__name__)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and every buffer of a state dict by its plain name; shared ones under each name."""
+    found: dict[str, Tensor] = dict(named_weights(model))
+    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in non_persistent_buffers(module):
+                found[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer
+    return found
+
+
+def tensors_of_blocks(states: Mapping[str, BlockState]) -> set[int]:
+    """Return the `id` of every dense weight that carries blocks, and of the blocks."""
+    return {id(tensor) for state in states.values() for tensor in (state.weight, state.blocks)}
+
+
+def tensors_to_save(model: nn.Module, endings: Sequence[str], states: Mapping[str, BlockState]) -> dict[str, Tensor]:
+    """Return the tensors to store whole, each once: those of the named modules, but for weights with blocks.
+
+    Raises:
+        AdapterError: an ending matches no module.
+    """
+    found: dict[str, Tensor] = {}
+    every = named_tensors(model)
+    taken = tensors_of_blocks(states)
+    if isinstance(endings, str):
+        raise AdapterError(f"modules_to_save={endings!r} is a string; give a list of module-name endings.")
+    for ending in endings:
+        modules = [name for name, _ in model.named_modules() if name == ending or name.endswith("." + ending)]
+        if not modules:
+            raise AdapterError(f"modules_to_save names {ending!r}, which no module ends in; see model.named_modules().")
+        for module in map(plain_name, modules):
+            inside = {name: tensor for name, tensor in every.items() if not module or name.startswith(f"{module}.")}
+            for name, tensor in inside.items():
+                if id(tensor) not in taken:
+                    taken.add(id(tensor))
+                    found[name] = tensor
+    return found
+
+
+def frozen_tensors(
+    model: nn.Module, states: Mapping[str, BlockState], whole: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the frozen parameters, and buffers such as running means, each once; not those in `whole`."""
+    taken = tensors_of_blocks(states) | {id(tensor) for tensor in whole.values()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in named_tensors(model).items():
+        if not tensor.requires_grad and id(tensor) not in taken and _has_values(tensor):
+            taken.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def compare_frozen(frozen: Mapping[str, str], every: Mapping[str, Tensor], directory: Path) -> None:
+    """Log a warning where tensors in `every` differ from the checksums in `frozen`, those of the training."""
+    others = [
+        name
+        for name, known in frozen.items()
+        if name not in every or not _has_values(every[name]) or checksum(every[name]) != known
+    ]
+    if others:
+        log.warning(
+            "%d frozen weights or buffers are not those that %s was trained beside, %s first; load the same base, or "
+            "save what training changed with modules_to_save.",
+            len(others),
+            directory,
+            others[0],
+        )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether `tensor` has values to compare; offloaded weights are on the meta device."""
+    return tensor.device.type != "meta" and tensor.layout == torch.strided

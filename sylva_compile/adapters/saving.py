@@ -1,0 +1,105 @@
+"""`save_adapter`: write the trained blocks of a model, and where they sit."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sylva_compile.adapters.format import write_adapter
+from sylva_compile.adapters.other_tensors import frozen_tensors, tensors_of_blocks, tensors_to_save
+from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.embed import block_states
+from sylva_compile.blocks.fingerprint import checksum
+from sylva_compile.blocks.scope import unwrap
+from sylva_compile.errors import AdapterError
+
+log = logging.getLogger(__name__)
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules_to_save: Sequence[str] = ()) -> None:
+    """Write the trained blocks of `model` to `directory`, with the settings that chose them.
+
+    Args:
+        model: an embedded model.
+        directory: made if missing; an adapter that is there already is replaced in one step.
+        modules_to_save: endings of module names whose parameters and buffers are stored whole beside the blocks, such
+            as `["classifier"]` for a head that was trained densely (PEFT's word for the same).
+
+    Raises:
+        AdapterError: the model carries no blocks, values are not finite, a name in `modules_to_save` matches nothing,
+            or the directory cannot be written. An older adapter stays then.
+        EmbedError: blocks and dense weights differ, or a base is not known any more. An older adapter stays then.
+    """
+    model = unwrap(model)
+    states = block_states(model)
+    if not states:
+        raise AdapterError("This model carries no trained blocks; call masks.embed(model) before training and saving.")
+    tensors: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
+    for name, state in states.items():
+        state.sync()
+        blocks = state.zero_outside(state.blocks.detach())
+        _check_finite(f"{name}_blocks", blocks)
+        state.check_synced()
+        state.check_base_known()
+        tensors[f"{name}/blocks"] = blocks.cpu().contiguous()
+        tensors[f"{name}/positions"] = state.mask.positions.to(torch.int32)
+        weights[name] = {
+            "shape": list(state.mask.shape),
+            "block_size": state.mask.block_size,
+            "blocks": state.mask.nnz,
+            "dtype": str(state.weight.dtype).removeprefix("torch."),
+            "base": checksum(state.base_weight()),
+        }
+    whole = tensors_to_save(model, modules_to_save, states)
+    _warn_of_masked_modules(states, modules_to_save)
+    for name, value in whole.items():
+        _check_finite(name, value)
+        tensors[f"{name}/whole"] = value.detach().to("cpu", copy=True).contiguous()
+    _warn_of_lost_parameters(model, states, whole)
+    entries = {
+        "masks": next(iter(states.values())).origin,
+        "weights": weights,
+        "modules_to_save": {name: checksum(value) for name, value in whole.items()},
+        "frozen": {name: checksum(value) for name, value in frozen_tensors(model, states, whole).items()},
+    }
+    write_adapter(Path(directory), tensors, entries)
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise AdapterError(f"{name} holds NaN or infinity; go back to the last good state before saving.")
+
+
+def _warn_of_masked_modules(states: Mapping[str, BlockState], endings: Sequence[str]) -> None:
+    """Warn of weights that `modules_to_save` names although they carry blocks."""
+    for name in states:
+        owner = "." + name.rpartition(".")[0] + "."
+        if any(f".{ending}." in owner for ending in endings):
+            log.warning(
+                "%s carries blocks, so that the adapter holds these and not all of the weight, and the base must hold "
+                "the same values; leave it out of the scope to save it whole.",
+                name,
+            )
+
+
+def _warn_of_lost_parameters(model: nn.Module, states: Mapping[str, BlockState], whole: Mapping[str, Tensor]) -> None:
+    """Warn if no block can be trained, or if trained parameters are not in the adapter."""
+    if not any(state.blocks.requires_grad for state in states.values()):
+        log.warning(
+            "No block of this model requires grad, so no optimizer trains any; wrap the model for PEFT first, and then "
+            "embed the masks."
+        )
+    kept = tensors_of_blocks(states) | {id(tensor) for tensor in whole.values()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    if lost:
+        log.warning(
+            "%d trainable parameters outside of the blocks are not in this adapter, %s first; freeze them, or name "
+            "their modules in modules_to_save.",
+            len(lost),
+            lost[0],
+        )

@@ -1,0 +1,203 @@
+"""`BlockState`: the state of one embedded weight, and the rule that keeps its blocks and its dense weight one value.
+
+The rule: the blocks of the dense weight always equal the `<name>_blocks` parameter, rounded to the weight's dtype. The
+`<name>_blocks` parameter holds the master values.
+
+| what changed since both were equal          | what happens                                                         |
+| ------------------------------------------- | -------------------------------------------------------------------- |
+| the blocks (an optimizer, an edit in place) | they are written into the dense weight                               |
+| the dense weight, in place                  | the blocks are read from it; its base is unknown from then on        |
+| both                                        | the blocks win: they hold more bits                                  |
+| the dense weight, by loading or assigning   | the blocks are read; a weight that differs outside is a new base     |
+
+`sync` applies this table. It runs before anything reads either tensor: forward passes, steps, moves, copies, state
+dicts.
+"""
+
+import functools
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sylva_compile.blocks.block_mask import BlockMask
+from sylva_compile.blocks.layout import BlockLayout
+from sylva_compile.errors import EmbedError
+from sylva_compile.kernels.blocks import BlockWriter, block_dtype, read_blocks
+from sylva_compile.kernels.step.table import TYPES, Target
+
+log = logging.getLogger(__name__)
+
+
+class BlockState:
+    """The state of one embedded weight: its dense Parameter, its blocks, and what is needed to undo the embedding.
+
+    Attributes:
+        name: the weight's name in the masks.
+        mask: the chosen blocks.
+        weight: the dense Parameter `[m, n]`, frozen.
+        blocks: the trainable Parameter `[nnz, b, b]`, float32 or wider.
+        layout: index tensors on the weight's device.
+        base: `[nnz, b, b]` on the CPU, in the weight's dtype: the blocks before training.
+        base_known: whether `base` still belongs to the weight; an edit in place of the dense weight ends that.
+        was_trainable: `requires_grad` of the dense weight before it was embedded.
+        had_gradient: whether the blocks had a gradient when the optimizer's step began.
+        origin: `Masks.config` of the masks that the weight was embedded with.
+    """
+
+    def __init__(
+        self, name: str, weight: nn.Parameter, mask: BlockMask, axis: int, origin: dict[str, Any] | None = None
+    ) -> None:
+        """Read the blocks of `weight [m, n]` at `mask`; `weight` itself is left as it is."""
+        self.name, self.mask, self.weight = name, mask, weight
+        self.origin = dict(origin or {})
+        self.was_trainable = weight.requires_grad
+        self.layout = BlockLayout(mask, axis, weight.device)
+        self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
+        values = self._dense_blocks()
+        self.base = values.to("cpu", copy=True)
+        self.base_known = True
+        self.had_gradient = False
+        self._owners: list[tuple[weakref.ref[nn.Module], str]] = []
+        self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
+        self.mark_synced()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but the owners: a copy of the model has other modules, which add themselves."""
+        return self.__dict__ | {"_owners": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.mark_synced()
+
+    def add_owner(self, module: nn.Module, attribute: str) -> None:
+        """Note that `module` holds the weight as `attribute`."""
+        self._owners.append((weakref.ref(module), attribute))
+
+    def owners(self) -> Iterator[tuple[nn.Module, str]]:
+        """Yield the modules that hold the weight, each with the attribute."""
+        for ref, attribute in self._owners:
+            if (module := ref()) is not None:
+                yield module, attribute
+
+    def sync(self) -> None:
+        """Make blocks and dense weight equal again after an edit in place that autograd has counted."""
+        weight_version, blocks_version = self._versions
+        if self.blocks._version != blocks_version:
+            self.push()
+        elif self.weight._version != weight_version:
+            self.base_known = False
+            self.pull()
+
+    def pull(self) -> None:
+        """Read the blocks from the dense weight. Blocks that still round to the dense value keep their low bits."""
+        with torch.no_grad():
+            dense = self._dense_blocks()
+            unchanged = self.blocks.to(dense.dtype) == dense
+            self.blocks.copy_(torch.where(unchanged, self.blocks, dense.to(self.blocks.dtype)))
+        self.mark_synced()
+
+    def push(self) -> None:
+        """Write the blocks, rounded, into the dense weight."""
+        self.writer.write(self.weight, self.blocks)
+        self.mark_synced()
+
+    def mark_synced(self) -> None:
+        """Record that weight and blocks are equal now; a kernel that wrote both by address calls this."""
+        self._versions = (self.weight._version, self.blocks._version)
+
+    def is_synced(self) -> bool:
+        """Whether the dense weight's blocks equal the rounded blocks; compares all values and waits for the device."""
+        dense = self._dense_blocks()
+        rounded = self.zero_outside(self.blocks.detach().to(dense.dtype))
+        # NaN has many bit patterns, and rounding may change one into another.
+        return bool(((dense == rounded) | (dense.isnan() & rounded.isnan())).all())
+
+    def check_synced(self) -> None:
+        """Raise EmbedError unless blocks and dense weight are equal; a weight on the meta device has no values."""
+        if self.weight.device.type != "meta" and not self.is_synced():
+            raise EmbedError(
+                f"{self.name}: blocks and dense weight differ, so something wrote past autograd (`.data`, a raw "
+                "pointer); call masks.write_through() to keep the blocks, or change the weight under torch.no_grad()."
+            )
+
+    def check_base_known(self) -> None:
+        """Raise EmbedError if an edit in place of the dense weight has made its base unknown."""
+        if not self.base_known:
+            raise EmbedError(
+                f"{self.name} was changed in place since its blocks were embedded, so its base is not known; load the "
+                "base's state dict first, or call merge_and_unload(model) to keep the values."
+            )
+
+    def follow_assignment(self, old: Tensor) -> None:
+        """Follow a dense weight that was loaded or assigned; `old [m, n]` is a copy of the values before.
+
+        A weight that differs outside of the blocks is another base: `unload_adapter` restores its blocks from now on.
+        A weight that is equal there resumes a training of this base.
+        """
+        new, nothing = self.weight.detach().clone(), torch.zeros_like(self.blocks)
+        self.writer.write(new, nothing)
+        self.writer.write(old, nothing)
+        if not torch.equal(new, old):
+            _warn_of_another_base()
+            self.base = self._dense_blocks().to("cpu", copy=True)
+            self.base_known = True
+        self.pull()
+
+    def follow_move(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
+        """Follow the module's tensors to another device or dtype; `masters` are the blocks before the move."""
+        self.weight, self.blocks = weight, blocks
+        wide = block_dtype(weight.dtype)
+        if blocks.dtype != wide:
+            gradient, blocks.grad = blocks.grad, None
+            blocks.data = masters.to(device=blocks.device, dtype=wide)
+            blocks.grad = None if gradient is None else gradient.to(wide)
+        if weight.device.type != "meta":
+            self.layout.to(weight.device)
+            self.writer = BlockWriter(self.mask.shape, self.layout.positions, self.mask.block_size)
+            self.push()
+
+    def base_weight(self) -> Tensor:
+        """Return a copy of the dense weight `[m, n]` with the blocks as they were before training."""
+        dense = self.weight.detach().clone()
+        self.writer.write(dense, self.base.to(dense.device))
+        return dense
+
+    def restore_base(self) -> None:
+        """Write the blocks from before training into the dense weight."""
+        self.writer.write(self.weight, self.base.to(self.weight.device))
+
+    def zero_outside(self, blocks: Tensor) -> Tensor:
+        """Return `blocks [nnz, b, b]` with zeros where a block crosses the weight's edge."""
+        b, (m, n) = self.mask.block_size, self.mask.shape
+        if m % b == 0 and n % b == 0:
+            return blocks
+        lane = torch.arange(b, device=blocks.device)
+        rows, cols = self.layout.positions
+        row_inside = rows[:, None] * b + lane < m
+        col_inside = cols[:, None] * b + lane < n
+        return torch.where(row_inside[:, :, None] & col_inside[:, None, :], blocks, 0)
+
+    def step_target(self) -> Target | None:
+        """Return the dense weight as a target of the optimizer's kernel; None if `push` must write it instead."""
+        blocks, weight, positions = self.blocks, self.weight, self.layout.positions
+        reachable = blocks.device == weight.device == positions.device and weight.layout == torch.strided
+        wide = blocks.dtype in (torch.float32, torch.float64) and weight.dtype in TYPES
+        if reachable and wide and blocks.is_contiguous() and positions.is_contiguous():
+            return Target(weight, positions, self.mask.block_size)
+        return None
+
+    def _dense_blocks(self) -> Tensor:
+        return read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)
+
+
+@functools.cache
+def _warn_of_another_base() -> None:
+    """Warn once a process: a model has hundreds of weights."""
+    log.warning(
+        "What was loaded differs from the base outside of the blocks too, and is the base from now on. If it comes "
+        "from a training with other masks, load those masks first (Masks.load)."
+    )

@@ -1,0 +1,71 @@
+"""`DenseView`: the tensor that reading an embedded weight returns in training, outside of compiled code."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sylva_compile._torch import ORDINARY_RESULTS
+from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.errors import EmbedError
+
+
+class DenseView(Tensor):
+    """A view of an embedded weight's dense weight.
+
+    `weight.data = values` is how PEFT merges an adapter. On an ordinary view, the assignment would be lost with the
+    view; here the values are copied into the dense weight.
+    """
+
+    __torch_function__ = ORDINARY_RESULTS
+    _sylva_state: BlockState
+
+    @staticmethod
+    def of(view: Tensor, state: BlockState) -> None:
+        """Turn `view` of the dense weight of `state` into a DenseView, in place."""
+        view.__class__ = DenseView
+        view._sylva_state = state  # type: ignore[attr-defined]
+
+    @property
+    def data(self) -> Tensor:
+        """The dense weight `[m, n]`, detached. Assigned values are copied into it, and the blocks are read from them.
+
+        Raises:
+            EmbedError: the assigned values have another shape.
+        """
+        return self.detach()
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        state = self._sylva_state
+        if values.shape != state.weight.shape:
+            raise EmbedError(
+                f"{state.name} carries blocks and takes data of shape {tuple(state.weight.shape)}, not "
+                f"{tuple(values.shape)}; unload the adapter first."
+            )
+        with torch.no_grad():
+            state.weight.copy_(values)
+        state.sync()
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """The autograd node of the view.
+
+        Raises:
+            EmbedError: `nn.Module.register_parameter` asks, because a conversion (to float8, say) moves the weight into
+                a module of its own, where the blocks would never be trained.
+        """
+        if sys._getframe(1).f_code is nn.Module.register_parameter.__code__:
+            raise EmbedError(
+                f"{self._sylva_state.name} carries blocks and cannot become a parameter of another module; convert "
+                "the model (to float8, say) before its masks are embedded, or unload the adapter first."
+            )
+        return _GRAD_FN.__get__(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
+
+
+_GRAD_FN: Any = Tensor.grad_fn
+"""The descriptor that reads the autograd node of any tensor."""

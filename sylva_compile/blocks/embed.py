@@ -1,0 +1,155 @@
+"""`embed` and `unembed`: put trainable blocks into a model's frozen weights, and take them out again.
+
+`sylva_compile.blocks.block_state` has the rule that keeps blocks and dense weights one value.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sylva_compile.blocks import registry
+from sylva_compile.blocks.block_mask import BlockMask
+from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.ddp import check_not_wrapped
+from sylva_compile.blocks.embedded_module import SUFFIX, EmbeddedModule, embedded_class
+from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
+from sylva_compile.errors import EmbedError
+
+_Owners = list[tuple[nn.Module, str]]
+
+
+def block_states(model: nn.Module) -> dict[str, BlockState]:
+    """Return every embedded weight of `model` by its full name; a shared one by the name that its mask has."""
+    names: dict[BlockState, list[str]] = {}
+    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
+        for attribute, state in module.__dict__.get("_sylva_states", {}).items():
+            names.setdefault(state, []).append(plain_name(f"{prefix}.{attribute}" if prefix else attribute))
+    return {state.name if state.name in found else found[0]: state for state, found in names.items()}
+
+
+def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, origin: Mapping[str, Any] | None = None) -> None:
+    """Put trainable blocks into the weights named by `masks`; freeze those weights. Nothing else of the model changes.
+
+    A weight that several modules share is embedded in all of them, with one set of blocks. Embedding the same masks
+    again does nothing.
+
+    Args:
+        model: the model, or a wrapper of it.
+        masks: weight name to blocks.
+        origin: how the masks were made; `save_adapter` writes it.
+
+    Raises:
+        EmbedError: the model carries other masks already, a module cannot carry blocks, DistributedDataParallel has
+            wrapped the model, or the call is made under `torch.inference_mode()`. The model is as before then.
+    """
+    wrapped, model = model, unwrap(model)
+    present = block_states(model)
+    if present:
+        if {name: state.mask for name, state in present.items()} == dict(masks):
+            return
+        raise EmbedError(
+            f"The model already carries {len(present)} embedded weights with other masks; call "
+            "sylva_compile.unload_adapter(model) or merge_and_unload(model) before embedding these."
+        )
+    check_not_wrapped(wrapped, next(iter(masks), "The model"))
+    if torch.is_inference_mode_enabled():
+        raise EmbedError("Blocks made under torch.inference_mode() cannot be trained; leave it to embed masks.")
+    parameters = named_weights(model)
+    planned: list[tuple[BlockState, _Owners]] = []
+    taken: dict[int, str] = {}
+    for name, mask in masks.items():
+        weight = parameters[name]
+        if id(weight) in taken:
+            raise EmbedError(f"{name} and {taken[id(weight)]} are one shared weight; give it one mask.")
+        taken[id(weight)] = name
+        owners = _owners(model, name, weight)
+        planned.append((BlockState(name, weight, mask, input_axis(owners[0][0]), dict(origin or {})), owners))
+    _install_all(planned)
+    for state, _ in planned:
+        state.weight.requires_grad_(False)
+        # An optimizer that still holds the weight would go on applying a gradient from before, or decay it.
+        state.weight.grad = None
+        registry.add(state)
+
+
+def unembed(model: nn.Module, *, restore: bool = False) -> None:
+    """Take the blocks out again: ordinary classes, ordinary weights, `requires_grad` as it was.
+
+    Args:
+        model: an embedded model; one that is not embedded is left alone.
+        restore: put the base weights back bit for bit; otherwise the trained values stay in the dense weights.
+
+    Raises:
+        EmbedError: a class was made from an embedded one since, or the base is not known; nothing is changed then.
+    """
+    model = unwrap(model)
+    states = block_states(model)
+    for module in model.modules():
+        if "_sylva_states" in module.__dict__ and EmbeddedModule not in type(module).__bases__:
+            raise EmbedError(
+                f"{type(module).__name__} was made from an embedded class (a parametrization?); remove that first."
+            )
+    for state in states.values():
+        state.sync()
+        if restore:
+            state.check_base_known()
+    for state in states.values():
+        if restore:
+            state.restore_base()
+        state.weight.requires_grad_(state.was_trainable)
+        registry.remove(state)
+    for module in list(model.modules()):
+        if isinstance(module, EmbeddedModule):
+            for attribute in tuple(module._sylva_states):
+                _uninstall(module, attribute)
+
+
+def _owners(model: nn.Module, name: str, weight: nn.Parameter) -> _Owners:
+    """Return the modules that hold `weight`. Raises EmbedError where one has no room for the blocks."""
+    owners = list(owners_of(model, weight))
+    for module, attribute in owners:
+        if hasattr(module, attribute + SUFFIX):
+            raise EmbedError(f"{name}: its module has a {attribute + SUFFIX} of its own; leave it out of the scope.")
+    return owners
+
+
+def _install_all(planned: list[tuple[BlockState, _Owners]]) -> None:
+    """Swap the classes of all modules, or of none where one refuses."""
+    installed: _Owners = []
+    try:
+        for state, owners in planned:
+            for module, attribute in owners:
+                installed.append((module, attribute))
+                _install(module, attribute, state)
+    except Exception as error:
+        for module, attribute in installed:
+            _uninstall(module, attribute)
+        module, attribute = installed[-1]
+        raise EmbedError(
+            f"A {type(module).__name__} cannot carry blocks in its {attribute} ({error}); leave it out of the scope."
+        ) from error
+
+
+def _install(module: nn.Module, attribute: str, state: BlockState) -> None:
+    held = module.__dict__.get("_sylva_states", {})
+    base: type = getattr(type(module), "_sylva_base", type(module))
+    cls = embedded_class(base, (*held, attribute))
+    module.register_parameter(attribute + SUFFIX, state.blocks)
+    module.__dict__["_sylva_states"] = {**held, attribute: state}
+    module.__class__ = cls
+    state.add_owner(module, attribute)
+
+
+def _uninstall(module: nn.Module, attribute: str) -> None:
+    """Undo `_install`, or the part of it that was done."""
+    held = {name: state for name, state in module.__dict__.get("_sylva_states", {}).items() if name != attribute}
+    base: type = getattr(type(module), "_sylva_base", type(module))
+    module._parameters.pop(attribute + SUFFIX, None)
+    if type(module) is not base:
+        module.__class__ = embedded_class(base, tuple(held)) if held else base
+    if held:
+        module.__dict__["_sylva_states"] = held
+    else:
+        module.__dict__.pop("_sylva_states", None)

@@ -1,0 +1,156 @@
+"""The embedded weights of the process, and everything that is installed in torch as long as there are any.
+
+Optimizers of any kind must write the blocks that they step into the dense weights, and compiled graphs must find the
+state of a tensor that they are called with. Both need process-wide state, which this module owns:
+
+* the live states, in the order in which they were added. The order is the same on all ranks that run one program;
+* a counter that grows whenever a state is added, removed, or gets other tensors;
+* the look-up from a tensor to the state that it belongs to;
+* the hooks before and after every optimizer's step, installed with the first state and removed with the last;
+* the names in `torch.compiler.config.dynamic_sources`, each withdrawn with the states that asked for it.
+
+A state that is garbage-collected with its model leaves the look-up at once. Hooks and names stay until the next call
+of `add`, `remove` or `tidy`, since Python may collect garbage while torch iterates over the hooks.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from sylva_compile.blocks.block_state import BlockState
+
+_live: "weakref.WeakKeyDictionary[BlockState, None]" = weakref.WeakKeyDictionary()
+_changes = 0
+_by_tensor: dict[int, "weakref.ref[BlockState]"] = {}
+_mapped_at = -1
+_hooks: list[Any] = []
+_sources: "weakref.WeakKeyDictionary[BlockState, set[str]]" = weakref.WeakKeyDictionary()
+_added_sources: set[str] = set()
+
+
+def add(state: BlockState) -> None:
+    """Follow `state` from now on; adding it twice is adding it once."""
+    if state not in _live:
+        _live[state] = None
+        note_change()
+    tidy()
+
+
+def remove(state: BlockState) -> None:
+    """Follow `state` no longer: its blocks are about to leave the model."""
+    _live.pop(state, None)
+    _sources.pop(state, None)
+    note_change()
+    tidy()
+
+
+def live_states() -> list[BlockState]:
+    """Return every embedded weight of the process, in the order in which they were added."""
+    return list(_live)
+
+
+def note_change() -> None:
+    """Count a change: a state was added or removed, or has other tensors now."""
+    global _changes
+    _changes += 1
+
+
+def changes() -> int:
+    """Return the number of changes so far. While it stays, the `id` of a living tensor identifies its state."""
+    return _changes
+
+
+def state_of_weight(tensor: Tensor) -> BlockState | None:
+    """Return the state whose dense weight is `tensor`."""
+    state = _find(tensor)
+    return state if state is not None and state.weight is tensor else None
+
+
+def state_of_blocks(tensor: Tensor) -> BlockState | None:
+    """Return the state whose blocks are `tensor`."""
+    state = _find(tensor)
+    return state if state is not None and state.blocks is tensor else None
+
+
+def state_of_positions(tensor: Any) -> BlockState | None:
+    """Return the state whose positions are `tensor`."""
+    state = _find(tensor)
+    return state if state is not None and state.layout.positions is tensor else None
+
+
+def _find(tensor: Any) -> BlockState | None:
+    global _mapped_at
+    if _mapped_at != _changes:
+        _by_tensor.clear()
+        for state in live_states():
+            ref = weakref.ref(state)
+            for own in (state.weight, state.blocks, state.layout.positions):
+                _by_tensor[id(own)] = ref
+        _mapped_at = _changes
+    found = _by_tensor.get(id(tensor))
+    return None if found is None else found()
+
+
+def let_blocks_vary(states: Iterable[BlockState], source: str) -> None:
+    """Let Dynamo compile for any number of blocks, as long as one of `states` lives.
+
+    Dynamo takes the shape of a Parameter as fixed unless `dynamic_sources` names the Parameter.
+
+    Args:
+        states: the weights of the model that is compiled.
+        source: Dynamo's name of the blocks in the frame that it compiles.
+    """
+    for state in states:
+        _sources.setdefault(state, set()).add(source)
+    listed = _listed_sources()
+    if source not in listed:
+        _added_sources.add(source)
+        _write_sources([*listed, source])
+
+
+def tidy() -> None:
+    """Install in torch what the live states need, and withdraw what they do not need any more."""
+    if _live and not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+    while _hooks and not _live:
+        _hooks.pop().remove()
+    wanted = set().union(*_sources.values())
+    if unwanted := _added_sources - wanted:
+        _added_sources.difference_update(unwanted)
+        _write_sources([source for source in _listed_sources() if source not in unwanted])
+
+
+def _listed_sources() -> list[str]:
+    return [name for name in torch.compiler.config.dynamic_sources.split(",") if name]
+
+
+def _write_sources(names: list[str]) -> None:
+    torch.compiler.config.dynamic_sources = ",".join(names)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Sync every state before any optimizer's step; a few integer comparisons where nothing was edited."""
+    for state in live_states():
+        state.sync()
+        state.had_gradient = state.blocks.grad is not None
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Write the blocks that an optimizer has stepped into their dense weights."""
+    # Some optimizers leave the version counters alone (`p.data.add_`, raw pointers). So blocks that had a gradient,
+    # before the step or from its closure, are written in any case; blocks without one are written if they differ.
+    # The project's own optimizers move the counters, and their kernel has written the dense weights already.
+    moves_versions = getattr(optimizer, "writes_through", False)
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for state in live_states():
+        if id(state.blocks) not in stepped:
+            continue
+        if moves_versions:
+            state.sync()
+        elif state.had_gradient or state.blocks.grad is not None or not state.is_synced():
+            state.push()

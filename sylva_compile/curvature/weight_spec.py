@@ -1,0 +1,52 @@
+"""`WeightSpec`: everything that an estimator needs to know of a weight, without its values."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sylva_compile.kernels.blocks import block_dtype
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """The description of one weight.
+
+    Attributes:
+        name: its full parameter name.
+        shape: as the weight is stored.
+        dtype: of the weight.
+        device: of the weight.
+        input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 where it is stored
+            transposed (Conv1D).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    input_axis: int = 1
+
+    @classmethod
+    def of(cls, name: str, weight: Tensor, input_axis: int = 1) -> "WeightSpec":
+        """Describe `weight`, a matrix."""
+        return cls(name, (int(weight.shape[0]), int(weight.shape[1])), weight.dtype, weight.device, input_axis)
+
+    @property
+    def outputs(self) -> int:
+        """m, the layer's output channels."""
+        return self.shape[1 - self.input_axis]
+
+    @property
+    def inputs(self) -> int:
+        """n, the layer's input channels."""
+        return self.shape[self.input_axis]
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """The dtype of statistics: float32, or float64 for a float64 weight."""
+        return block_dtype(self.dtype)
+
+    def turned(self, grid: Tensor) -> Tensor:
+        """Turn a grid of blocks from outputs by inputs to the stored orientation, or back."""
+        return grid if self.input_axis == 1 else grid.t()
