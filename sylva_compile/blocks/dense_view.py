@@ -57,10 +57,7 @@ class DenseView(Tensor):
                 a module of its own, where the blocks would never be trained.
         """
         if sys._getframe(1).f_code is nn.Module.register_parameter.__code__:
-            raise EmbedError(
-                f"{self._sylva_state.name} carries blocks and cannot become a parameter of another module; convert "
-                "the model (to float8, say) before its masks are embedded, or unload the adapter first."
-            )
+            raise self._sylva_state.not_shareable()
         return _GRAD_FN.__get__(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -6,7 +6,8 @@ state of a tensor that they are called with. Both need process-wide state, which
 * the live states, in the order in which they were added. The order is the same on all ranks that run one program;
 * a counter that grows whenever a state is added, removed, or gets other tensors;
 * the look-up from a tensor to the state that it belongs to;
-* the hooks before and after every optimizer's step, installed with the first state and removed with the last;
+* the hooks before and after every optimizer's step, and the hook on every parameter that a module registers, installed
+  with the first state and removed with the last;
 * the names in `torch.compiler.config.dynamic_sources`, each withdrawn with the states that asked for it.
 
 A state that is garbage-collected with its model leaves the look-up at once. Hooks and names stay until the next call
@@ -18,7 +19,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sylva_compile.blocks.block_state import BlockState
@@ -117,6 +120,7 @@ def tidy() -> None:
     if _live and not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
         _hooks.append(register_optimizer_step_post_hook(_after_step))
+        _hooks.append(register_module_parameter_registration_hook(_on_parameter))
     while _hooks and not _live:
         _hooks.pop().remove()
     wanted = set().union(*_sources.values())
@@ -131,6 +135,15 @@ def _listed_sources() -> list[str]:
 
 def _write_sources(names: list[str]) -> None:
     torch.compiler.config.dynamic_sources = ",".join(names)
+
+
+def _on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
+    """Refuse a dense weight that moves into another module, where its blocks would never be trained."""
+    state = None if parameter is None else state_of_weight(parameter)
+    # Compilers keep the parameters of a graph in modules of their own.
+    of_a_compiler = isinstance(module, GraphModule) or type(module).__module__.startswith("torch._")
+    if state is not None and not of_a_compiler and all(module is not owner for owner, _ in state.owners()):
+        raise state.not_shareable()
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

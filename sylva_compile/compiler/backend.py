@@ -132,7 +132,7 @@ class Backend:
         self._check(joint.results, example_inputs)
         # A weight that the graph uses several times has a result for each use.
         indexed = [(index, result) for result in joint.results if (index := _input_index(result)) is not None]
-        return RuntimeWrapper(compiled, indexed, self._note)
+        return RuntimeWrapper(compiled, indexed, self._note, _states_of(gm.parameters()))
 
     def report(self) -> Report:
         """Return what became of every embedded weight's gradient in the compiled graphs that have run so far.
@@ -247,12 +247,14 @@ def _compile_with_inductor(
     options: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {}), "joint_custom_pre_pass": joint}
-    if patches.get("freezing", inductor_config.freezing) and any(map(_is_embedded, example_inputs)):
+    if patches.get("freezing", inductor_config.freezing) and _states_of([*example_inputs, *gm.parameters()]):
         log.info("Inductor's freezing is off for this graph: it would make constants of weights that blocks change.")
         patches["freezing"] = False
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
 
-def _is_embedded(value: Any) -> bool:
-    return isinstance(value, Tensor) and registry.state_of_weight(value) is not None
+def _states_of(values: Iterable[Any]) -> list[BlockState]:
+    """Return the states whose dense weights are among `values`."""
+    found = (registry.state_of_weight(value) for value in values if isinstance(value, Tensor))
+    return [state for state in found if state is not None]

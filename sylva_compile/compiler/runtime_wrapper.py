@@ -1,7 +1,7 @@
 """`RuntimeWrapper`: finds, checks and syncs the states of a compiled graph's arguments each time before it runs."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ class RuntimeWrapper:
         compiled: Callable[..., Any],
         results: Sequence[tuple[int, RewriteResult]],
         note: Callable[[BlockState, RewriteResult], None],
+        held: Iterable[BlockState] = (),
     ) -> None:
         """Wrap a compiled graph.
 
@@ -46,7 +47,9 @@ class RuntimeWrapper:
             compiled: the graph's code.
             results: what became of each weight gradient, with the index of the argument that holds its positions.
             note: called with a state and its result when the graph first runs with that state.
+            held: states whose weights the graph holds itself: with Inductor's freezing, Dynamo gives no arguments.
         """
+        self._held = weakref.WeakSet(held)
         self._compiled, self._results, self._note = compiled, results, note
         self._where: list[int] | None = None
         self._known: dict[tuple[int, ...], _Known] = {}
@@ -63,6 +66,8 @@ class RuntimeWrapper:
         return self._compiled(*args)
 
     def _before_run(self, args: tuple[Any, ...]) -> None:
+        for state in self._held:
+            state.sync()
         if self._where is None:
             if any(isinstance(value, FakeTensor) for value in args):
                 return

@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._dynamo.convert_frame import register_bytecode_hook
-from torch._dynamo.eval_frame import remove_from_cache
-from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch.fx import GraphModule, Node
 
+from sylva_compile._torch import (
+    PlainAOTInput,
+    dynamo_config,
+    functorch_config,
+    register_bytecode_hook,
+    remove_from_cache,
+)
 from sylva_compile.compiler.aot import compile_eagerly
 from sylva_compile.passes.observe_weight_gradients import observe_weight_gradients_pass
 from sylva_compile.passes.runner import run_passes
@@ -65,7 +67,7 @@ def compilations_forgotten() -> Iterator[None]:
 
     handle = register_bytecode_hook(remember)
     try:
-        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+        with dynamo_config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
             yield
     finally:
         handle.remove()

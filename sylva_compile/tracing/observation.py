@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sylva_compile._torch import compiled_call, set_compiled_call
 from sylva_compile.errors import TraceError
 from sylva_compile.kernels.observe import observing
 from sylva_compile.tracing.batches import LossFn, count_sequences, loss_of, tensors_of, to_device
@@ -194,7 +195,7 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
     """
     modes = {module: module.training for module in model.modules()}
     # A model compiled in place would run its own graphs in place of those of the capture backend.
-    compiled = {module: module._compiled_call_impl for module in modes if module._compiled_call_impl is not None}
+    compiled = {module: call for module in modes if (call := compiled_call(module)) is not None}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
@@ -205,7 +206,7 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
             for module in modes:
                 module.training = False
             for module in compiled:
-                module._compiled_call_impl = None
+                set_compiled_call(module, None)
             for parameter in flags:
                 parameter.requires_grad_(False)
             for weight in weights:
@@ -219,7 +220,7 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
             for module, call in compiled.items():
-                module._compiled_call_impl = call
+                set_compiled_call(module, call)
             for module, mode in modes.items():
                 module.training = mode
 

@@ -16,7 +16,7 @@ from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.baselines import SCORES_WITHOUT_DATA
 from sylva_compile.curvature.estimators import Estimators
 from sylva_compile.curvature.weight_spec import WeightSpec
-from sylva_compile.errors import ArgumentError
+from sylva_compile.errors import ArgumentError, TraceError
 from sylva_compile.tracing.batches import LossFn
 from sylva_compile.tracing.checkpoint import TraceCheckpoint
 from sylva_compile.tracing.memory import check_fits, estimate_bytes
@@ -68,6 +68,8 @@ def score_by_tracing(
         raise ArgumentError(
             f"method={config.method!r} needs a loader of batches; give one, or use 'magnitude' or 'random'."
         )
+    if torch.is_inference_mode_enabled():
+        raise TraceError("A trace needs gradients, and torch.inference_mode() gives none; leave it to trace.")
     share = share_of_samples(config.num_samples, group)
 
     def trace() -> tuple[Estimators, TraceCheckpoint | None, TraceProgress]:

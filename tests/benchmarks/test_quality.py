@@ -63,7 +63,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def chance_scores(model: nn.Module) -> Scores:
-    return block_scores(model, [], scope=SCOPE, block_size=8, samples=1, seed=0, method="random")
+    return block_scores(model, [], SylvaConfig(scope=SCOPE, block_size=8, method="random"), seed=0)
 
 
 METHODS_TO_TRY: dict[str, Mapping[str, Any]] = {
