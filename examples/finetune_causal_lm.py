@@ -32,7 +32,10 @@ from transformers import (
 )
 
 import sylva_compile
+from sylva_compile.config import add_arguments
 
+SETTINGS = ("sparsity", "block_size", "method", "score", "num_samples")
+"""Settings of the trace that the command line offers, with the help texts of SylvaConfig."""
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 IGNORED = -100
 """Label of positions without loss, as in transformers."""
@@ -152,6 +155,8 @@ def scope_of(names: Sequence[str]) -> str | list[str]:
 def run(options: argparse.Namespace) -> None:
     """Load, trace, embed, compile, train, save."""
     set_seed(options.seed)
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    config = sylva_compile.SylvaConfig(scope=scope_of(options.scope), **settings)
     texts = read_texts(options.data, options.column)
     tokenizer, model = load_model(options.model, torch.bfloat16 if options.bf16 else torch.float32)
     sequences = cut_into_sequences(texts, tokenizer, options.max_length, rows=options.column is not None)
@@ -181,15 +186,7 @@ def run(options: argparse.Namespace) -> None:
     loader = DataLoader(
         train, batch_size=options.batch_size, shuffle=True, drop_last=True, collate_fn=default_data_collator
     )
-    masks = sylva_compile.trace_and_mask(
-        model,
-        loader,
-        scope=scope_of(options.scope),
-        sparsity=options.sparsity,
-        block_size=options.block_size,
-        num_samples=options.num_samples,
-        method=options.method,
-    )
+    masks = sylva_compile.trace_and_mask(model, loader, config)
     masks.embed(model)
     if options.gradient_checkpointing:
         # A release of transformers 5 renamed the method. Reentrant checkpointing needs an input that requires grad, and
@@ -228,13 +225,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data", type=Path, required=True, metavar="FILE", help="text, CSV or TSV file")
     add("--column", help="column of a CSV or TSV file")
     add("--out", type=Path, default=Path("out/adapter"), help="folder for the adapter (%(default)s)")
-    add("--sparsity", type=float, default=0.98, help="share of each weight's blocks that stays frozen (%(default)s)")
-    add("--block-size", type=int, default=64, help="rows and columns of a block (%(default)s)")
-    methods = ["sylva", "kfac", "fisher", "magnitude", "random"]
-    add("--method", default="sylva", choices=methods, help="method that chooses the blocks (%(default)s)")
+    add_arguments(parser, SETTINGS, num_samples=256)
     help_of_scope = "all-linear, endings of module names, or a regular expression for whole names (all-linear)"
     add("--scope", nargs="+", default=["all-linear"], metavar="NAME", help=help_of_scope)
-    add("--num-samples", type=int, default=256, help="sequences to choose the blocks by (%(default)s)")
     add("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
     add("--steps", type=int, default=-1, help="number of steps; it overrides --epochs")
     add("--lr", type=float, default=2e-4, help="learning rate (%(default)s)")

@@ -30,12 +30,13 @@ def test_the_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.
         "dataset": Dataset.from_dict({key: value.tolist() for key, value in case.batch.items()}),
     }
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     for block in blocks:
         # The README's sizes are for real models.
         small = block.replace("block_size=64", "block_size=8").replace("num_samples=256", "num_samples=12")
-        # The part on tracing starts from a model of its own.
-        exec(small, names if "checkpoint=" not in block else names | {"model": tiny("llama").model})
+        # The parts on tracing start from a model of their own.
+        own = "checkpoint=" in block or "SylvaConfig(" in block
+        exec(small, names | {"model": tiny("llama").model} if own else names)
         if "report()" in block:
             assert names["backend"].report().rewritten == 14
     # Another part compiles the layers; it is they that run once the model as a whole is no longer compiled.

@@ -187,14 +187,14 @@ class Backend:
 
 
 def backend(masks: Masks | None = None, *, inner: Inner = "inductor", on_miss: OnMiss = "warn") -> Backend:
-    """A `torch.compile` backend that computes only the masked blocks of weight gradients.
+    """Return a `torch.compile` backend that computes only the masked blocks of weight gradients.
 
     Args:
-        masks: masks bound to the model to compile; embedded into it now if nobody did. None compiles whatever is
-            embedded already (what the registered backend name `"sylva"` does).
-        inner: `"inductor"` generates code; `"aot_eager"` runs the same rewritten graphs without, for debugging.
-        on_miss: what to do about a weight gradient that cannot be sampled: `"warn"`, `"error"` or `"ignore"`. It is
-            computed densely then: right, but slower.
+        masks: masks bound to the model to compile; they are embedded now unless they are already. None: the backend
+            compiles whatever blocks a model carries, as the registered name `"sylva"` does.
+        inner: `"inductor"` generates code; `"aot_eager"` runs the same rewritten graphs without it, for debugging.
+        on_miss: the reaction to a weight gradient that cannot be sampled: `"warn"`, `"error"` or `"ignore"`. The
+            gradient is computed densely then: right, but slower.
 
     Raises:
         ArgumentError: `inner` or `on_miss` is none of these.

@@ -1,4 +1,4 @@
-"""`Report`: what the compiler did for each embedded weight."""
+"""`Report`: which weight gradients the compiled graphs sample, and why others stay dense."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What the compiler did for one embedded weight.
+    """The weight-gradient products of one embedded weight in compiled graphs.
 
     Attributes:
         uses: the number of its weight-gradient products in the compiled graphs that ran; 0 means that none ran yet.

@@ -84,7 +84,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
     """With `max_grad_norm`: the norm of all gradients in the last step, before clipping."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Any) -> None:
-        """As for `torch.optim.Optimizer`; `options` are those of `StepOptions`."""
+        """Take the arguments of `torch.optim.Optimizer`, and the fields of `StepOptions` as `options`."""
         rest = self._take_options(options)
         if rest:
             raise ArgumentError(f"{type(self).__name__} has no option {next(iter(rest))!r}; see its documentation.")

@@ -222,6 +222,33 @@ class Tied(nn.Module):
         return self.head(self.body(self.table(ids)))
 
 
+class TestProvenance:
+    def test_an_adapter_keeps_the_settings_that_chose_its_blocks(self, tmp_path: Path) -> None:
+        model = Classifier()
+        base = copy.deepcopy(model)
+        masks = sylva_compile.trace_and_mask(model, method="magnitude", block_size=8, sparsity=0.6)
+        masks.embed()
+        sylva_compile.save_adapter(model, tmp_path / "adapter")
+        loaded = sylva_compile.load_adapter(base, tmp_path / "adapter")
+        assert loaded.config == {**masks.config, "adapter": str(tmp_path / "adapter")}
+        assert loaded.config["method"] == "magnitude"
+        # And so does an adapter of the model that it was loaded into, or of a copy.
+        sylva_compile.save_adapter(copy.deepcopy(base), tmp_path / "again")
+        again = json.loads((tmp_path / "again" / format.CONFIG_NAME).read_text())
+        assert again["masks"]["base"] == masks.config["base"]
+
+    def test_an_adapter_from_before_is_read(self, tmp_path: Path) -> None:
+        model = Classifier()
+        base = copy.deepcopy(model)
+        sylva_compile.trace_and_mask(model, method="magnitude", block_size=8).embed()
+        sylva_compile.save_adapter(model, tmp_path)
+        path = tmp_path / format.CONFIG_NAME
+        config = json.loads(path.read_text())
+        del config["masks"]
+        path.write_text(json.dumps(config))
+        assert sylva_compile.load_adapter(base, tmp_path).config == {"adapter": str(tmp_path)}
+
+
 class TestModulesToSave:
     def test_running_statistics_belong_to_the_module(self, tmp_path: Path) -> None:
         model = Normed()

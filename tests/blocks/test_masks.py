@@ -184,6 +184,12 @@ class TestFiles:
         masks.save(tmp_path / "masks")
         assert Masks.load(tmp_path / "masks").config == {"sparsity": 0.5}
 
+    def test_a_file_that_calls_the_greedy_choice_joint(self, tmp_path: Path) -> None:
+        masks = random_masks(small(), ["0.weight"], 8, 0.5)
+        masks.config = {"method": "sylva", "score": "joint", "rank": 8}
+        masks.save(tmp_path / "old")
+        assert Masks.load(tmp_path / "old").config == {"method": "sylva", "score": "greedy", "rank": 8}
+
 
 class TestBase:
     """Masks remember the weights that they were chosen for."""

@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -446,3 +448,55 @@ class TestInductor:
             backend = sylva_compile.backend(random_masks(model, NAMES, 16, 0.4), on_miss="error")
             torch.compile(model, backend=backend)(x).sum().backward()
             assert backend.report().rewritten == 2
+
+
+class TestCacheKey:
+    """A changed pass or kernel must not find graphs in Inductor's cache that the old one has rewritten."""
+
+    def key(self) -> bytes:
+        backend_module.source_hash.cache_clear()
+        found: bytes = backend_module._JointPass(None, lambda results: None).uuid()[0]
+        return found
+
+    @pytest.mark.parametrize(
+        "file", ["passes/merge_products.py", "kernels/gather_blocks.py", "kernels/sddmm/op.py", "compiler/retrace.py"]
+    )
+    def test_changes_with_a_file(self, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        package = Path(sylva_compile.__file__).parent
+        copy_of_package = tmp_path / "sylva_compile"
+        shutil.copytree(package, copy_of_package, ignore=shutil.ignore_patterns("__pycache__"))
+        monkeypatch.setattr(backend_module, "_PACKAGE", copy_of_package)
+        before = self.key()
+        assert self.key() == before
+        with (copy_of_package / file).open("a") as source:
+            source.write("\n# changed\n")
+        assert self.key() != before
+        monkeypatch.undo()
+        backend_module.source_hash.cache_clear()
+
+    def test_reads_every_file_of_the_rooms(self) -> None:
+        package = Path(sylva_compile.__file__).parent
+        hashed = {path for room in backend_module._HASHED_ROOMS for path in (package / room).rglob("*.py")}
+        assert package == backend_module._PACKAGE
+        # Both ends of a moved folder: an empty room would be a key that never changes.
+        for room in backend_module._HASHED_ROOMS:
+            assert len([path for path in hashed if room in path.parts]) > 4
+
+    def test_of_a_pass_of_the_users_that_has_none_switches_caching_off(self) -> None:
+        assert backend_module._JointPass(lambda graph: None, lambda results: None).uuid() is None
+
+
+def test_equal_names_of_two_models_have_a_line_each() -> None:
+    backend = sylva_compile.backend(inner="aot_eager")
+    before = len(backend.report())
+    models = [small(), small()]
+    for model in models:
+        random_masks(model, NAMES, 16, 0.5).embed()
+    torch.compile(models[1], backend=backend)(torch.randn(3, 40)).sum().backward()
+    report = backend.report()
+    assert len(report) == before + 4
+    assert report.rewritten == 2
+    rewritten = {name for name, weight in report.items() if weight.rewritten}
+    # Other tests' models may be alive too; the numbers say which model of the process it is.
+    assert {name.partition(" (")[0] for name in rewritten} == set(NAMES)
+    assert all(name.endswith(")") for name in rewritten)

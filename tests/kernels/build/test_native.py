@@ -82,7 +82,7 @@ def test_a_compiler_that_half_works(
     with pytest.raises(NativeCompilerError, match=message) as caught:
         native.load(ANSWER, name="answer")
     assert "\n" not in str(caught.value)
-    # What cannot be loaded is not taken for sound the next time.
+    # A library that cannot be loaded is built anew the next time.
     assert not list(directory.glob("*.so"))
 
 

@@ -19,7 +19,7 @@ WAYS = (sddmm, sddmm_by_products, sddmm_reference)
 
 @pytest.fixture(autouse=True, scope="module")
 def _outputs_start_as_nan() -> Iterator[None]:
-    """What a kernel leaves unwritten shows."""
+    """Elements that a kernel leaves unwritten are NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -144,7 +144,7 @@ class TestShapes:
 
 
 class TestCompiled:
-    """What is particular to the compiled kernel of the CPU."""
+    """Properties of the compiled kernel of the CPU alone."""
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("tokens", [127, 256, 1100])

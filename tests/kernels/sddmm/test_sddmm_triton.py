@@ -94,7 +94,7 @@ def compare(found: Tensor, lhs: Tensor, rhs: Tensor, positions: Tensor, b: int, 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles for a GPU that need not be there")
 class TestGeneratedCode:
-    """What Triton makes of the kernel for a Hopper GPU, on any machine."""
+    """The code that Triton generates from the kernel for a Hopper GPU, on any machine."""
 
     @pytest.mark.parametrize("weights", [1, 3])
     @pytest.mark.parametrize("key", ["bfloat16/64/few", "bfloat16/128/few", "float16/16/few", "float32/32/few"])
