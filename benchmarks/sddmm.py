@@ -1,11 +1,11 @@
-"""SDDMM alone: against one dense GEMM of as many FLOPs, and (CUDA) against the roofline of its own bytes and FLOPs.
+"""Compare the SDDMM alone with a dense GEMM of as many FLOPs, and on CUDA with the roofline of its bytes and FLOPs.
 
     python -m benchmarks.sddmm                             prints the table and writes benchmarks/results/*.json
-    python -m benchmarks.sddmm --device cuda --tune        measures sylva_compile/kernels/sddmm_configs.json anew
+    python -m benchmarks.sddmm --device cuda --tune        rewrites sylva_compile/kernels/sddmm/configs.json
 
-The GEMM multiplies `[d, T] x [T, d]` with d² = blocks · b²: the same work where nothing is sparse. Bytes are those of
-the panels that some block reads, once each, and of the result. The roofline's two slopes are measured on the spot: a
-large GEMM in the same dtype, and a large copy.
+The GEMM multiplies `[d, T] x [T, d]` with d² = blocks · b²: the same work without sparsity. The bytes are those of the
+panels that at least one block reads, each counted once, and of the result. The roofline's two slopes are measured on
+the same device, by a large GEMM in the same dtype and by a large copy.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ from sylva_compile.kernels.sddmm.triton_kernel import sddmm_shared_triton
 
 
 def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Median of `repeats` runs, after two that do not count.
+    """Return the median milliseconds of `repeats` runs, after two warm-up runs.
 
-    On CUDA a recorded graph is replayed between two events, with the cache flushed before: what the GPU takes, without
-    what Python takes to ask for it.
+    On CUDA, a recorded graph is replayed between two events, and the cache is flushed before each replay. This measures
+    the GPU alone, without the time that Python takes to launch the kernels.
     """
     if device == "cuda":
         return _median_ms_cuda(run, repeats)
@@ -70,7 +70,7 @@ def _median_ms_cuda(run: Callable[[], object], repeats: int) -> float:
 
 
 def call_us(run: Callable[[], object], calls: int = 200) -> float:
-    """Microseconds that Python takes to ask a GPU for one run; it goes on before the GPU is done."""
+    """Return the microseconds that Python takes to launch one run; it does not wait until the GPU is done."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(calls):
@@ -81,7 +81,7 @@ def call_us(run: Callable[[], object], calls: int = 200) -> float:
 
 
 def operands(tokens: int, size: int, block: int, share: float, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """`lhs [T, size]`, `rhs [T, size]`, and a random `share` of the blocks of their product, at least one."""
+    """Make `lhs [T, size]`, `rhs [T, size]` and `positions [2, blocks]`, a random `share` of blocks, at least one."""
     generator = torch.Generator().manual_seed(0)
     lhs, rhs = (torch.randn(tokens, size, generator=generator).to(device, dtype) for _ in range(2))
     grid = -(-size // block)
@@ -90,7 +90,7 @@ def operands(tokens: int, size: int, block: int, share: float, dtype: torch.dtyp
 
 
 def check(lhs: Tensor, rhs: Tensor, positions: Tensor, block: int) -> None:
-    """AssertionError unless the kernel's error against float64 is a few roundings of float32 (TF32 is off here)."""
+    """Assert that the kernel's error against float64 is at most a few roundings of float32 (TF32 is off here)."""
     found = sddmm(lhs, rhs, positions, block).double()
     exact = sddmm_reference(lhs.double(), rhs.double(), positions, block)
     magnitude = sddmm_reference(lhs.double().abs(), rhs.double().abs(), positions, block)
@@ -99,7 +99,7 @@ def check(lhs: Tensor, rhs: Tensor, positions: Tensor, block: int) -> None:
 
 
 def slopes(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """FLOP/ms of a large GEMM and bytes/ms of a large copy on this device."""
+    """Return the FLOP/ms of a large GEMM and the bytes/ms of a large copy on this device."""
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     big = torch.empty(2**30 if device == "cuda" else 2**27, dtype=torch.int8, device=device)
@@ -109,7 +109,7 @@ def slopes(dtype: torch.dtype, device: str) -> tuple[float, float]:
 
 
 def row(tokens: int, size: int, block: int, share: float, dtype: torch.dtype, device: str, repeats: int) -> dict:
-    """One shape: times, and what they are to be judged by."""
+    """Return the times of one shape, and their ratios to the GEMM and, on CUDA, to the roofline."""
     lhs, rhs, positions = operands(tokens, size, block, share, dtype, device)
     check(lhs, rhs, positions, block)
     blocks = positions.shape[1]
@@ -133,7 +133,7 @@ def row(tokens: int, size: int, block: int, share: float, dtype: torch.dtype, de
 
 
 def launches(dtype: torch.dtype, panel: int, tokens: int) -> dict[Config, Callable[[], object]]:
-    """Every way to launch that is tried for one entry of the table."""
+    """Return every launch that is tried for one entry of the table, by its configuration."""
     lhs, rhs, positions = operands(tokens, 4096, panel, 0.02, dtype, "cuda")
     return {
         config: functools.partial(sddmm_shared_triton, [lhs], rhs, [positions], panel, config=config)
@@ -142,14 +142,14 @@ def launches(dtype: torch.dtype, panel: int, tokens: int) -> dict[Config, Callab
 
 
 def compile_ahead(dtype: torch.dtype, panel: int, tokens: int) -> None:
-    """Leave compiled kernels in Triton's cache; those that do not fit are left out."""
+    """Compile an entry's kernels into Triton's cache; skip those that do not fit the GPU."""
     for launch in launches(dtype, panel, tokens).values():
         with contextlib.suppress(Exception):
             launch()
 
 
 def tune() -> None:
-    """Measure every entry of the table that `sddmm_triton` launches by, and write it."""
+    """Measure every entry of the table of launch configurations that the Triton SDDMM reads, and write the table."""
     configs: dict[str, Any] = {}
     entries = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), PANELS, (2048, 4 * MANY))]
     with ProcessPoolExecutor(min(14, os.cpu_count() or 1), get_context("spawn")) as processes:
@@ -159,7 +159,7 @@ def tune() -> None:
         for config, launch in launches(dtype, panel, tokens).items():
             try:
                 times[config] = median_ms(launch, "cuda", 10)
-            except Exception as error:  # a tile that does not fit is no candidate; Triton has many ways to say so
+            except Exception as error:  # a tile that does not fit is no candidate; Triton raises many types of error
                 print(f"{dtype}, {panel}, {config}: {type(error).__name__}")
         best = min(times, key=times.__getitem__)
         key = config_key(dtype, panel, tokens)
@@ -170,7 +170,7 @@ def tune() -> None:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print the table, write the rows."""
+    """Measure, print the table and write the results; with `--tune`, write the table of launches instead."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="%(default)s")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], help="%(default)s")

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from functorch.compile import make_boxed_func as make_boxed_func
+    from torch._dynamo import config as dynamo_config
     from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
     from torch._dynamo.backends.common import aot_autograd as aot_autograd
     from torch._dynamo.convert_frame import register_bytecode_hook as register_bytecode_hook
@@ -21,17 +22,20 @@ if TYPE_CHECKING:
     from torch._dynamo.eval_frame import skip_code as skip_code
     from torch._dynamo.exc import RestartAnalysis as RestartAnalysis
     from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
+    from torch._functorch import config as functorch_config
     from torch._functorch._aot_autograd.descriptors import GradAOTOutput as GradAOTOutput
     from torch._functorch._aot_autograd.descriptors import PlainAOTInput as PlainAOTInput
     from torch._functorch.partitioners import (
         min_cut_rematerialization_partition as min_cut_rematerialization_partition,
     )
     from torch._guards import TracingContext as TracingContext
+    from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options as list_mode_options
     from torch._inductor.compile_fx import compile_fx as compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
     from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
     from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+    from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 
 SEEN = "2.11 and 2.13"

@@ -1,4 +1,4 @@
-"""Real architectures: every weight in scope rewritten, losses and gradients those of the uncompiled model."""
+"""Real architectures: every weight in scope is rewritten; losses and gradients equal those of the uncompiled model."""
 
 import copy
 
@@ -11,7 +11,7 @@ import sylva_compile
 
 
 def no_worse(found: torch.Tensor, dense: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Whether `found` is as close to `exact` (float64) as the dense low-precision gradient, plus rounding."""
+    """Return whether `found` is as close to `exact` (float64) as the dense low-precision gradient, plus rounding."""
     scale = exact.abs().max()
     return bool((found - exact).abs().max() <= 1.1 * (dense - exact).abs().max() + 1e-5 * scale)
 
@@ -44,12 +44,12 @@ def test_gradients_equal_the_gathered_dense_ones(architecture: str, autocast: bo
     for name, mask in masks.items():
         gathered = blocks_by_loops(dense[name], mask)
         if autocast:
-            # Forward and input gradients are low precision in both; what is held equal is the product itself.
+            # Both compute the forward pass and input gradients in low precision; this compares the products alone.
             torch.testing.assert_close(found[name], gathered, rtol=2e-2, atol=2e-2 * float(dense[name].abs().max()))
         else:
             assert no_worse(found[name], gathered, blocks_by_loops(exact[name], mask)), name
         nonzero += bool(found[name].abs().max() > 0)
-    # Tiny random T5 and GPT-2 models have a few layers whose gradient underflows; most must be there.
+    # Tiny random T5 and GPT-2 models have a few layers whose gradient underflows; most gradients must not.
     assert nonzero >= 0.9 * len(masks)
 
 

@@ -1,4 +1,4 @@
-"""The settings of a trace: validated in one place, read by everything that chooses blocks."""
+"""The settings of a trace: one class validates them, and everything that chooses blocks reads them."""
 
 import argparse
 import dataclasses

@@ -29,7 +29,7 @@ def test_two_ranks_train_like_one(tmp_path: Path) -> None:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process."""
+    """Make a process group of this process alone."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -46,7 +46,7 @@ def test_compiled_models_are_found(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("alone")
 class TestEmbeddedAfterWrapping:
-    """DistributedDataParallel averages what it found when it was made; ranks would drift apart without a word."""
+    """DistributedDataParallel averages only parameters that it found when it was made; ranks would silently diverge."""
 
     def test_is_refused_where_the_wrapper_is_given(self, tmp_path: Path) -> None:
         case, masks = case_and_masks()
@@ -61,7 +61,7 @@ class TestEmbeddedAfterWrapping:
             sylva_compile.load_adapter(model, tmp_path / "adapter")
         assert not block_states(model)
 
-    # It broadcasts buffers, which Dynamo does not trace.
+    # DistributedDataParallel broadcasts buffers, which Dynamo does not trace.
     @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
     @pytest.mark.parametrize("how", ["eager", "inside", "outside"])
     def test_is_refused_in_the_first_training_pass_otherwise(self, how: str) -> None:

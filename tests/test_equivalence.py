@@ -1,4 +1,4 @@
-"""The heart of the promise: sampled block gradients are the gathered dense gradient, whatever the shape and dtype."""
+"""Sampled block gradients equal the blocks gathered from the dense gradient, for every shape and dtype."""
 
 import hypothesis.strategies as st
 import pytest
@@ -33,7 +33,7 @@ class ReadOnceUsedTwice(Once):
 
 
 def representable(*shape: int) -> Tensor:
-    """Values that bfloat16 holds exactly, so that only the products round."""
+    """Return random values that bfloat16 holds exactly, so that only the products round."""
     return torch.randn(*shape).bfloat16().float()
 
 

@@ -1,4 +1,4 @@
-"""The shape of the project: links, imports, names."""
+"""The structure of the project: links, imports, names, files."""
 
 import pkgutil
 import subprocess
@@ -23,7 +23,7 @@ CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def test_links_in_the_root_shadow_nobody(room: str) -> None:
     assert (ROOT / room).is_symlink()
     assert (ROOT / room).resolve() == ROOT / "sylva_compile" / room
-    # A regular package named `kernels` on sys.path would stand in for Hugging Face's.
+    # A regular package named `kernels` on sys.path would shadow Hugging Face's.
     assert not (ROOT / room / "__init__.py").exists()
 
 
@@ -51,7 +51,7 @@ def test_the_backend_is_registered() -> None:
 
 
 def test_imports_point_one_way() -> None:
-    """The contracts in pyproject.toml, which `make lint` checks too."""
+    """Check the contracts in pyproject.toml, as `make lint` does too."""
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
     found = subprocess.run([*command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
@@ -59,7 +59,7 @@ def test_imports_point_one_way() -> None:
 
 def test_the_contracts_see_every_file() -> None:
     settings = CONFIG["tool"]["importlinter"]
-    # Imports under TYPE_CHECKING make circles too.
+    # Imports under TYPE_CHECKING can make cycles too.
     assert not settings.get("exclude_type_checking_imports", False)
     seen = grimp.build_graph(*settings["root_packages"], cache_dir=None).modules
     files = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "sylva_compile").rglob("*.py"))
@@ -107,7 +107,7 @@ print(time.perf_counter() - started)
 
 
 def seconds_to_import(module: str, before: str = "") -> float:
-    """The least of three processes."""
+    """Return the seconds that an import takes, the least of three processes."""
     runs = (
         subprocess.run(
             [sys.executable, "-c", RUN.format(module=module, before=before)], capture_output=True, text=True, check=True

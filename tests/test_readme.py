@@ -1,4 +1,4 @@
-"""README.md is true: its Python runs, the files it names exist, its make targets are there."""
+"""README.md is correct: its Python runs, and the files, modules and make targets that it names exist."""
 
 import copy
 import re
@@ -14,7 +14,7 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 def text_of_tests() -> str:
-    """All test files, one after another."""
+    """Return the text of all test files, one after another."""
     return "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
 
 
@@ -32,14 +32,14 @@ def test_the_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len(blocks) == 9
     for block in blocks:
-        # The README's sizes are for real models.
+        # The sizes in README are for real models.
         small = block.replace("block_size=64", "block_size=8").replace("num_samples=256", "num_samples=12")
-        # The parts on tracing start from a model of their own.
+        # The parts on tracing need a new model.
         own = "checkpoint=" in block or "SylvaConfig(" in block
         exec(small, names | {"model": tiny("llama").model} if own else names)
         if "report()" in block:
             assert names["backend"].report().rewritten == 14
-    # Another part compiles the layers; it is they that run once the model as a whole is no longer compiled.
+    # Another part compiles each layer; these compiled layers run once the whole model is no longer compiled.
     case.model._compiled_call_impl = None
     case.model(**case.batch).loss.backward()
     assert names["backend"].report().rewritten == 14

@@ -1,4 +1,4 @@
-"""Cases from public bug reports about sparse and low-rank fine-tuning, each tried here in all its kinds."""
+"""Cases from public bug reports about sparse and low-rank fine-tuning, each tested in all its variants."""
 
 import copy
 import logging
@@ -31,7 +31,7 @@ def mean_square(model: Any, batch: Tensor) -> Tensor:
 
 
 class TestInferenceMode:
-    """torch's own error is "Inference tensors do not track version counter"."""
+    """Without a check, torch raises "Inference tensors do not track version counter"."""
 
     def test_embedding_is_refused_and_the_model_is_as_before(self) -> None:
         model = small()
@@ -88,7 +88,7 @@ class TestInferenceMode:
 
 
 class TestFreezing:
-    """Inductor's freezing makes constants of weights; an evaluation after a step returned the values from before it."""
+    """Inductor's freezing makes weights constants; an evaluation after a step returned the values from before it."""
 
     @pytest.mark.parametrize("how", ["config", "options"])
     def test_an_evaluation_after_a_change_returns_the_new_values(self, how: str) -> None:
@@ -122,7 +122,7 @@ class TestFreezing:
             compiled = torch.compile(model, backend=sylva_compile.backend())
             before = compiled(x).clone()
             model[0].weight.zero_()
-            # The constant is what freezing is for.
+            # Freezing made the weight a constant, as it should.
             assert torch.equal(compiled(x), before)
 
 
@@ -163,7 +163,7 @@ class TestExperts:
 
 
 class Float8Linear(nn.Linear):
-    """A conversion as torchao's: a module of another class that takes over the weight."""
+    """A conversion like those of torchao: a module of another class that takes over the weight."""
 
     @classmethod
     def of(cls, module: nn.Module) -> "Float8Linear":
@@ -173,7 +173,7 @@ class Float8Linear(nn.Linear):
 
 
 class TestConversions:
-    """torch's own error is "Cannot assign non-leaf Tensor to parameter 'weight'"."""
+    """Without a check, torch raises "Cannot assign non-leaf Tensor to parameter 'weight'"."""
 
     def test_after_embedding_say_to_convert_before(self) -> None:
         model = small()
@@ -206,7 +206,7 @@ class TestConversions:
 
 class TestGenerate:
     def test_runs_uncompiled_under_a_stance_and_training_goes_on(self) -> None:
-        """The way that README recommends: every length of the cache would be another graph."""
+        """README recommends this: a compiled model would need another graph for every length of the cache."""
         case = tiny("llama")
         masks = sylva_compile.trace_and_mask(case.model, method="random", block_size=8, sparsity=0.5)
         case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))

@@ -1,4 +1,4 @@
-"""What a step saves for its backward, and its peak: the frozen model's bytes, and less than LoRA's."""
+"""A step saves as many bytes for its backward as the frozen model, fewer than LoRA, and has the frozen model's peak."""
 
 import torch
 
@@ -16,7 +16,7 @@ def test_within_two_percent_of_the_frozen_model_and_below_lora() -> None:
 
 
 def test_the_peak_is_that_of_the_frozen_model() -> None:
-    """With the code that Inductor makes: a copy that it made from a whole activation would show."""
+    """The step runs Inductor's code: if that keeps a whole activation to copy from, the peak shows it."""
     torch.manual_seed(0)
     base = llama(128, 1024, 1)
     ids = torch.randint(0, base.config.vocab_size, (4, 128))

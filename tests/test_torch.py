@@ -1,4 +1,4 @@
-"""torch's private API: every name that the package uses is there, and a missing one is an error that helps."""
+"""torch's private API: every name that the package uses exists, and the error for a missing one says what to do."""
 
 import ast
 from pathlib import Path

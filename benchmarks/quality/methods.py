@@ -1,4 +1,4 @@
-"""The ways to fine-tune that are compared. Each makes a model ready, and says what it trains."""
+"""The fine-tuning methods that a grid compares. Each prepares a model and lists the parameters that it trains."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,16 +24,16 @@ Groups = list[dict[str, Any]]
 
 @dataclass
 class Ready:
-    """A model that can be trained.
+    """A model that a method has prepared for training.
 
     Attributes:
-        model: what the batches go through.
-        trained: parameters that learn at the run's learning rate; the head comes besides.
-        checkpoint: bytes that keeping the result takes, to be asked after training.
-        optimizer: made from parameter groups.
-        trace_seconds: spent on choosing what to train.
-        trace_bytes: that this held at one time beside the model.
-        masks: the trained blocks, for methods that have some.
+        model: the module that is called with the batches.
+        trained: the parameters that train at the run's learning rate; the head's parameters train besides.
+        checkpoint: returns the bytes that the saved result takes; call it after training.
+        optimizer: makes the optimizer from parameter groups.
+        trace_seconds: the seconds that the choice of blocks took.
+        trace_bytes: the peak bytes of this choice beside the model.
+        masks: the masks of the trained blocks, for methods that train blocks.
     """
 
     model: nn.Module
@@ -49,30 +49,31 @@ class Ready:
 
 @dataclass(frozen=True)
 class Budgeted:
-    """What a method may change: the weights in `scope`, as many elements as `sparsity` of their blocks leave."""
+    """The budget of a method: the weights in `scope`, and as many elements as `sparsity` leaves of their blocks."""
 
     scope: str
     sparsity: float
     block_size: int
 
     def elements(self, model: nn.Module) -> int:
-        """Of the budget."""
+        """Return the number of elements that a method may train in `model`."""
         return budget_elements(weights_in_scope(model, self.scope), self.sparsity, self.block_size)
 
 
 Traced = Callable[[Mapping[str, Any]], Scores]
-"""Takes the options of a method and returns its block scores."""
+"""A function that takes the options of a method and returns its block scores."""
 Prepare = Callable[[nn.Module, Mapping[str, Any], Budgeted, Traced, int], Ready]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A kind of fine-tune.
+    """A fine-tuning method.
 
     Attributes:
-        prepare: takes the model, the method's options, the budget, block scores on demand, and the seed.
-        has_budget: whether it trains about `Budgeted.elements` besides the head.
-        options: names that the grid may set besides `kind`.
+        prepare: takes the model, the method's options, the budget, a function that returns block scores, and the seed;
+            returns the prepared model.
+        has_budget: whether the method trains about `Budgeted.elements` besides the head.
+        options: the names of the options that the grid may set besides `kind`.
     """
 
     prepare: Prepare
@@ -80,17 +81,20 @@ class Method:
     options: frozenset[str] = frozenset()
 
     def is_traced(self, options: Mapping[str, Any]) -> bool:
-        """Whether the method looks at data before it trains."""
+        """Return whether the method, with these options, traces data before it trains."""
         return options.get("trace") in ("sylva", "kfac", "fisher")
 
 
 def prepare_full(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
-    """Every parameter."""
+    """Prepare full fine-tuning, which trains every parameter."""
     return Ready(model.requires_grad_(True), _besides_head(model), lambda: _state_bytes(model))
 
 
 def prepare_sharded(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
-    """Every parameter, with the optimizer's state spread over the ranks; alone where there is no process group yet."""
+    """Prepare full fine-tuning with the optimizer's state sharded over the ranks.
+
+    Without a process group, it makes one of this process alone.
+    """
     if not torch.distributed.is_initialized():
         store = torch.distributed.FileStore(str(Path(tempfile.mkdtemp()) / "store"), 1)
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -107,7 +111,11 @@ def prepare_sharded(model: nn.Module, options: Mapping[str, Any], budget: Budget
 
 
 def prepare_head(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
-    """The head alone, at the run's learning rate. Raises ValueError where there is none."""
+    """Prepare training of the head alone, at the run's learning rate.
+
+    Raises:
+        ValueError: the model has no head.
+    """
     if not head_of(model):
         raise ValueError("this model has no head; kind 'head' and head_steps are for classification")
     _head_alone(model)
@@ -115,16 +123,16 @@ def prepare_head(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
 
 
 def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
-    """LoRA, DoRA or SHiRA of PEFT on every weight in scope, at the rank that comes nearest to the budget."""
+    """Prepare PEFT's LoRA, DoRA or SHiRA on every weight in scope, at the rank that comes nearest to the budget."""
     kind = options["kind"]
     weights = weights_in_scope(model, budget.scope)
-    # LoRA: r(m + n) elements a weight. SHiRA: as many of the weight itself. DoRA: m magnitudes more than LoRA.
+    # LoRA adds r(m + n) elements per weight, SHiRA trains as many of the weight itself, DoRA adds m magnitudes more.
     specs = weight_specs(model, weights).values()
     magnitudes = sum(spec.outputs for spec in specs) if kind == "dora" else 0
     per_rank = sum(sum(weight.shape) for weight in weights.values())
     rank = max(1, round((budget.elements(model) - magnitudes) / per_rank))
     targets = [name.removesuffix(".weight") for name in weights]
-    # PEFT wraps in place, and the head's names stay the same underneath its own.
+    # PEFT wraps the layers in place: in `model`, under the wrapper, the names of the head stay the same.
     config = (
         peft.ShiraConfig(r=rank, target_modules=targets, random_seed=seed)
         if kind == "shira"
@@ -147,7 +155,7 @@ def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
 
 
 class Adapter(nn.Module):
-    """A layer followed by a bottleneck with a shortcut around it (Houlsby et al. 2019), which starts as no change."""
+    """A layer followed by a bottleneck with a skip connection (Houlsby et al. 2019), which starts as the identity."""
 
     def __init__(self, layer: nn.Linear, width: int) -> None:
         super().__init__()
@@ -159,20 +167,23 @@ class Adapter(nn.Module):
         self.to(layer.weight.device)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[..., n]` to `[..., m]`."""
+        """Return the adapted outputs `[..., m]` of the layer, from `inputs [..., n]`."""
         value = self.layer(inputs)
         change: Tensor = self.up(nn.functional.gelu(self.down(value)))
         return value + change
 
     def added(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """Return the parameters of the bottleneck, which are trained."""
         return [*self.down.parameters(), *self.up.parameters()]
 
 
 def prepare_adapter(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
-    """Serial adapters after the output projections of attention and of the MLP, of the width nearest to the budget.
+    """Prepare serial adapters after the output projections of attention and MLP, of the width nearest to the budget.
 
-    The libraries that offer them ask for other versions of transformers.
+    They are implemented here because the libraries that offer them require other versions of transformers.
+
+    Raises:
+        ValueError: the model has no module named '...output.dense'.
     """
     wanted = budget.elements(model)
     _head_alone(model)
@@ -193,7 +204,7 @@ def prepare_adapter(model: nn.Module, options: Mapping[str, Any], budget: Budget
 
 
 def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
-    """Trainable blocks inside frozen weights. With `prune`, the rest of those weights is zeroed."""
+    """Prepare trainable blocks inside frozen weights; with `prune`, set the rest of those weights to zero."""
     scores = traced(options)
     config = SylvaConfig(
         sparsity=budget.sparsity,
@@ -234,7 +245,7 @@ METHODS = {
 
 
 def check_options(options: Mapping[str, Any]) -> str | None:
-    """What is wrong with a method's table in a grid file, or None."""
+    """Return the error message for a method's table in a grid file, or None if the table is valid."""
     kind = options.get("kind")
     if kind not in METHODS:
         return f"kind={kind!r}; use one of {sorted(METHODS)}"

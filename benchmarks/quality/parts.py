@@ -1,4 +1,4 @@
-"""A trace of the block gain in several parts, so that what is the sample's can be told from what is the model's."""
+"""Trace the block gain on several parts of the samples, to separate the noise of the samples from the model's gain."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from sylva_compile.tracing.trace import weight_specs
 
 @dataclass(frozen=True)
 class Part:
-    """Means over the tokens of some sentences, of one weight `[m, n]`, in float64.
+    """The K-FAC means of one weight `[m, n]` over the tokens of some sentences, in float64.
 
     Attributes:
-        gradient: Γ `[m, n]`.
+        gradient: the mean gradient Γ `[m, n]`.
         a_blocks: the diagonal blocks of A, `[ceil(n/b), b, b]`.
-        g_blocks: those of G, `[ceil(m/b), b, b]`.
-        tokens: how many.
+        g_blocks: the diagonal blocks of G, `[ceil(m/b), b, b]`.
+        tokens: the number of tokens.
     """
 
     gradient: Tensor
@@ -32,12 +32,12 @@ class Part:
     tokens: float
 
     def gain(self) -> Tensor:
-        """What each block could win on all of the tokens, `[ceil(m/b), ceil(n/b)]`."""
+        """Return the gain of each block summed over the tokens, `[ceil(m/b), ceil(n/b)]`."""
         return self.tokens * gain_scores(self.gradient, self.a_blocks, self.g_blocks, GAIN_DAMPING)
 
 
 def trace_parts(model: nn.Module, parts: Sequence[Sequence[Any]], scope: str, block_size: int) -> dict[str, list[Part]]:
-    """Of every weight in scope, what each of `parts` (batches with labels) shows."""
+    """Trace each of `parts` (batches with labels) by itself; return the parts' means by name of the weight in scope."""
     weights = weights_in_scope(model, scope)
     specs = weight_specs(model, weights)
     config = SylvaConfig(score="gain", block_size=block_size)
@@ -55,7 +55,7 @@ def trace_parts(model: nn.Module, parts: Sequence[Sequence[Any]], scope: str, bl
 
 
 def together(parts: Sequence[Part]) -> Part:
-    """All tokens of several parts."""
+    """Return the means over the tokens of all `parts`, as one part."""
     tokens = sum(part.tokens for part in parts)
     gradient, a_blocks, g_blocks = (
         sum(part.tokens / tokens * getattr(part, name) for part in parts)
@@ -65,12 +65,14 @@ def together(parts: Sequence[Part]) -> Part:
 
 
 def agreed_gains(parts: Sequence[Part], damping: float = GAIN_DAMPING) -> Tensor:
-    """What each block could win on a token, from products of different parts' steps in place of squares.
+    """Return the gain of each block per token, `[ceil(m/b), ceil(n/b)]`, from products of different parts' steps.
+
+    The gain is half the square of a block's step; here a product of two parts' steps replaces the square:
 
         ½ ⟨L⁻¹ Γ_i M⁻ᵀ, L⁻¹ Γ_j M⁻ᵀ⟩, averaged over the pairs i ≠ j, with L and M of all parts (see `gain_scores`)
 
-    Parts share no sentence and so no noise: given the factors, the expectation is that of the model alone. Negative
-    where parts disagree.
+    Parts share no sentence, so their noise is independent: given the factors, the expected value is the gain of the
+    model alone. The value is negative where parts disagree.
     """
     whole = together(parts)
 
@@ -83,5 +85,5 @@ def agreed_gains(parts: Sequence[Part], damping: float = GAIN_DAMPING) -> Tensor
 
 
 def best(scores: Tensor, share: float) -> Tensor:
-    """Places of the best `share` of all blocks, one at least."""
+    """Return the flat indices of the best `share` of all blocks, at least one."""
     return scores.flatten().topk(max(1, round(share * scores.numel()))).indices

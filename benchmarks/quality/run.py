@@ -1,11 +1,11 @@
-"""Train the same model on the same data by every method of a grid, and keep a row of every run.
+"""Train the same model on the same data with every method of a grid, and keep a row of every run.
 
     python -m benchmarks.quality.run --grid benchmarks/quality/grids/small.toml
 
-Rows go to benchmarks/results/quality/<grid>.jsonl. A run whose row is there is skipped, so a grid that was interrupted
-goes on where it stopped. Each method's learning rate is the one, of the grid's, with the best validation metric at the
-first seed; the rows of the other seeds are made at that one. `benchmarks.quality.tables` prints the tables.
-`--processes 2` does two runs at a time, each with half of the threads.
+Rows go to benchmarks/results/quality/<grid>.jsonl. A run that has a row is skipped, so an interrupted grid continues
+where it stopped. At the first seed, each method runs with every learning rate of the grid; at the other seeds, it runs
+with the learning rate of the best validation metric. `benchmarks.quality.tables` prints the tables. `--processes 2`
+does two runs at a time, each with half of the threads.
 
 SST-2, CoLA and E2E are read from --data. Tasks that a grid describes by a table `[tasks.NAME.hub]` take data and models
 from huggingface.co, or from folders. The model "small-gpt2" is pre-trained first, and kept in out/pretrained/.
@@ -46,21 +46,21 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 FOLDER = RESULTS / "quality"
 COST_BATCHES = 12
-"""So many, spread over the training, time a step beside the frozen floor."""
+"""The most batches, spread over the training, on which a step is timed beside the frozen floor."""
 
 
 class Runner:
-    """Does runs, and keeps between them what they share: data, models before training, block scores."""
+    """Does runs, and keeps the data, the models before training and the block scores that later runs share."""
 
     def __init__(self, data: Path, until: float = float("inf"), device: str = "cpu") -> None:
-        """`data` is the folder of the data sets; no run begins after `until` on the monotonic clock."""
+        """Take the folder of the data sets, the monotonic time after which no run begins, and the device."""
         self.folder, self.until, self.device = data, until, torch.device(device)
         self._data: dict[tuple[Any, ...], Data[Any, Any]] = {}
         self._models: dict[tuple[Any, ...], nn.Module] = {}
         self._scores: dict[tuple[Any, ...], Scores] = {}
 
     def do(self, run: Run) -> dict[str, Any]:
-        """Train, and return what came of it."""
+        """Train and evaluate the model of `run`; return the measurements of its row."""
         started = time.perf_counter()
         settings = run.settings
         data = self.data(run)
@@ -89,7 +89,7 @@ class Runner:
         def judged(part: Any) -> dict[str, Any]:
             if math.isfinite(trained.loss):
                 return task.evaluate(ready.model, part, 4 * settings.batch)
-            # What would be said of a model of NaN is of no use, and writing with it may not even end.
+            # The metrics of a model that diverged mean nothing, and its text generation may not even end.
             further = {"further": dict.fromkeys(task.further, math.nan)} if task.further else {}
             return {"metric": math.nan, "loss": math.nan, **further}
 
@@ -112,7 +112,7 @@ class Runner:
         }
 
     def data(self, run: Run) -> Data[Any, Any]:
-        """The examples of a run's task."""
+        """Return the examples of the run's task."""
         s = run.settings
         sizes = Sizes(s.train, s.validation, s.extra_test, s.length)
         key = (run.task, s.model, sizes)
@@ -121,19 +121,19 @@ class Runner:
         return self._data[key]
 
     def batches(self, run: Run, seed: int) -> list[Batch]:
-        """One pass over the training examples of a run's task."""
+        """Return the batches of one pass over the training examples of the run's task, shuffled by `seed`."""
         batches = self.data(run).train.batches(run.settings.batch, seed=seed)
         return [on(self.device, batch) for batch in batches]
 
     def model(self, run: Run) -> nn.Module:
-        """A fresh copy of the model as all methods find it: pre-trained; a head is new or trained by itself."""
+        """Return a copy of the model that every method starts from: pre-trained; its head is new or trained alone."""
         s = run.settings
-        # Which examples are trained on depends on how many are kept from it.
+        # The numbers of held-out examples are part of the key: they determine which examples are trained on.
         data = (s.train, s.validation, s.extra_test, s.batch, s.length)
         head = (*data, s.head_steps, s.head_learning_rate) if s.head_steps else ()
         key = (run.task, s.model, run.seed, *head)
         if key not in self._models:
-            # One is enough: runs come sorted by seed.
+            # One cached model is enough: runs come sorted by seed.
             self._models.clear()
             model: nn.Module = run.about().make_model(self.folder, s.model, run.seed).to(self.device)
             if s.head_steps:
@@ -149,7 +149,7 @@ class Runner:
         return copy.deepcopy(self._models[key])
 
     def scores(self, run: Run, options: Mapping[str, Any]) -> Scores:
-        """Block scores for a run that trains blocks; runs that differ in sparsity or learning rate share them."""
+        """Return the block scores of a run with blocks; runs that differ in sparsity or learning rate share them."""
         s = run.settings
         config = s.trace_config(options)
         data = (run.task, s.model, s.train, s.validation, s.extra_test, s.batch, s.length)
@@ -158,7 +158,7 @@ class Runner:
             model = self.model(run)
             trace = functools.partial(block_scores, model, self.batches(run, 1000 * run.seed + 999), seed=run.seed)
             scores = trace(config)
-            # Two batches show the peak; to account for all of them would take more memory than the trace.
+            # Two batches show the peak; profiling all of them would take more memory than the trace.
             few = replace(config, num_samples=min(s.samples, 2 * s.batch))
             _, peak = peak_above(functools.partial(trace, few), next(model.parameters()).device)
             self._scores[key] = replace(scores, peak_bytes=peak)
@@ -170,7 +170,7 @@ def _untraced(options: Mapping[str, Any]) -> Scores:
 
 
 class TimeIsUpError(Exception):
-    """The grid was to stop by now; its rows are kept."""
+    """The time for the grid is up; its rows are kept."""
 
 
 def run_grid(
@@ -185,16 +185,17 @@ def run_grid(
     """Do every run of `grid` that has no row yet.
 
     Args:
-        grid: of runs.
-        rows: those that exist, and where new ones go.
+        grid: the grid of runs.
+        rows: the existing rows; the rows of new runs are appended.
         data: the folder of the data sets.
-        only: tasks to leave it at; none for all.
-        seconds: after which no run is begun.
-        part: `(1, 2)` and `(2, 2)` are two halves, which two processes can do at once.
-        device: where models are trained.
+        only: the tasks to run; empty: all tasks.
+        seconds: the seconds after which no run begins.
+        part: the part of the grid to run; two processes can do its halves `(1, 2)` and `(2, 2)` at the same time.
+        device: the device that trains the models.
 
     Raises:
-        TimeIsUpError: runs are left over.
+        TimeIsUpError: the time is up before all runs are done.
+        TaskError: the rows are of another pre-trained model.
     """
     runner = Runner(data, time.monotonic() + seconds, device)
     lines = [group for group in grid.groups() if not only or group.task in only][part[0] - 1 :: part[1]]
@@ -202,14 +203,14 @@ def run_grid(
         _do(runner, grid.tuning(group), rows)
     known = rows.read()
     chosen = {line.group(): best_learning_rate([known[run.key()] for run in grid.tuning(line)]) for line in lines}
-    # Seed by seed, so that every line has as many seeds as the next if there is no time for all.
+    # Runs go seed by seed: if there is no time for all, every line still has about as many seeds as the others.
     for at in range(len(grid.seeds)):
         for line in lines:
             _do(runner, [grid.reported(line, chosen[line.group()])[at]], rows)
 
 
 def _check_base(runner: Runner, run: Run, rows: Rows) -> None:
-    """Refuse to put a run beside rows of a model that was pre-trained elsewhere and came out differently."""
+    """Raise TaskError if the rows are of a model that was pre-trained elsewhere and has other weights than here."""
     here = run.about().provenance(runner.folder, run.settings.model)
     for row in rows.read().values():
         alike = (row["run"]["task"], row["run"]["settings"]["model"]) == (run.task, run.settings.model)
@@ -247,10 +248,10 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _do_in_processes(argv: Sequence[str], count: int) -> None:
-    """The command `argv` again, in parts; exits where one of them fails."""
-    # Of an option that is given twice, the last one counts.
+    """Run the command `argv` in `count` processes, each with a part of the grid; exit if one of them fails."""
+    # argparse takes the last value of an option that is given twice.
     command = [sys.executable, "-m", "benchmarks.quality.run", *argv, "--processes", "1"]
-    # Found from any working directory, which paths in `argv` may be relative to.
+    # PYTHONPATH names the root: the working directory must stay, since paths in `argv` may be relative to it.
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths}
     running = [subprocess.Popen([*command, "--part", f"{n + 1}/{count}"], env=environment) for n in range(count)]
@@ -260,7 +261,7 @@ def _do_in_processes(argv: Sequence[str], count: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Run a grid; return the file of its rows."""
+    """Run a grid and return the file of its rows."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--grid", type=Path, required=True, help="a TOML file, such as those in grids/")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of data sets in files (%(default)s)")

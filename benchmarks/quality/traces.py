@@ -1,4 +1,4 @@
-"""Block scores, kept apart from the choice of blocks: one trace serves every sparsity, pattern and learning rate."""
+"""Block scores, separate from the choice of blocks: one trace serves every sparsity, pattern and learning rate."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -25,15 +25,16 @@ PATTERNS = ("blocks", "columns", "rectangle")
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of every block of every weight in scope, and what they cost.
+    """The scores of every block of every weight in scope, and their cost.
 
     Attributes:
-        by_weight: weight name to `[ceil(m/b), ceil(n/b)]`; higher is better.
-        specs: weight name to its description.
-        seconds: duration of the trace.
-        peak_bytes: the most that the trace held at one time beside the model, where it was measured.
-        choose: chooses the blocks of a weight, for scores that depend on the blocks chosen before.
-        chosen: choices that were made before, and the seconds that each took.
+        by_weight: the scores `[ceil(m/b), ceil(n/b)]` by weight name, transposed if the weight is stored so; higher is
+            better.
+        specs: the descriptions of the weights, by name.
+        seconds: the duration of the trace.
+        peak_bytes: the peak bytes of the trace beside the model, or 0 where they were not measured.
+        choose: chooses the blocks of a weight; None unless scores depend on the blocks chosen before (greedy).
+        chosen: the earlier results of `choose_once`: block maps by weight name, and the seconds that the choice took.
     """
 
     by_weight: dict[str, Tensor]
@@ -45,13 +46,13 @@ class Scores:
 
 
 def block_scores(model: nn.Module, batches: Iterable[Batch], config: SylvaConfig, *, seed: int) -> Scores:
-    """Score blocks as `trace_and_mask` does before it chooses.
+    """Return block scores, computed as `trace_and_mask` computes them before it chooses blocks.
 
     Args:
-        model: left as it is.
-        batches: to trace.
+        model: the model to trace; it is left unchanged.
+        batches: the batches to trace.
         config: the method, its settings and the number of samples.
-        seed: of random scores.
+        seed: the seed of random scores.
     """
     started = time.perf_counter()
     weights = weights_in_scope(model, config.scope)
@@ -69,7 +70,7 @@ def block_scores(model: nn.Module, batches: Iterable[Batch], config: SylvaConfig
 
 
 def choose_once(scores: Scores, config: SylvaConfig, pattern: Pattern) -> tuple[dict[str, Tensor], float]:
-    """What `choose` says and the seconds that it took; runs that differ in learning rate share them."""
+    """Return the result of `choose` and the seconds that it took; runs that differ in learning rate share them."""
     if (config, pattern) not in scores.chosen:
         started = time.perf_counter()
         maps = choose(scores, config, pattern)
@@ -78,16 +79,16 @@ def choose_once(scores: Scores, config: SylvaConfig, pattern: Pattern) -> tuple[
 
 
 def choose(scores: Scores, config: SylvaConfig, pattern: Pattern = "blocks") -> dict[str, Tensor]:
-    """Block maps by weight name: single blocks, whole block columns, or a rectangle of rows and columns a weight.
+    """Return block maps by weight name: single blocks, whole block columns, or one rectangle per weight.
 
-    Columns and rectangles come in large pieces; what one weight has too little or too much, the next one makes up for.
+    Columns and rectangles rarely meet a weight's budget exactly; the budget of the next weight makes up the difference.
     """
     if pattern == "blocks":
         return select_blocks(scores.by_weight, config, scores.specs, scores.choose)
     maps: dict[str, Tensor] = {}
     owed = 0
     for name, score in scores.by_weight.items():
-        # Outputs by inputs, whatever way the weight is stored.
+        # From here on rows are outputs and columns are inputs, also where the weight is stored transposed.
         values = scores.specs[name].turned(score)
         owed += config.blocks(score.numel())
         chosen = _columns(values, owed) if pattern == "columns" else _rectangle(values, owed)
@@ -97,7 +98,7 @@ def choose(scores: Scores, config: SylvaConfig, pattern: Pattern = "blocks") -> 
 
 
 def _columns(scores: Tensor, wanted: int) -> Tensor:
-    """The best whole columns (as PaCA trains them), the number of blocks as near to `wanted` as columns allow."""
+    """Return a map of the best whole columns (PaCA trains columns), as near to `wanted` blocks as columns allow."""
     rows, columns = scores.shape
     count = min(columns, max(1, round(wanted / rows)))
     chosen = torch.zeros(rows, columns, dtype=torch.bool)
@@ -106,7 +107,7 @@ def _columns(scores: Tensor, wanted: int) -> Tensor:
 
 
 def _rectangle(scores: Tensor, wanted: int) -> Tensor:
-    """The best rows by the best columns (as LoSiA trains them), in about the weight's own proportions.
+    """Return a map of the best rows crossed with the best columns (as in LoSiA), in about the weight's proportions.
 
     For scores that are an outer product, such as the paper's, no rectangle of this shape has a higher sum.
     """
@@ -120,7 +121,7 @@ def _rectangle(scores: Tensor, wanted: int) -> Tensor:
 
 
 def budget_elements(weights: Mapping[str, Tensor], sparsity: float, block_size: int) -> int:
-    """Trainable elements of all weights at a sparsity, as near as whole blocks come."""
+    """Return the number of trainable elements of all weights at `sparsity`, as near as whole blocks come to it."""
     config, total = SylvaConfig(sparsity=sparsity), 0.0
     for weight in weights.values():
         rows, columns = grid_shape(weight.shape, block_size)

@@ -1,4 +1,4 @@
-"""Adapters: bit for bit there and back, and never onto another base."""
+"""Adapters load and unload bit for bit, and never load onto another base."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ class Classifier(nn.Module):
 
 
 def trained(dtype: torch.dtype = torch.float32) -> tuple[Classifier, Classifier, Masks]:
-    """A base, a copy of it with trained blocks and head, and the masks."""
+    """Return a base, a copy of it with trained blocks and a trained head, and the masks."""
     base = Classifier().to(dtype)
     model = copy.deepcopy(base)
     masks = random_masks(model, ["body.0.weight", "body.2.weight"], 16, 0.5)
@@ -197,7 +197,7 @@ def test_blocks_that_somebody_froze_are_said(tmp_path: Path, caplog: pytest.LogC
 
 
 class Normed(nn.Module):
-    """A head with running statistics."""
+    """A model whose head has running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class Normed(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the head's too."""
+    """A model whose embedding and head share their weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,7 +288,7 @@ class TestModulesToSave:
             model.table.weight.add_(1)
         sylva_compile.save_adapter(model, tmp_path / "both", modules_to_save=["table", "head"])
         sylva_compile.save_adapter(model, tmp_path / "head", modules_to_save=["head"])
-        # The second finds the tensor replaced by the first under its other name.
+        # When the second adapter is loaded, the first has replaced the tensor under its other name.
         for name in ("both", "head"):
             sylva_compile.load_adapter(fresh, tmp_path / name)
             assert same(fresh, model)
@@ -310,7 +310,7 @@ class TestModulesToSave:
     def test_a_masked_weight_in_a_module_to_save_is_said(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A head that is drawn anew never holds the same values again."""
+        """The adapter holds only the blocks of the head: a newly initialised head has other values around them."""
         model = Classifier()
         Masks.from_block_maps(model, {"head.weight": torch.ones(1, 4, dtype=torch.bool)}, 8).embed()
         sylva_compile.save_adapter(model, tmp_path, modules_to_save=["head"])

@@ -1,4 +1,4 @@
-"""Every benchmark is a module that can be started, and says how."""
+"""Every benchmark starts as a module, and its help shows the command."""
 
 import importlib
 import subprocess
@@ -29,7 +29,7 @@ def test_help_says_how_it_is_started(name: str, capsys: pytest.CaptureFixture[st
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: python -m {name} ")
-    # In the docstring too, which follows.
+    # The docstring, which follows the usage line, shows the command too.
     assert said.count(f"python -m {name} ") > 1
 
 

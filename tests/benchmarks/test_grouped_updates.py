@@ -1,4 +1,4 @@
-"""The benchmark of grouped updates runs, and shows what they are for: operations do not grow with the layers."""
+"""The benchmark of grouped updates runs, and shows that the number of operations hardly grows with the layers."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def test_small() -> None:
     few, many = grouped_updates.main(SMALL)
     assert few["operations"]["together"] < few["operations"]["one_by_one"]
     assert many["operations"]["one_by_one"] == 4 * few["operations"]["one_by_one"]
-    # A copy of the tokens and a product for the leaves are all that each layer adds.
+    # Each layer adds only a copy of the tokens and a product for the leaves.
     assert many["operations"]["together"] - few["operations"]["together"] <= 6 * 4
     assert many["ratio"] > 0
 

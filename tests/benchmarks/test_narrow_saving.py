@@ -1,4 +1,4 @@
-"""One copy for three readers saves bytes; where attention keeps the activation, nothing is saved beside it."""
+"""One narrow copy for three layers takes fewer bytes; where attention keeps the activation, no copy is kept."""
 
 from benchmarks import narrow_saving
 

@@ -1,4 +1,4 @@
-"""The optimizer benchmark runs, and compares what it says it compares."""
+"""The optimizer benchmark runs and times every variant."""
 
 from benchmarks import optimizer_step
 

@@ -1,4 +1,4 @@
-"""The peak of tensors' memory is the highest level above the first, not the sum and not the last."""
+"""`peak_above` returns the highest memory above that at the start, not the sum of allocations or the final memory."""
 
 import torch
 

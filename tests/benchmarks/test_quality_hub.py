@@ -1,4 +1,4 @@
-"""Tasks on a hub's data: the paper's set-ups take a step on tiny models and like data; what is missing is said."""
+"""Tasks with data of a hub: the paper's set-ups take a step on tiny models and data; errors name what is missing."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,7 +104,7 @@ def save_model(folder: Path, make: Callable[[int, int], PreTrainedModel]) -> str
 
 
 def rows_like(data: str, name: str | None) -> dict[str, list[dict[str, Any]]]:
-    """Splits with the columns of the data set, a few rows each."""
+    """Return splits with the columns of the data set, of a few rows each."""
     numbers = range(12)
     if data == "nyu-mll/glue":
         columns = {
@@ -153,7 +153,7 @@ def save_data(folder: Path, data: str, name: str | None) -> str:
 
 
 def shrunk(grid: Grid, folder: Path) -> Grid:
-    """The same tasks, methods and scope, on a tiny model and data of the same schema, for one step."""
+    """Return a grid of the same tasks, methods and scope, for one step of a tiny model on data of the same schema."""
     hub = {}
     for task, said in grid.hub.items():
         hub[task] = {**said, "data": save_data(folder / task, said["data"], said.get("name")), "dtype": "float32"}
@@ -178,7 +178,7 @@ def shrunk(grid: Grid, folder: Path) -> Grid:
 
 @pytest.fixture
 def _no_meteor(monkeypatch: pytest.MonkeyPatch) -> None:
-    # It takes many seconds to start, and has a test of its own.
+    # METEOR takes many seconds to start, and has its own test.
     metrics = pytest.importorskip(
         "benchmarks.quality.tasks.metrics", exc_type=ImportError, reason="a library of the bench extra is missing"
     )
@@ -192,7 +192,7 @@ class TestThePapersSetUps:
         grid = Grid.read(GRIDS / f"{name}.toml")
         small = shrunk(grid, tmp_path)
         if name == "paper_roberta_glue":
-            # Pairs of sentences, and a number to tell.
+            # STS-B has pairs of sentences and a number as the label.
             small = replace(small, tasks={"stsb": {}})
         small = replace(small, methods={key: grid.methods[key] for key in ("LoRA", "sylva, paper")})
         rows = Rows(tmp_path / "rows.jsonl")
@@ -291,7 +291,7 @@ class TestData:
 
 
 class _Says(nn.Module):
-    """Answers with the letter after that of the last token."""
+    """A model that answers every question with the second letter."""
 
     def __init__(self, letters: list[int]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What parts of the samples agree on holds no noise."""
+"""The gain on which parts of the samples agree holds no noise."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def part_of(x: Tensor, gy: Tensor, block_size: int) -> Part:
 
 
 def test_it_is_the_mean_product_of_two_steps() -> None:
-    """Against the steps written out."""
+    """The expected products are computed from the parts' steps, block by block."""
     torch.manual_seed(0)
     parts = [part_of(torch.randn(30, 8).double(), torch.randn(30, 12).double(), 4) for _ in range(3)]
     whole = together(parts)
@@ -49,7 +49,7 @@ def test_noise_has_a_gain_and_nothing_that_parts_agree_on(count: int) -> None:
     x, gy = torch.randn(2000, 32, dtype=torch.float64), torch.randn(2000, 32, dtype=torch.float64)
     parts = [part_of(*pieces, 8) for pieces in zip(x.chunk(count), gy.chunk(count), strict=True)]
     gain, agreed = together(parts).gain().mean(), 2000 * agreed_gains(parts).mean()
-    # Half the product of the blocks' effective dimensions, 8 / 1.1 each.
+    # The gain of noise is half the product of the blocks' effective dimensions, 8 / 1.1 each.
     assert float(gain) == pytest.approx(0.5 * (8 / 1.1) ** 2, rel=0.1)
     assert abs(float(agreed)) < 0.1 * float(gain)
 

@@ -1,4 +1,4 @@
-"""Writing: meanings stay on one side, losses are on references, generation pads on the left, metrics are known ones."""
+"""Text generation: splits share no meaning, losses are on references, padding is on the left, metrics are as known."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ SCOPE = r".*\bh\..*"
 
 @pytest.fixture
 def metrics(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The metrics without METEOR, which takes many seconds to start."""
+    """Return the metrics without METEOR, which takes many seconds to start."""
     found = pytest.importorskip(
         "benchmarks.quality.tasks.metrics", exc_type=ImportError, reason="a library of the bench extra is missing"
     )
@@ -32,7 +32,7 @@ def metrics(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Meanings with one to three references, in the layout of the real file; models are kept beside them."""
+    """Write meanings with one to three references, in the layout of the real file; models are kept beside them."""
     monkeypatch.setattr(small_gpt2, "CACHE", tmp_path / "pretrained")
     (tmp_path / "e2e").mkdir()
     lines = ["mr,ref"]
@@ -119,7 +119,7 @@ class TestWriting:
     def test_what_is_too_long_is_cut(self) -> None:
         part = self.part(length=10)
         assert max(part.lengths()) <= 10
-        # The end of a prompt says what is asked.
+        # The end of the prompt is kept, because it says what is asked.
         assert part.tokenizer.decode(part.ids[2][0]).endswith("->")
 
     def test_prompts_of_different_lengths_are_continued_as_alone(self) -> None:

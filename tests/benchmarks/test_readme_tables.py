@@ -1,4 +1,4 @@
-"""README's figures are those of the newest results."""
+"""The figures in README are those of the newest results."""
 
 import pytest
 

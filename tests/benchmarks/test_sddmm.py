@@ -1,4 +1,4 @@
-"""The kernel's benchmark runs; a wrong kernel is never timed."""
+"""The benchmark of the SDDMM runs; a wrong kernel is never timed."""
 
 import pytest
 import torch

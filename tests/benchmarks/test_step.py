@@ -1,4 +1,4 @@
-"""The step benchmark runs, and compares what it says it compares."""
+"""The step benchmark runs and measures every variant."""
 
 import pytest
 

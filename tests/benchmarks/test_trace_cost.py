@@ -1,4 +1,4 @@
-"""The trace benchmark runs, and compares what it says it compares."""
+"""The trace benchmark runs and times every method."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from benchmarks import trace_cost
 
 
 def test_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Its use of torch is out of date, and warns.
+    # kronfluence calls deprecated functions of torch, which warn.
     monkeypatch.delitem(trace_cost.RUNS, "kronfluence", raising=False)
     options = "--hidden 64 --layers 1 --batch 2 --length 16 --batches 4 --rounds 1 --memory-hidden 0 --no-write"
     found = trace_cost.main(options.split())["time"]["64"]

@@ -454,7 +454,9 @@ class TestCacheKey:
     """A changed pass or kernel must not find graphs in Inductor's cache that the old one has rewritten."""
 
     def key(self) -> bytes:
+        """As a new process finds it."""
         backend_module.source_hash.cache_clear()
+        backend_module.get_hash_for_files.cache_clear()
         found: bytes = backend_module._JointPass(None, lambda results: None).uuid()[0]
         return found
 

@@ -1,4 +1,4 @@
-"""Each optimizer walks the path of torch's optimizer of its name, whatever happens on the way."""
+"""Each optimizer follows the trajectory of torch's optimizer of the same name, through all that training may do."""
 
 import copy
 import io
@@ -42,7 +42,7 @@ cases = pytest.mark.parametrize(("kind", "options"), CASES, ids=lambda v: v.__na
 
 @pytest.fixture(params=[CpuLaunch, EagerLaunch], ids=["generated", "eager"])
 def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
-    """Both ways to step on a CPU."""
+    """Step with the generated kernel and with torch's operations, the two launches of a CPU."""
     chosen: type = request.param
     if chosen is EagerLaunch:
         monkeypatch.setattr(launches, "CpuLaunch", EagerLaunch)
@@ -50,7 +50,7 @@ def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 class Pair:
-    """The same parameters twice, ours and torch's, with an optimizer each."""
+    """Two copies of the same parameters: one with our optimizer, one with torch's."""
 
     def __init__(
         self, kind: type[GeneratedOptimizer], groups: list[dict[str, Any]], seed: int = 0, **options: Any
@@ -84,12 +84,12 @@ class Pair:
         for index, (mine, other) in enumerate(zip(self.ours, self.theirs, strict=True)):
             self._compare(index, "parameter", mine.detach(), other.detach(), tolerance)
             for name, value in self.twin.state[other].items():
-                # torch's SGD counts no steps and carries our count along.
+                # torch's SGD counts no steps: it keeps the count of the checkpoint of ours that it loaded.
                 if value is not None and not (name == "step" and isinstance(self.twin, torch.optim.SGD)):
                     self._compare(index, name, self.optimizer.state[mine][name], value, tolerance)
 
     def _compare(self, index: int, name: str, found: Tensor, wanted: Tensor, tolerance: float) -> None:
-        # Sums cancel, so the measure is the largest value on the way, not what is left; gradients are about one.
+        # Sums cancel, so errors are relative to the largest value so far, not the current one; gradients are about one.
         self.largest[index, name] = max(self.largest.get((index, name), 1.0), float(wanted.abs().max()))
         close(found, wanted, tolerance, self.largest[index, name])
 
@@ -124,7 +124,7 @@ class TestTrajectory:
         kind, options = journey["case"]
         options = {name: value for name, value in options.items() if name != "weight_decay"}
         if kind is not SGD:
-            # Where g + weight_decay * p cancels, a small eps would divide rounding errors by next to nothing.
+            # Where g + weight_decay * p cancels, a small eps would divide rounding errors by almost zero.
             options["eps"] = 0.01
         pair = Pair(kind, journey["groups"], journey["seed"], **options)
         schedulers = []
@@ -132,7 +132,7 @@ class TestTrajectory:
             if journey["schedule"] == "exponential":
                 schedulers.append(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
             elif journey["schedule"] == "one cycle" and kind is not RMSprop:
-                # It also moves the momentum, from step to step.
+                # It also changes the momentum at every step.
                 schedulers.append(torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=60))
         for _ in range(journey["steps"]):
             drawn = torch.rand(len(pair.ours), generator=pair.random)
@@ -203,7 +203,7 @@ class TestTrajectory:
         optimizer, twin = AdamW(ours, lr=0.01), torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.0)
         for _ in range(5):
             for mine, other in zip(ours, theirs, strict=True):
-                # A gradient need not lie as its parameter does.
+                # A gradient need not have the strides of its parameter.
                 mine.grad = torch.randn(mine.shape, dtype=mine.dtype).contiguous()
                 other.grad = mine.grad.clone()
             ours[5].grad = theirs[5].grad = torch.ones(()).expand(1)
@@ -416,7 +416,7 @@ class TestLowPrecisionStates:
     def test_rounding_is_right_on_average(self) -> None:
         parameter = nn.Parameter(torch.zeros(200_000))
         optimizer = SGD([parameter], lr=0.0, momentum=0.5, state_dtype=torch.bfloat16)
-        value = 1.0 + 2.0**-7 / 3  # A third of the way to the next bfloat16.
+        value = 1.0 + 2.0**-7 / 3  # a third of the way to the next bfloat16
         parameter.grad = torch.full((200_000,), value)
         optimizer.step()
         rounded = optimizer.state[parameter]["momentum_buffer"].float()
@@ -429,7 +429,7 @@ class TestLowPrecisionStates:
         for _ in range(300):
             parameter.grad = torch.ones(50_000)
             optimizer.step()
-        # Rounded to nearest, v stops growing where a step of it is less than half a unit in the last place.
+        # With rounding to nearest, v would stop growing once its change is less than half a unit in the last place.
         found = optimizer.state[parameter]["exp_avg_sq"].float().mean()
         assert float(found) == pytest.approx(1 - 0.999**300, rel=0.01)
 
@@ -474,7 +474,7 @@ class TestRefusals:
             AdamW([nn.Parameter(torch.zeros(3).to(dtype), requires_grad=dtype.is_complex)])
 
     def test_parameters_without_memory_of_their_own(self) -> None:
-        # As DTensors of fully_shard: the address of one is null, and the kernel would write there.
+        # DTensors of fully_shard are such tensors: their address is null, and the kernel would write there.
         with pytest.raises(ArgumentError, match="TwoTensor"):
             AdamW([nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3)))])
 
@@ -522,7 +522,7 @@ class TestWithoutACompiler:
 
 
 class OnAGpu(torch.Tensor):
-    """A tensor that says so."""
+    """A CPU tensor whose `is_cuda` is True."""
 
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""Rules say what they do, their worked example works, and options that change equations make other rules."""
+"""Rules print their equations, their worked example runs, and options that change equations make other rules."""
 
 import doctest
 

@@ -1,4 +1,4 @@
-"""Dense weights equal the rounded blocks after every step, and hold nothing else that is new."""
+"""After every step, dense weights equal the rounded blocks, and are unchanged outside of the blocks."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ from sylva_compile.optim import SGD, AdamW, Lion, launches
 
 
 class Weights(nn.Module):
-    """Matrices without a layer around them."""
+    """A module with matrices as parameters and no layers."""
 
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class TestEveryStep:
             masks = Masks(masks, model=model)
             optimizer = SGD(masks.parameters(), lr=0.1, momentum=0.9)
             for _ in range(2):
-                # Gradients of blocks are zero there; these, made by hand, are not.
+                # A backward pass gives zero gradients outside of the weight; these random gradients are not zero there.
                 give_gradients(masks)
                 optimizer.step()
             (state,) = block_states(model).values()
@@ -121,7 +121,7 @@ class TestEveryStep:
         for start in (0, 1):
             torch.manual_seed(0)
             values = torch.randn(96, 128).to(dtype)
-            # torch's memory begins at a cache line; one element further on, every row ends inside one.
+            # torch's memory begins at a cache line; with an offset of one element, every row ends inside a cache line.
             memory = torch.zeros(1 + values.numel(), dtype=dtype)
             weight = memory[start:][: values.numel()].view(96, 128).copy_(values)
             assert (weight.data_ptr() % 64 == 0) == (start == 0)
@@ -175,7 +175,7 @@ class TestEveryStep:
 
 
 class TestOthersWriteToo:
-    """Edits by hand, other optimizers, moves and replaced tensors between steps of the fused one."""
+    """Edits by hand, other optimizers, moves and replaced tensors between steps of the fused optimizer."""
 
     def train(self, masks: Masks, optimizer: torch.optim.Optimizer) -> None:
         give_gradients(masks)

@@ -1,4 +1,4 @@
-"""Batches of any make: tensors are moved wherever they are, and everything else stays."""
+"""Batches of any type: every tensor in them is moved, and everything else stays."""
 
 from collections import OrderedDict
 from types import MappingProxyType

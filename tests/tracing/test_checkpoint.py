@@ -1,4 +1,4 @@
-"""An interrupted trace goes on as if nothing had happened, or says why it cannot."""
+"""An interrupted trace resumes and ends with the same masks, or an error says why it cannot resume."""
 
 import signal
 import subprocess
@@ -36,7 +36,7 @@ def batches(count: int = 8, seed: int = 0) -> list[Batch]:
 
 
 def noisy_regression(model: nn.Module, batch: Batch) -> Tensor:
-    """Draws random numbers, which an interruption must not shift."""
+    """Return a loss that draws random numbers; a resumed trace must draw the same ones."""
     return (model(batch[0]) - batch[1] + torch.randn(32)).square().mean()
 
 
@@ -68,7 +68,7 @@ class TestGoingOn:
             ({"method": "sylva"}, 0),
             ({"method": "sylva", "score": "gain"}, 0),
             ({"method": "sylva", "score": "paper"}, 0),
-            # Updates that wait for others, of all factors or of a few at a time.
+            # Updates are queued and applied together, those of all factors or of a few at a time.
             ({"method": "sylva", "score": "paper", "rank": 2}, 2**30),
             ({"method": "sylva", "score": "paper", "rank": 2}, 150_000),
             ({"method": "kfac"}, 0),
@@ -141,7 +141,7 @@ class TestGoingOn:
 
 
 class TestRefusals:
-    """Each leaves the file as it was, so that the right call can still go on from it."""
+    """Every refusal leaves the file unchanged, so that the right call can still resume from it."""
 
     def check(
         self, path: Path, message: str, loader: Any = None, model: nn.Module | None = None, **options: Any
@@ -156,7 +156,7 @@ class TestRefusals:
         self.check(interrupted, "another base model", model=model_of(1))
 
     def test_another_weight_out_of_scope(self, tmp_path: Path) -> None:
-        """A head that is drawn anew changes every gradient, though nobody traces it."""
+        """A newly initialised head changes every gradient, although the head is not traced."""
         path, model = tmp_path / "trace.safetensors", model_of()
         with pytest.raises(KeyboardInterrupt):
             trace(broken_off(batches(), 5), path, model, scope=["0"])
@@ -164,7 +164,7 @@ class TestRefusals:
         self.check(path, "another base model", model=model, scope=["0"])
 
     def test_another_configuration(self, tmp_path: Path) -> None:
-        """Values may be the same and mean another model: the number of heads is in no tensor."""
+        """Another model may have the same values: no tensor holds the number of heads."""
 
         class Config:
             def __init__(self, heads: int) -> None:
@@ -233,7 +233,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", [".", "file/trace.safetensors"])
     def test_a_place_where_nothing_can_be_written(self, name: str, tmp_path: Path) -> None:
-        """Said at once, not after the first batches."""
+        """The error comes at once, not after the first batches."""
         (tmp_path / "file").write_bytes(b"")
         with pytest.raises(ArgumentError, match="cannot be written") as caught:
             trace(iter(lambda: pytest.fail("no batch is wanted"), None), tmp_path / name)
@@ -245,7 +245,7 @@ class TestRefusals:
 
 
 class Pair:
-    """A batch that is an object, which refers to itself."""
+    """A batch that is an object with a reference to itself."""
 
     def __init__(self, batch: Batch) -> None:
         self.inputs, self.targets = batch

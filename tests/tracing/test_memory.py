@@ -1,4 +1,4 @@
-"""What a trace says that it will hold, against what it holds."""
+"""The estimate of a trace's memory, against the memory that it takes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_the_estimate_is_what_is_held_but_for_shared_factors(method: Any, score:
     for name, weight in weights.items():
         held.update(name, torch.randn(5, weight.shape[1]), torch.randn(5, weight.shape[0]))
         held.end_batch()
-    # The number of tokens of each weight is not counted.
+    # The estimate may leave out scalars, such as the number of tokens of each weight.
     actual = sum(tensor.nbytes for tensor in held.state().values() if tensor.dim() > 0)
     rows = found.weights.values()
     estimated = sum(row.memory.input_factor + row.memory.output_factor + row.memory.gradient for row in rows)
@@ -57,7 +57,7 @@ def test_the_estimate_is_what_is_held_but_for_shared_factors(method: Any, score:
 
 
 def test_updates_that_wait_are_counted_where_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    # One bound for all weights of a device; none of it is needed for sure, or beside the scores.
+    # All weights of a device share one queue, with one bound. The queue may stay empty, and is empty during scoring.
     monkeypatch.setattr(update_queue, "GROUP_BYTES_ON_CPU", 2**30)
     hierarchies = sylva_compile.estimate(Attention(), score="paper", block_size=16)
     assert hierarchies.at_most()[CPU] == 2**30 + sum(
@@ -71,7 +71,7 @@ def test_gradients_elsewhere_are_counted_there(monkeypatch: pytest.MonkeyPatch) 
     specs = specs_of({"q.weight": nn.Parameter(torch.empty(48, 48))})
     config = SylvaConfig(score="gain", block_size=16)
     beside = memory.estimate_bytes(specs, config)
-    # Any other device: machines without a GPU have one more, which config refuses.
+    # The meta device stands for a GPU, which this machine may not have; config would refuse it.
     monkeypatch.setattr(memory, "gradient_device", lambda config: torch.device("meta"))
     elsewhere = memory.estimate_bytes(specs, config)
     assert elsewhere.at_most()[torch.device("meta")] == 4 * 48 * 48

@@ -11,7 +11,7 @@ from sylva_compile.tracing.selection import select_blocks
 
 
 def grids(shapes: list[tuple[int, int]], seed: int, levels: int = 0) -> dict[str, Tensor]:
-    """Scores for each shape; with `levels`, only so many different values, so that ties abound."""
+    """Return scores for each shape; with `levels`, of only so many different values, so that ties abound."""
     generator = torch.Generator().manual_seed(seed)
     scores = {}
     for index, shape in enumerate(shapes):
@@ -28,12 +28,12 @@ def budget(sparsity: float, allocation: str = "layer", column_budget: float | No
 
 
 def slow_best(values: list[float], count: int) -> set[int]:
-    """The `count` highest; of equals, the first."""
+    """Return the indices of the `count` highest values; of equal values, the first count."""
     return set(sorted(range(len(values)), key=lambda index: (-values[index], index))[:count])
 
 
 def is_share(count: int, sparsity: float, total: int) -> bool:
-    """Whether `count` is the whole number next to the share of `total` that is not frozen, and one at least."""
+    """Return whether `count` is the whole number nearest to the unfrozen share of `total`, and at least one."""
     return abs(count - max(1.0, (1 - sparsity) * total)) <= 0.5 + 1e-6
 
 
@@ -149,9 +149,9 @@ class TestColumnBudget:
         chosen = select_blocks(scores, config, specs_of(scores, [] if axis else ["w"]))["w"]
         assert is_share(int(chosen.sum()), config.sparsity, chosen.numel())
         used = int(chosen.any(1 - axis).sum())
-        # A fraction that misses a whole number of columns by a rounding error may mean that number.
+        # A fraction that misses a whole number of columns by a rounding error may count as that number.
         assert used <= max(1.0, fraction * columns + 1e-6)
-        # Where the budget left columns in use, the best of their blocks are taken.
+        # In each column that is used, no block that was left out has a higher score than a chosen block.
         passed_over = chosen.any(1 - axis, keepdim=True) & ~chosen
         if passed_over.any():
             assert scores["w"][chosen].min() >= scores["w"][passed_over].max()

@@ -1,4 +1,4 @@
-"""Stage 1: what it sees is what autograd computes, and the model is left as found."""
+"""Stage 1: a trace observes the gradients that autograd computes, and leaves the model as it found it."""
 
 import copy
 import logging
@@ -48,7 +48,7 @@ class TestWhatIsSeen:
         sylva_compile.trace_and_mask(model, data, method="kfac", loss_fn=regression, **OPTIONS)
         regression(model, data[0]).backward()
         for layer in (model[0], model[2]):
-            # Sums over sequences, of a loss that is their mean.
+            # A trace sums over the 8 sequences, and the loss is their mean.
             torch.testing.assert_close(seen[tuple(layer.weight.shape)], 8 * layer.weight.grad)
 
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -77,7 +77,7 @@ class TestWhatIsSeen:
         assert torch.equal(found[0].block_map(), found[1].block_map().t())
 
     def test_layers_that_share_code_do_not_share_statistics(self) -> None:
-        """Blocks behind graph breaks are compiled once and run for every layer; each must feed its own estimator."""
+        """Code after graph breaks is compiled once and runs for every layer; each must feed its own estimator."""
 
         class Block(nn.Module):
             def __init__(self) -> None:
@@ -286,7 +286,7 @@ class TestMethods:
         assert (masks["0.weight"].rows.tolist(), masks["0.weight"].cols.tolist()) == ([1], [0])
 
     def test_the_planted_block_is_found(self) -> None:
-        """Targets differ from the model in one block of one weight: every informed method must choose it."""
+        """Targets differ from the model in one block of one weight: every method with data must choose this block."""
         model = nn.Sequential(nn.Linear(64, 64, bias=False))
         teacher = copy.deepcopy(model)
         with torch.no_grad():
@@ -491,7 +491,7 @@ class TestBadData:
 
 
 def test_a_failure_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
-    """Nobody waits for a process that is gone."""
+    """The other ranks do not wait for a process that has ended."""
     first, second = (text.splitlines() for text in two_ranks.run("trace_two_ranks.py", tmp_path, "failing"))
     assert second[0].startswith("TraceError: The loader gave no batches")
     assert first[0].startswith("TraceError: Process 1 of 2 could not trace: The loader gave no batches")
