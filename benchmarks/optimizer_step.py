@@ -4,7 +4,7 @@
 
 The model has 224 bfloat16 weights (32 layers of four 4096 x 4096 and three of 4096 x 11008); 2% of their blocks of size
 64 are trained in float32. All variants share the dense weights, because each writes the same values into them. Pages of
-a dense weight that no block touches are never touched either and take no memory.
+a dense weight that no block touches are never written and take no memory.
 
 torch's variants step the blocks and then write them through with the fastest library operations that were found: one
 `_foreach_copy_` onto views of all blocks' places, made beforehand, or, compiled, an `index_copy_` of the blocks' rows

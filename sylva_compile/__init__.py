@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sylva_compile.version import __version__
 
 if TYPE_CHECKING:
-    from sylva_compile import optim
+    from sylva_compile import errors, optim
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
     from sylva_compile.adapters.saving import save_adapter
     from sylva_compile.blocks.block_mask import BlockMask
@@ -29,6 +29,7 @@ __all__ = [
     "SylvaError",
     "__version__",
     "backend",
+    "errors",
     "estimate",
     "load_adapter",
     "merge_and_unload",
@@ -57,8 +58,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "optim":
-        return importlib.import_module("sylva_compile.optim")
+    if name in ("errors", "optim"):
+        return importlib.import_module(f"sylva_compile.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"sylva_compile.{_MODULES[name]}"), name)

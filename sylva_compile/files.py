@@ -1,10 +1,12 @@
 """Atomic writes: a file is written under a temporary name and then renamed, so that readers see it whole."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_file(path: Path, content: bytes, *, private: bool = False) -> None:
@@ -35,3 +37,15 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return `value` as JSON. Numbers of other libraries become floats, and objects that JSON lacks their text."""
+    return json.dumps(value, indent=indent, default=_plain)
+
+
+def _plain(value: Any) -> float | str:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value)

@@ -188,6 +188,14 @@ class TestConversions:
                     take()
         assert_invariant(model, masks)
 
+    def test_lists_of_parameters_may_hold_the_weight(self) -> None:
+        model = small()
+        masks = random_masks(model, NAMES, 16, 0.5)
+        masks.embed()
+        held = nn.ParameterList(model.parameters())
+        assert any(parameter is model[0]._parameters["weight"] for parameter in held)
+        assert_invariant(model, masks)
+
     def test_before_embedding_work(self) -> None:
         model = nn.Sequential(Float8Linear.of(nn.Linear(16, 16)), nn.GELU())
         masks = random_masks(model, ["0.weight"], 8, 0.5)

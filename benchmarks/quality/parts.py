@@ -67,7 +67,7 @@ def together(parts: Sequence[Part]) -> Part:
 def agreed_gains(parts: Sequence[Part], damping: float = GAIN_DAMPING) -> Tensor:
     """Return the gain of each block per token, `[ceil(m/b), ceil(n/b)]`, from products of different parts' steps.
 
-    The gain is half the square of a block's step; here a product of two parts' steps replaces the square:
+    The gain of a block is half the squared norm of its step. Products of two parts' steps replace this square:
 
         ½ ⟨L⁻¹ Γ_i M⁻ᵀ, L⁻¹ Γ_j M⁻ᵀ⟩, averaged over the pairs i ≠ j, with L and M of all parts (see `gain_scores`)
 

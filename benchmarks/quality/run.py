@@ -50,7 +50,7 @@ COST_BATCHES = 12
 
 
 class Runner:
-    """Does runs, and keeps the data, the models before training and the block scores that later runs share."""
+    """Does runs, and caches the data, the models before training and the block scores, which runs share."""
 
     def __init__(self, data: Path, until: float = float("inf"), device: str = "cpu") -> None:
         """Take the folder of the data sets, the monotonic time after which no run begins, and the device."""

@@ -17,7 +17,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from sylva_compile.errors import AdapterError, SylvaError
-from sylva_compile.files import write_file
+from sylva_compile.files import to_json, write_file
 
 CONFIG_NAME = "sylva_adapter.json"
 _FORMAT = "sylva-adapter-1"
@@ -38,7 +38,7 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], entries: Mappi
     digest = hashlib.sha256(content).hexdigest()
     name = f"sylva_adapter-{digest[:12]}.safetensors"
     config = {"format": _FORMAT, "torch": torch.__version__, "tensors": name, "sha256": digest, **entries}
-    text = json.dumps(config, indent=2, default=float) + "\n"
+    text = to_json(config, indent=2) + "\n"
     try:
         write_file(directory / name, content)
         write_file(directory / CONFIG_NAME, text.encode())

@@ -20,7 +20,7 @@ from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.config import check_block_size
 from sylva_compile.errors import MaskError
-from sylva_compile.files import write_file
+from sylva_compile.files import to_json, write_file
 from sylva_compile.kernels.blocks import grid_shape
 
 log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ class Masks(Mapping[str, BlockMask]):
         for name, mask in self.items():
             tensors[name] = mask.positions.to(torch.int32)
             shapes[name] = [*mask.shape, mask.block_size]
-        metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "config": json.dumps(self.config, default=float)}
+        metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "config": to_json(self.config)}
         try:
             write_file(Path(path), serialize(tensors, metadata))
         except OSError as error:

@@ -33,6 +33,7 @@ _mapped_at = -1
 _hooks: list[Any] = []
 _sources: "weakref.WeakKeyDictionary[BlockState, set[str]]" = weakref.WeakKeyDictionary()
 _added_sources: set[str] = set()
+_COMPILERS = ("torch._", "torch.export", "torch.fx", "torch.jit")
 
 
 def add(state: BlockState) -> None:
@@ -140,9 +141,11 @@ def _write_sources(names: list[str]) -> None:
 def _on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
     """Refuse a dense weight that moves into another module, where its blocks would never be trained."""
     state = None if parameter is None else state_of_weight(parameter)
-    # Compilers keep the parameters of a graph in modules of their own.
-    of_a_compiler = isinstance(module, GraphModule) or type(module).__module__.startswith("torch._")
-    if state is not None and not of_a_compiler and all(module is not owner for owner, _ in state.owners()):
+    if state is None or any(module is owner for owner, _ in state.owners()):
+        return
+    # Lists of parameters compute nothing, and compilers keep the parameters of a graph in modules of their own.
+    only_holds = isinstance(module, GraphModule | nn.ParameterList | nn.ParameterDict)
+    if not only_holds and not type(module).__module__.startswith(_COMPILERS):
         raise state.not_shareable()
 
 

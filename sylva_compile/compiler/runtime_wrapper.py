@@ -1,7 +1,7 @@
 """`RuntimeWrapper`: finds, checks and syncs the states of a compiled graph's arguments each time before it runs."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class RuntimeWrapper:
         compiled: Callable[..., Any],
         results: Sequence[tuple[int, RewriteResult]],
         note: Callable[[BlockState, RewriteResult], None],
-        held: Iterable[BlockState] = (),
+        held: Sequence[BlockState] = (),
     ) -> None:
         """Wrap a compiled graph.
 
@@ -49,7 +49,7 @@ class RuntimeWrapper:
             note: called with a state and its result when the graph first runs with that state.
             held: states whose weights the graph holds itself: with Inductor's freezing, Dynamo gives no arguments.
         """
-        self._held = weakref.WeakSet(held)
+        self._held = weakref.WeakSet(held) if held else None
         self._compiled, self._results, self._note = compiled, results, note
         self._where: list[int] | None = None
         self._known: dict[tuple[int, ...], _Known] = {}
@@ -66,8 +66,9 @@ class RuntimeWrapper:
         return self._compiled(*args)
 
     def _before_run(self, args: tuple[Any, ...]) -> None:
-        for state in self._held:
-            state.sync()
+        if self._held is not None:
+            for state in self._held:
+                state.sync()
         if self._where is None:
             if any(isinstance(value, FakeTensor) for value in args):
                 return
@@ -76,9 +77,10 @@ class RuntimeWrapper:
             self._where = [at for at, value in enumerate(args) if at in positions or _may_be_embedded(value)]
         if not self._where:
             return
-        if self._changes != registry.changes() or len(self._known) > _MOST_KNOWN:
+        changes = registry.changes()
+        if self._changes != changes or len(self._known) > _MOST_KNOWN:
             self._known.clear()
-            self._changes = registry.changes()
+            self._changes = changes
         key = tuple(id(args[at]) for at in self._where)
         known = self._known.get(key)
         if known is None:

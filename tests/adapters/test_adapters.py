@@ -237,6 +237,15 @@ class TestProvenance:
         again = json.loads((tmp_path / "again" / format.CONFIG_NAME).read_text())
         assert again["masks"]["base"] == masks.config["base"]
 
+    def test_settings_that_json_lacks_are_no_reason_to_lose_a_training(self, tmp_path: Path) -> None:
+        model = Classifier()
+        masks = random_masks(model, ["head.weight"], 8, 0.5)
+        masks.config = {"rate": torch.tensor(0.5), "device": torch.device("cpu"), "path": tmp_path}
+        masks.embed()
+        sylva_compile.save_adapter(model, tmp_path)
+        found = json.loads((tmp_path / format.CONFIG_NAME).read_text())["masks"]
+        assert found == {"rate": 0.5, "device": "cpu", "path": str(tmp_path)}
+
     def test_an_adapter_from_before_is_read(self, tmp_path: Path) -> None:
         model = Classifier()
         base = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Each optimizer follows the trajectory of torch's optimizer of the same name, through all that training may do."""
+"""Each optimizer follows the path of torch's optimizer of the same name, with schedules, clipping and checkpoints."""
 
 import copy
 import io

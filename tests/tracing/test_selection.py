@@ -28,7 +28,7 @@ def budget(sparsity: float, allocation: str = "layer", column_budget: float | No
 
 
 def slow_best(values: list[float], count: int) -> set[int]:
-    """Return the indices of the `count` highest values; of equal values, the first count."""
+    """Return the indices of the `count` highest values; of equal values, the first ones."""
     return set(sorted(range(len(values)), key=lambda index: (-values[index], index))[:count])
 
 
@@ -151,7 +151,7 @@ class TestColumnBudget:
         used = int(chosen.any(1 - axis).sum())
         # A fraction that misses a whole number of columns by a rounding error may count as that number.
         assert used <= max(1.0, fraction * columns + 1e-6)
-        # In each column that is used, no block that was left out has a higher score than a chosen block.
+        # In the columns that are used, no block that was left out has a higher score than a chosen block.
         passed_over = chosen.any(1 - axis, keepdim=True) & ~chosen
         if passed_over.any():
             assert scores["w"][chosen].min() >= scores["w"][passed_over].max()
