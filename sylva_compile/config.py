@@ -119,11 +119,16 @@ class SylvaConfig:
             object.__setattr__(self, "scope", tuple(self.scope))
         if self.checkpoint is not None:
             object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
-        if not isinstance(self.sparsity, Real) or not 0.0 <= self.sparsity < 1.0:
+        for name in ("sparsity", "column_budget", "damping"):
+            # Numbers of other libraries become floats, which JSON knows.
+            if isinstance(value := getattr(self, name), Real):
+                object.__setattr__(self, name, float(value))
+        if not isinstance(self.sparsity, float) or not 0.0 <= self.sparsity < 1.0:
             raise ArgumentError(f"sparsity={self.sparsity!r}; use a number in [0, 1), such as 0.98 to train 2%.")
         if self.allocation not in get_args(Allocation):
             raise ArgumentError(f"allocation={self.allocation!r}; use 'layer' or 'global'.")
-        if self.column_budget is not None and not 0.0 < self.column_budget <= 1.0:
+        budget = self.column_budget
+        if budget is not None and not (isinstance(budget, float) and 0.0 < budget <= 1.0):
             raise ArgumentError(f"column_budget={self.column_budget!r}; use None or a number in (0, 1].")
         if self.method not in get_args(Method):
             raise ArgumentError(f"method={self.method!r}; use one of {', '.join(get_args(Method))}.")
@@ -134,7 +139,7 @@ class SylvaConfig:
         _check_count("checkpoint_every", self.checkpoint_every, 1)
         _check_count("num_partitions", self.num_partitions, 0)
         _check_count("rank", self.rank, 0)
-        if self.damping is not None and not (isinstance(self.damping, Real) and 0 < self.damping < math.inf):
+        if self.damping is not None and not (isinstance(self.damping, float) and 0 < self.damping < math.inf):
             raise ArgumentError(f"damping={self.damping!r}; use None or a fraction above 0.")
         if self.gradient_device is not None:
             object.__setattr__(self, "gradient_device", _usable_device(self.gradient_device))

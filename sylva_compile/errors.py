@@ -22,7 +22,10 @@ class MaskError(SylvaError, ValueError):
 
 
 class EmbedError(SylvaError, RuntimeError):
-    """The call needs an embedded model and this one carries no blocks, or the other way round."""
+    """Blocks cannot be put into a model, taken out of it or trained as it is.
+
+    It carries other blocks, its tensors were swapped or changed past them, or DistributedDataParallel lacks them.
+    """
 
 
 class RewriteError(SylvaError, RuntimeError):

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,6 +55,7 @@ class TestFields:
             ("score", "joint", "'greedy', 'gain' or 'paper'"),
             ("allocation", "row", "'layer' or 'global'"),
             ("column_budget", 0.0, "(0, 1]"),
+            ("column_budget", "all", "(0, 1]"),
             ("damping", 0.0, "above 0"),
             ("damping", float("inf"), "above 0"),
             ("gradient_device", "meta", "None or 'cpu'"),
@@ -76,6 +78,10 @@ class TestJson:
     def test_there_and_back(self) -> None:
         config = SylvaConfig(scope=["q_proj", "v_proj"], sparsity=0.9, score="paper", damping=0.5, progress=False)
         assert SylvaConfig.from_json(config.to_json()) == config
+
+    def test_numbers_of_other_libraries(self) -> None:
+        config = SylvaConfig(sparsity=np.float32(0.5), damping=np.float64(0.25), column_budget=1)
+        assert SylvaConfig.from_json(config.to_json()) == SylvaConfig(sparsity=0.5, damping=0.25, column_budget=1.0)
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+import torch.fx.experimental.proxy_tensor
 from oracle import assert_invariant, random_masks
 from tiny_models import tiny
 from torch import Tensor, nn
@@ -181,7 +182,7 @@ class TestConversions:
         masks.embed()
         for take in (
             lambda: Float8Linear.of(model[0]),
-            lambda: nn.Module().register_parameter("w", model[0].weight),
+            lambda: nn.Bilinear(4, 4, 4).register_parameter("w", model[0].weight),
         ):
             for grad in (torch.enable_grad, torch.no_grad):
                 with grad(), pytest.raises(EmbedError, match=r"0\.weight carries blocks.*convert the model.*before"):
@@ -195,6 +196,21 @@ class TestConversions:
         held = nn.ParameterList(model.parameters())
         assert any(parameter is model[0]._parameters["weight"] for parameter in held)
         assert_invariant(model, masks)
+
+    @pytest.mark.parametrize("how", ["export", "symbolic_trace", "make_fx"])
+    def test_graphs_of_an_embedded_model_keep_its_weights_in_modules(self, how: str) -> None:
+        model = small()
+        random_masks(model, NAMES, 16, 0.5).embed()
+        x = torch.randn(3, 40)
+        with torch.no_grad():
+            expected = model(x)
+            if how == "export":
+                graph: Any = torch.export.export(model, (x,)).module()
+            elif how == "symbolic_trace":
+                graph = torch.fx.symbolic_trace(model)
+            else:
+                graph = torch.fx.experimental.proxy_tensor.make_fx(model)(x)
+            torch.testing.assert_close(graph(x), expected)
 
     def test_before_embedding_work(self) -> None:
         model = nn.Sequential(Float8Linear.of(nn.Linear(16, 16)), nn.GELU())

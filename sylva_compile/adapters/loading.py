@@ -55,9 +55,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     first_names = {id(tensor): name for name, tensor in reversed(every.items())}
     values = {first_names[id(every[name])]: value for name, value in whole.items()}
     compare_frozen(config.get("frozen", {}), every, directory)
+    # Bound first: the base has been checked already, and in more detail than `embed` does for masks of another model.
+    masks.bind(model)
     masks.embed(wrapped)
     with torch.no_grad():
         for name, state in block_states(model).items():
+            state.origin = dict(masks.config)
             state.blocks.copy_(tensors[f"{name}/blocks"])
             state.push()
         replaced = model.__dict__.setdefault(_REPLACED, {})

@@ -31,6 +31,8 @@ class BlockMask:
                 f"Positions of a mask are {tuple(self.positions.shape)} of {self.positions.dtype} and must be "
                 "int64[2, nnz]; make it with BlockMask.from_block_map."
             )
+        # A copy, since the caller may change its tensor later; contiguous, since files hold it.
+        object.__setattr__(self, "positions", self.positions.clone(memory_format=torch.contiguous_format))
         place = self.rows * cols + self.cols
         inside = (self.rows >= 0) & (self.rows < rows) & (self.cols >= 0) & (self.cols < cols)
         if not bool(inside.all()) or not bool((place[1:] > place[:-1]).all()):
@@ -54,7 +56,7 @@ class BlockMask:
                 f"{block_size}; make it {grid}."
             )
         chosen = block_map.detach().to("cpu", torch.bool)
-        return cls(shape, block_size, chosen.nonzero().t().contiguous())
+        return cls(shape, block_size, chosen.nonzero().t())
 
     @property
     def rows(self) -> Tensor:

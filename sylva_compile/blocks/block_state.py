@@ -132,11 +132,11 @@ class BlockState:
                 "base's state dict first, or call merge_and_unload(model) to keep the values."
             )
 
-    def not_shareable(self) -> EmbedError:
-        """Return the error for a dense weight that becomes a parameter of a module without its blocks."""
+    def not_shareable(self, place: str) -> EmbedError:
+        """Return the error for a dense weight that becomes a parameter without its blocks; `place` says which one."""
         return EmbedError(
-            f"{self.name} carries blocks and cannot become a parameter of another module; convert the model (to "
-            "float8, say) or tie its weights before its masks are embedded, or unload the adapter first."
+            f"{self.name} carries blocks and cannot become {place}; convert the model (to float8, say) or tie its "
+            "weights before its masks are embedded, or unload the adapter first."
         )
 
     def follow_assignment(self, old: Tensor) -> None:

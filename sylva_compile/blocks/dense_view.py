@@ -57,7 +57,7 @@ class DenseView(Tensor):
                 a module of its own, where the blocks would never be trained.
         """
         if sys._getframe(1).f_code is nn.Module.register_parameter.__code__:
-            raise self._sylva_state.not_shareable()
+            raise self._sylva_state.not_shareable("a parameter of another module")
         return _GRAD_FN.__get__(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -48,6 +48,8 @@ def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, origin: Mapping[s
     present = block_states(model)
     if present:
         if {name: state.mask for name, state in present.items()} == dict(masks):
+            for state in present.values():
+                state.origin = state.origin or dict(origin or {})
             return
         raise EmbedError(
             f"The model already carries {len(present)} embedded weights with other masks; call "

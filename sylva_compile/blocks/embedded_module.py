@@ -147,8 +147,6 @@ class EmbeddedModule:
         module: Any = self
         for attribute, own in self._sylva_states.items():
             own.add_owner(module, attribute)
-            # The process that unpickles a module (a worker of `mp.spawn`, say) may have embedded nothing itself.
-            registry.add(own)
 
     def __delattr__(self, name: str) -> None:
         state = self.__dict__.get("_sylva_states", {}).get(name)

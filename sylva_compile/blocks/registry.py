@@ -10,12 +10,16 @@ state of a tensor that they are called with. Both need process-wide state, which
   with the first state and removed with the last;
 * the names in `torch.compiler.config.dynamic_sources`, each withdrawn with the states that asked for it.
 
-A state that is garbage-collected with its model leaves the look-up at once. Hooks and names stay until the next call
-of `add`, `remove` or `tidy`, since Python may collect garbage while torch iterates over the hooks.
+Copied and unpickled states are added as they are made. A state that is garbage-collected with its model leaves the
+look-up at once. Hooks and names stay until the next call of `add`, `remove` or `tidy`, since Python may collect garbage
+while torch iterates over the hooks.
 """
 
+import copyreg
+import sys
 import weakref
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,12 +32,13 @@ from sylva_compile.blocks.block_state import BlockState
 
 _live: "weakref.WeakKeyDictionary[BlockState, None]" = weakref.WeakKeyDictionary()
 _changes = 0
-_by_tensor: dict[int, "weakref.ref[BlockState]"] = {}
-_mapped_at = -1
+_by_tensor: tuple[int, dict[int, "weakref.ref[BlockState]"]] = (-1, {})
+"""The number of changes at which the look-up was made, and the state of each tensor by the tensor's `id`."""
 _hooks: list[Any] = []
 _sources: "weakref.WeakKeyDictionary[BlockState, set[str]]" = weakref.WeakKeyDictionary()
 _added_sources: set[str] = set()
 _COMPILERS = ("torch._", "torch.export", "torch.fx", "torch.jit")
+_OPTIMIZER_FILE = sys.modules[torch.optim.Optimizer.__module__].__file__
 
 
 def add(state: BlockState) -> None:
@@ -87,20 +92,23 @@ def state_of_positions(tensor: Any) -> BlockState | None:
 
 
 def _find(tensor: Any) -> BlockState | None:
-    global _mapped_at
-    if _mapped_at != _changes:
-        _by_tensor.clear()
-        for state in live_states():
-            ref = weakref.ref(state)
-            for own in (state.weight, state.blocks, state.layout.positions):
-                _by_tensor[id(own)] = ref
-        _mapped_at = _changes
-    found = _by_tensor.get(id(tensor))
-    return None if found is None else found()
+    global _by_tensor
+    changes, found = _by_tensor
+    if changes != _changes:
+        # A new dictionary each time, with the count from before it was made: other threads may be looking up.
+        changes = _changes
+        found = {
+            id(own): weakref.ref(state)
+            for state in live_states()
+            for own in (state.weight, state.blocks, state.layout.positions)
+        }
+        _by_tensor = changes, found
+    ref = found.get(id(tensor))
+    return None if ref is None else ref()
 
 
-def let_blocks_vary(states: Iterable[BlockState], source: str) -> None:
-    """Let Dynamo compile for any number of blocks, as long as one of `states` lives.
+def let_blocks_vary(states: Iterable[BlockState], source: str) -> bool:
+    """Let Dynamo compile for any number of blocks, as long as one of `states` lives; return whether that is new.
 
     Dynamo takes the shape of a Parameter as fixed unless `dynamic_sources` names the Parameter.
 
@@ -111,9 +119,16 @@ def let_blocks_vary(states: Iterable[BlockState], source: str) -> None:
     for state in states:
         _sources.setdefault(state, set()).add(source)
     listed = _listed_sources()
-    if source not in listed:
-        _added_sources.add(source)
-        _write_sources([*listed, source])
+    if source in listed:
+        return False
+    _added_sources.add(source)
+    _write_sources([*listed, source])
+    return True
+
+
+def blocks_vary(state: BlockState) -> bool:
+    """Whether `let_blocks_vary` was called for `state`."""
+    return state in _sources
 
 
 def tidy() -> None:
@@ -122,12 +137,20 @@ def tidy() -> None:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
         _hooks.append(register_optimizer_step_post_hook(_after_step))
         _hooks.append(register_module_parameter_registration_hook(_on_parameter))
-    while _hooks and not _live:
+    while _hooks and not _live and not _in_a_step():
         _hooks.pop().remove()
     wanted = set().union(*_sources.values())
     if unwanted := _added_sources - wanted:
         _added_sources.difference_update(unwanted)
         _write_sources([source for source in _listed_sources() if source not in unwanted])
+
+
+def _in_a_step() -> bool:
+    """Whether this thread is inside of an optimizer's step, where torch iterates over the hooks."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != _OPTIMIZER_FILE:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _listed_sources() -> list[str]:
@@ -144,9 +167,9 @@ def _on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
     if state is None or any(module is owner for owner, _ in state.owners()):
         return
     # Lists of parameters compute nothing, and compilers keep the parameters of a graph in modules of their own.
-    only_holds = isinstance(module, GraphModule | nn.ParameterList | nn.ParameterDict)
+    only_holds = type(module) is nn.Module or isinstance(module, GraphModule | nn.ParameterList | nn.ParameterDict)
     if not only_holds and not type(module).__module__.startswith(_COMPILERS):
-        raise state.not_shareable()
+        raise state.not_shareable(f"the {name} of a {type(module).__name__}")
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -170,3 +193,19 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             state.sync()
         elif state.had_gradient or state.blocks.grad is not None or not state.is_synced():
             state.push()
+
+
+def _restored(values: dict[str, Any]) -> BlockState:
+    """Make a state from the values of another one, and follow it: its blocks may be trained at once."""
+    state = BlockState.__new__(BlockState)
+    state.__setstate__(values)
+    add(state)
+    return state
+
+
+def _reduced(state: BlockState) -> tuple[Any, ...]:
+    return _restored, (state.__getstate__(),)
+
+
+# However a model is copied: some classes copy their attributes in a `__deepcopy__` of their own.
+copyreg.pickle(BlockState, _reduced)

@@ -111,7 +111,8 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
         if chosen and (unmatched := [e for e, some in found.items() if not some]):
             log.warning("scope names %s, which no Linear or Conv1D ends in; the others are taken.", unmatched)
     if not chosen:
-        raise ScopeError(f"scope={scope!r} matches no Linear or Conv1D; {_hint(scope, list(layers))}.")
+        shown = scope if isinstance(scope, str) else list(scope)
+        raise ScopeError(f"scope={shown!r} matches no Linear or Conv1D; {_hint(scope, list(layers))}.")
     weights: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, module in chosen.items():

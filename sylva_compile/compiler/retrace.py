@@ -65,9 +65,7 @@ def update_layouts(
     with disable_current_modes():
         if _share_channels(states, compiled_before, _readers_of_one_activation(named)):
             reasons.append("weights that read one activation share its narrow copy")
-        inside = set(named.values())
-        if _mark_sizes_dynamic(states, inside):
-            _let_blocks_vary(gm, example_inputs, states, inside)
+        if _let_sizes_vary(gm, example_inputs, states, set(named.values())):
             reasons.append("layers with unequal masks share the graph")
     if reasons:
         reason = " and ".join(reasons)
@@ -110,28 +108,35 @@ def _same_in_all_layers(states: States, compiled_before: Set[str], group: set[st
     return [layer for layer in layers.values() if layer == group or (len(layer) > 1 and not layer & compiled_before)]
 
 
-def _mark_sizes_dynamic(states: States, inside: Set[str]) -> bool:
-    """Mark the sizes of weights `inside` a graph as varying where their peers outside of it have other sizes."""
-    changed = False
+def _let_sizes_vary(gm: GraphModule, example_inputs: Sequence[Any], states: States, inside: Set[str]) -> bool:
+    """Let the sizes of weights `inside` the graph vary if their peers outside have others; return whether that is new.
+
+    A copied model has marked index tensors already, while the names of its blocks are not listed yet.
+    """
     patterns = [_pattern(name) for name in inside]
     if len(set(patterns)) < len(patterns):
         # The graph holds several layers: it is a piece of a model that is compiled whole, where symbols would cost.
         return False
-    for name in inside:
-        peers = [state for other, state in states.items() if _pattern(other) == _pattern(name)]
-        same_shape = [state for state in peers if state.mask.shape == states[name].mask.shape]
-        if len({state.layout.sizes for state in same_shape}) > 1:
-            marked = [state.layout.mark_sizes_dynamic() for state in same_shape]
-            changed |= any(marked)
-    return changed
-
-
-def _let_blocks_vary(gm: GraphModule, example_inputs: Sequence[Any], states: States, inside: Set[str]) -> None:
-    """Let the number of blocks of the weights `inside` the graph vary too."""
+    peers = [state for name in inside for state in _unequal_peers(states, name)]
+    marked = [state.layout.mark_sizes_dynamic() for state in peers]
+    if not any(marked) and all(map(registry.blocks_vary, peers)):
+        return False
+    named = []
     for placeholder, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if any(states[name].blocks is value for name in inside):
-            name = placeholder.meta["grapharg"].source.name
-            registry.let_blocks_vary(states.values(), name() if callable(name) else name)
+            source = placeholder.meta["grapharg"].source.name
+            named.append(registry.let_blocks_vary(states.values(), source() if callable(source) else source))
+    return any(marked) or any(named)
+
+
+def _unequal_peers(states: States, name: str) -> list[BlockState]:
+    """Return the weight `name` and its peers of one shape, if their numbers of blocks or input channels differ."""
+    peers = [
+        state
+        for other, state in states.items()
+        if _pattern(other) == _pattern(name) and state.mask.shape == states[name].mask.shape
+    ]
+    return peers if len({state.layout.sizes for state in peers}) > 1 else []
 
 
 def _numbers(name: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ order of operations inside batched products. The same updates in the same order 
 the same groups.
 
 On a CPU the queue keeps no tokens. Single updates start quickly there, and their tokens are still in the cache.
-`python benchmarks/grouped_updates.py` times both ways and counts the operations that grouping saves.
+`python -m benchmarks.grouped_updates` times both ways and counts the operations that grouping saves.
 """
 
 from collections.abc import Callable, Hashable, Sequence

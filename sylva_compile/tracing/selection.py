@@ -20,7 +20,7 @@ def select_blocks(
     specs: Mapping[str, WeightSpec],
     choose: ChooseBlocks | None = None,
 ) -> dict[str, Tensor]:
-    """ChooseBlocks blocks by score.
+    """Choose blocks by score.
 
     Args:
         scores: weight name to scores over its block grid, as the weight is stored; higher is better.

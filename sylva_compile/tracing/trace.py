@@ -62,6 +62,7 @@ def trace_and_mask(
     """
     config, model = SylvaConfig.resolve(config, options), unwrap(model)
     weights, specs = _weights_to_trace(model, config)
+    log_share_left_out(model, weights)
     # A budget without room is refused here, not after the trace.
     check_column_budget(specs, config)
     scored = (
@@ -103,7 +104,6 @@ def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, 
         )
     weights = weights_in_scope(model, config.scope)
     check_block_fits(config.block_size, {name: tuple(weight.shape) for name, weight in weights.items()})
-    log_share_left_out(model, weights)
     return weights, weight_specs(model, weights)
 
 

@@ -237,6 +237,31 @@ class TestProvenance:
         again = json.loads((tmp_path / "again" / format.CONFIG_NAME).read_text())
         assert again["masks"]["base"] == masks.config["base"]
 
+    def test_settings_come_with_an_adapter_that_is_loaded_into_the_same_masks(self, tmp_path: Path) -> None:
+        model = Classifier()
+        base = copy.deepcopy(model)
+        masks = sylva_compile.trace_and_mask(model, method="magnitude", block_size=8)
+        masks.embed()
+        sylva_compile.save_adapter(model, tmp_path / "one")
+        Masks(dict(masks), model=base).embed()
+        sylva_compile.load_adapter(base, tmp_path / "one")
+        sylva_compile.save_adapter(base, tmp_path / "two")
+        found = json.loads((tmp_path / "two" / format.CONFIG_NAME).read_text())["masks"]
+        assert found["method"] == "magnitude"
+
+    def test_loading_says_nothing_of_a_base_that_was_checked(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = Classifier()
+        masks = sylva_compile.trace_and_mask(model, method="magnitude", block_size=8)
+        model.bfloat16()
+        base = copy.deepcopy(model)
+        masks.embed()
+        sylva_compile.save_adapter(model, tmp_path)
+        caplog.clear()
+        sylva_compile.load_adapter(base, tmp_path)
+        assert "chosen for other weights" not in caplog.text
+
     def test_settings_that_json_lacks_are_no_reason_to_lose_a_training(self, tmp_path: Path) -> None:
         model = Classifier()
         masks = random_masks(model, ["head.weight"], 8, 0.5)

@@ -45,6 +45,16 @@ class TestBlockMask:
         with pytest.raises(MaskError, match="must be int64"):
             BlockMask((16, 24), 8, positions)
 
+    def test_positions_of_any_layout_are_kept_as_they_are_now(self, tmp_path: Path) -> None:
+        positions = torch.tensor([[0, 1], [1, 0]])
+        mask = BlockMask((16, 24), 8, positions.t().contiguous().t())
+        Masks({"w": mask}).save(tmp_path / "masks")
+        assert Masks.load(tmp_path / "masks")["w"] == mask
+        mine = positions.clone()
+        kept = BlockMask((16, 24), 8, mine)
+        mine.zero_()
+        assert torch.equal(kept.positions, positions)
+
     def test_a_map_of_another_grid_is_refused(self) -> None:
         with pytest.raises(MaskError, match=r"make it \(2, 2\)"):
             BlockMask.from_block_map(torch.ones(1, 2).bool(), (9, 12), 8)

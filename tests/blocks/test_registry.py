@@ -3,14 +3,21 @@
 import copy
 import gc
 import pickle
+import sys
+import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from oracle import random_masks
-from torch import nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+)
 
 import sylva_compile
 from sylva_compile import Masks
@@ -27,7 +34,7 @@ def _no_other_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_sources", weakref.WeakKeyDictionary())
     monkeypatch.setattr(registry, "_added_sources", set())
     monkeypatch.setattr(registry, "_hooks", [])
-    monkeypatch.setattr(registry, "_mapped_at", -1)
+    monkeypatch.setattr(registry, "_by_tensor", (-1, {}))
     yield
     for hook in registry._hooks:
         hook.remove()
@@ -38,6 +45,11 @@ def embedded() -> tuple[nn.Sequential, Masks]:
     masks = random_masks(model, NAMES, 8, 0.5)
     masks.embed()
     return model, masks
+
+
+def mean_square(model: nn.Module) -> Tensor:
+    loss: Tensor = model(torch.randn(4, 16)).square().mean()
+    return loss
 
 
 def hooks() -> tuple[int, int]:
@@ -148,6 +160,74 @@ class TestHooks:
         with pytest.raises(sylva_compile.SylvaError, match="cannot carry blocks"):
             random_masks(model, ["0.weight", "1.weight"], 8, 0.5).embed()
         assert (hooks(), registry.live_states()) == (nothing, [])
+
+    def test_unloading_inside_of_another_hook_waits_for_the_end_of_the_step(self) -> None:
+        nothing = hooks()
+        held: list[nn.Module] = []
+        handle = register_optimizer_step_post_hook(
+            lambda *_: sylva_compile.unload_adapter(held.pop()) if held else None
+        )
+        try:
+            model, masks = embedded()
+            held.append(model)
+            mean_square(model).backward()
+            torch.optim.SGD(masks.parameters(), lr=1.0).step()
+            registry.tidy()
+            assert hooks() == (nothing[0], nothing[1] + 1)
+        finally:
+            handle.remove()
+
+
+class TestCopies:
+    def test_of_a_class_that_copies_its_attributes_itself_are_followed(self) -> None:
+        class Own(nn.Linear):
+            def __deepcopy__(self, memo: dict[int, Any]) -> "Own":
+                made = type(self).__new__(type(self))
+                memo[id(self)] = made
+                made.__dict__ = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+                return made
+
+        model = nn.Sequential(Own(16, 24), nn.GELU(), nn.Linear(24, 16))
+        random_masks(model, NAMES, 8, 0.5).embed()
+        twin = copy.deepcopy(model)
+        for state in block_states(twin).values():
+            assert registry.state_of_blocks(state.blocks) is state
+        blocks = [state.blocks for state in block_states(twin).values()]
+        mean_square(twin).backward()
+        torch.optim.SGD(blocks, lr=1.0).step()
+        assert all(state.is_synced() for state in block_states(twin).values())
+
+    def test_of_a_state_alone_are_followed(self) -> None:
+        model, _ = embedded()
+        (state, _) = block_states(model).values()
+        twin = copy.deepcopy(state)
+        assert registry.state_of_blocks(twin.blocks) is twin
+        assert twin.writer.positions is twin.layout.positions
+
+
+class TestThreads:
+    def test_look_ups_beside_changes_find_their_state(self) -> None:
+        model, _ = embedded()
+        weights = [state.weight for state in block_states(model).values()]
+        missed: list[int] = []
+
+        def look_up() -> None:
+            for at in range(3000):
+                if at % 3 == 0:
+                    registry.note_change()
+                missed.extend(id(weight) for weight in weights if registry.state_of_weight(weight) is None)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [threading.Thread(target=look_up) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        assert not missed
 
 
 class TestDynamicSources:

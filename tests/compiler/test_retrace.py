@@ -162,6 +162,30 @@ class TestLayersOneByOne:
         case.model(**case.batch).loss.backward()
         check_gradients(case.model, masks, reference, reference(**case.batch).loss)
 
+    def test_a_copy_has_one_graph_too_when_the_original_is_gone(self) -> None:
+        case = tiny("llama", length=16, layers=3)
+        case.model.requires_grad_(False)
+        case.model.get_input_embeddings().weight.requires_grad_(True)
+        masks = unequal_masks(case)
+
+        def compile_layers(model: nn.Module, masks: Masks) -> None:
+            backend = sylva_compile.backend(masks, inner="aot_eager", on_miss="error")
+            for layer in model.model.layers:
+                layer.compile(backend=backend)
+            counters.clear()
+            model(**case.batch).loss.backward()
+            assert counters["stats"]["unique_graphs"] == 1
+            assert backend.report().rewritten == len(masks)
+
+        compile_layers(case.model, masks)
+        twin = copy.deepcopy(case.model)
+        for layer in twin.model.layers:
+            layer._compiled_call_impl = None
+        twin.zero_grad()
+        torch._dynamo.reset()
+        sylva_compile.unload_adapter(case.model)
+        compile_layers(twin, Masks(dict(masks), model=twin))
+
     def test_a_model_compiled_as_a_whole_keeps_its_sizes_fixed(self) -> None:
         case = tiny("llama", length=8)
         masks = unequal_masks(case)
