@@ -1,4 +1,4 @@
-"""Every name of torch's private API that the package uses, in one place.
+"""Every private name that the package imports from torch, and functions for private attributes of its objects.
 
 Import private names from here: `from sylva_compile._torch import compile_fx`. A name is looked up when it is imported,
 so that a module pays for the parts of torch that it uses, and a name that a later version lacks is an error that says

@@ -1,7 +1,7 @@
 """`SylvaConfig`: the arguments of `trace_and_mask`, validated in one place.
 
-The function, `estimate`, examples, benchmarks and mask files all read it. Its fields carry their help text, so that a
-command line needs no second list of them.
+`trace_and_mask`, `estimate`, the examples and the benchmarks read it; mask files and adapters store the fields that
+choose blocks. Each field holds its help text, so that a command line needs no second list of fields.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
@@ -39,7 +39,7 @@ class SylvaConfig:
     """The settings that choose the blocks of a model.
 
     Raises:
-        ArgumentError: a value is not one of those below.
+        ArgumentError: a value is not one of those above.
     """
 
     scope: Scope = field(
@@ -59,12 +59,12 @@ class SylvaConfig:
     )
     block_size: int = field(default=64, metadata=_about("b, rows and columns of a block, at least 8"))
     num_partitions: int = field(
-        default=4, metadata=_about('depth K of the hierarchical factors ("sylva"; `score="gain"` does without)')
+        default=4, metadata=_about('depth K of the hierarchical factors of "sylva"; `score="gain"` does not use it')
     )
     rank: int = field(default=8, metadata=_about("rank r of the hierarchical factors' off-diagonal parts"))
     num_samples: int = field(
         default=1024,
-        metadata=_about("sequences to trace over all ranks; a loader that ends early is used up, and the log says so"),
+        metadata=_about("sequences to trace, over all ranks together; the log warns if the loader ends before that"),
     )
     method: Method = field(
         default="sylva",
@@ -73,9 +73,9 @@ class SylvaConfig:
     score: Score = field(
         default="greedy",
         metadata=_about(
-            'for "sylva" and "kfac": "greedy" takes one block after another, each for the gain that those before it '
-            'leave; "gain" takes the blocks that alone could win most, by half their Newton decrement; "paper" is eqn '
-            "19 and 20"
+            'for "sylva" and "kfac": "greedy" takes one block after another, each by its gain after the Newton steps '
+            'of those before it; "gain" takes the blocks of the highest gain, half the Newton decrement of a block '
+            'alone; "paper" is the paper\'s importance, equations 19 and 20'
         ),
     )
     allocation: Allocation = field(
@@ -116,6 +116,8 @@ class SylvaConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.scope, str):
+            if not isinstance(self.scope, Iterable) or not all(isinstance(ending, str) for ending in self.scope):
+                raise ArgumentError(f"scope={self.scope!r}; use 'all-linear', a regular expression or a list of names.")
             object.__setattr__(self, "scope", tuple(self.scope))
         if self.checkpoint is not None:
             object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
@@ -210,7 +212,7 @@ def check_block_size(block_size: int) -> None:
 
 
 def takes_config(function: _F) -> _F:
-    """Show the fields of SylvaConfig in the signature of `function`, whose `**options` they are."""
+    """Replace `**options` in the signature of `function` by the fields of SylvaConfig, for `help` and editors."""
     signature = inspect.signature(function)
     given = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     options = [

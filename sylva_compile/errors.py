@@ -14,17 +14,18 @@ class ScopeError(SylvaError, ValueError):
 
 
 class TraceError(SylvaError, RuntimeError):
-    """Stage 1 cannot observe the model: there are no batches, no loss, or no gradient."""
+    """A trace cannot run: no batches, no loss, no gradient, too little memory, or a checkpoint that does not fit."""
 
 
 class MaskError(SylvaError, ValueError):
-    """Masks do not fit the model they are used with."""
+    """Masks are malformed, do not fit the model, or cannot be read from or written to a file."""
 
 
 class EmbedError(SylvaError, RuntimeError):
     """Blocks cannot be put into a model, taken out of it or trained as it is.
 
-    It carries other blocks, its tensors were swapped or changed past them, or DistributedDataParallel lacks them.
+    The model carries other blocks, its tensors were replaced or changed without its modules' knowledge, or
+    DistributedDataParallel does not average the gradients of the blocks.
     """
 
 

@@ -43,6 +43,8 @@ class TestFields:
     @pytest.mark.parametrize(
         ("option", "value", "message"),
         [
+            ("scope", 3, "a list of names"),
+            ("scope", [3], "a list of names"),
             ("sparsity", 1.0, "in [0, 1)"),
             ("sparsity", "0.5", "in [0, 1)"),
             ("block_size", 4, "8 or more"),

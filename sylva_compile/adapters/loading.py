@@ -25,14 +25,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     """Put the blocks saved in `directory` into `model`, whose base weights must be those that they were trained on.
 
     The dense weights equal those of the trained model bit for bit, and the blocks can be trained on. A model that
-    carries the same masks already gets the values into its existing parameters. The log names frozen weights without
-    blocks that differ from those of the training.
+    carries the same masks already gets the values into its existing parameters. The log warns if frozen weights or
+    buffers without blocks differ from those of the training.
 
     Returns:
         The masks, bound to `model`; their `config` is that of the masks which were trained.
 
     Raises:
         AdapterError: there is no adapter, it is damaged, or it belongs to another base; the model is as before then.
+        ScopeError: a weight cannot carry blocks (quantised, sharded, on the meta device).
         EmbedError: the model carries other masks, or DistributedDataParallel has wrapped it already.
     """
     wrapped, model = model, unwrap(model)
@@ -60,7 +61,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     masks.embed(wrapped)
     with torch.no_grad():
         for name, state in block_states(model).items():
-            state.origin = dict(masks.config)
+            state.masks_config = dict(masks.config)
             state.blocks.copy_(tensors[f"{name}/blocks"])
             state.push()
         replaced = model.__dict__.setdefault(_REPLACED, {})
@@ -77,7 +78,10 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Make an ordinary model: the trained values stay in the dense weights; blocks and generated classes go.
 
     Returns:
-        The model, changed in place; the one inside of a wrapper, as in PEFT.
+        The model without wrappers (DistributedDataParallel, `torch.compile`), changed in place.
+
+    Raises:
+        EmbedError: a class was made from an embedded one since (a parametrization); the model is as before then.
     """
     model = unwrap(model)
     unembed(model)
@@ -93,7 +97,8 @@ def unload_adapter(model: nn.Module) -> None:
 
     Raises:
         AdapterError: a module that the adapter replaced was itself replaced or changed its shape since.
-        EmbedError: a base is not known any more. The model is as before in either case.
+        EmbedError: a base is not known any more, or a class was made from an embedded one since (a parametrization).
+            The model is as before in either case.
     """
     model = unwrap(model)
     _check_replaced(model.__dict__.get(_REPLACED, {}), named_tensors(model))

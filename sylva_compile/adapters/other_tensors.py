@@ -45,7 +45,7 @@ def tensors_to_save(model: nn.Module, endings: Sequence[str], states: Mapping[st
     for ending in endings:
         modules = [name for name, _ in model.named_modules() if name == ending or name.endswith("." + ending)]
         if not modules:
-            raise AdapterError(f"modules_to_save names {ending!r}, which no module ends in; see model.named_modules().")
+            raise AdapterError(f"modules_to_save: no module name ends in {ending!r}; see model.named_modules().")
         for module in map(plain_name, modules):
             inside = {name: tensor for name, tensor in every.items() if not module or name.startswith(f"{module}.")}
             for name, tensor in inside.items():

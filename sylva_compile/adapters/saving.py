@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sylva_compile.adapters.format import write_adapter
 from sylva_compile.adapters.other_tensors import frozen_tensors, tensors_of_blocks, tensors_to_save
+from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import checksum
@@ -43,7 +44,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
     for name, state in states.items():
         state.sync()
         blocks = state.zero_outside(state.blocks.detach())
-        _check_finite(f"{name}_blocks", blocks)
+        _check_finite(name + SUFFIX, blocks)
         state.check_synced()
         state.check_base_known()
         tensors[f"{name}/blocks"] = blocks.cpu().contiguous()
@@ -62,7 +63,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
         tensors[f"{name}/whole"] = value.detach().to("cpu", copy=True).contiguous()
     _warn_of_lost_parameters(model, states, whole)
     entries = {
-        "masks": next(iter(states.values())).origin,
+        "masks": next(iter(states.values())).masks_config,
         "weights": weights,
         "modules_to_save": {name: checksum(value) for name, value in whole.items()},
         "frozen": {name: checksum(value) for name, value in frozen_tensors(model, states, whole).items()},

@@ -1,1 +1,1 @@
-"""Stage 2, what is trained: the blocks of each weight, and the modules that carry them inside frozen weights."""
+"""The trainable blocks: masks, and the generated modules that hold blocks inside frozen weights."""

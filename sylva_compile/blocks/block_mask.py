@@ -9,6 +9,9 @@ from torch import Tensor
 from sylva_compile.errors import ArgumentError, MaskError
 from sylva_compile.kernels.blocks import grid_shape
 
+SUFFIX = "_blocks"
+"""The blocks of the weight `name` are the Parameter `name + SUFFIX` of the same module."""
+
 
 @dataclass(frozen=True, eq=False)
 class BlockMask:
@@ -18,6 +21,9 @@ class BlockMask:
         shape: `(m, n)` of the weight as stored.
         block_size: b.
         positions: `int64[2, nnz]` on the CPU, block rows and block columns, sorted by row, then column.
+
+    Raises:
+        MaskError: positions have another shape or dtype, lie outside of the grid, repeat, or are not sorted.
     """
 
     shape: tuple[int, int]

@@ -10,8 +10,8 @@ The rule: the blocks of the dense weight always equal the `<name>_blocks` parame
 | both                                        | the blocks win: they hold more bits                                  |
 | the dense weight, by loading or assigning   | the blocks are read; a weight that differs outside is a new base     |
 
-`sync` applies this table. It runs before anything reads either tensor: forward passes, steps, moves, copies, state
-dicts.
+`sync` applies the first three rows. It runs before anything reads either tensor: forward passes, steps, moves, copies,
+state dicts. `follow_assignment` applies the last row, when the module's weight is loaded or assigned.
 """
 
 import functools
@@ -41,19 +41,20 @@ class BlockState:
         weight: the dense Parameter `[m, n]`, frozen.
         blocks: the trainable Parameter `[nnz, b, b]`, float32 or wider.
         layout: index tensors on the weight's device.
+        writer: writes blocks at the mask's positions into a dense weight.
         base: `[nnz, b, b]` on the CPU, in the weight's dtype: the blocks before training.
         base_known: whether `base` still belongs to the weight; an edit in place of the dense weight ends that.
         was_trainable: `requires_grad` of the dense weight before it was embedded.
         had_gradient: whether the blocks had a gradient when the optimizer's step began.
-        origin: `Masks.config` of the masks that the weight was embedded with.
+        masks_config: `Masks.config` of the masks that the weight was embedded with.
     """
 
     def __init__(
-        self, name: str, weight: nn.Parameter, mask: BlockMask, axis: int, origin: dict[str, Any] | None = None
+        self, name: str, weight: nn.Parameter, mask: BlockMask, axis: int, masks_config: dict[str, Any] | None = None
     ) -> None:
         """Read the blocks of `weight [m, n]` at `mask`; `weight` itself is left as it is."""
         self.name, self.mask, self.weight = name, mask, weight
-        self.origin = dict(origin or {})
+        self.masks_config = dict(masks_config or {})
         self.was_trainable = weight.requires_grad
         self.layout = BlockLayout(mask, axis, weight.device)
         self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
@@ -133,7 +134,7 @@ class BlockState:
             )
 
     def not_shareable(self, place: str) -> EmbedError:
-        """Return the error for a dense weight that becomes a parameter without its blocks; `place` says which one."""
+        """Return the error for a dense weight that another module takes as parameter; `place` names that parameter."""
         return EmbedError(
             f"{self.name} carries blocks and cannot become {place}; convert the model (to float8, say) or tie its "
             "weights before its masks are embedded, or unload the adapter first."
@@ -205,6 +206,6 @@ class BlockState:
 def _warn_of_another_base() -> None:
     """Warn once a process: a model has hundreds of weights."""
     log.warning(
-        "What was loaded differs from the base outside of the blocks too, and is the base from now on. If it comes "
+        "The loaded weights differ from the base outside of the blocks too and are the base from now on. If they come "
         "from a training with other masks, load those masks first (Masks.load)."
     )

@@ -53,8 +53,8 @@ class DenseView(Tensor):
         """The autograd node of the view.
 
         Raises:
-            EmbedError: `nn.Module.register_parameter` asks, because a conversion (to float8, say) moves the weight into
-                a module of its own, where the blocks would never be trained.
+            EmbedError: `nn.Module.register_parameter` reads it. A conversion (to float8, say) then moves the weight
+                into another module, where the blocks would never be trained.
         """
         if sys._getframe(1).f_code is nn.Module.register_parameter.__code__:
             raise self._sylva_state.not_shareable("a parameter of another module")

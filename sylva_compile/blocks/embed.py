@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from sylva_compile.blocks import registry
-from sylva_compile.blocks.block_mask import BlockMask
+from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import check_not_wrapped
-from sylva_compile.blocks.embedded_module import SUFFIX, EmbeddedModule, embedded_class
+from sylva_compile.blocks.embedded_module import EmbeddedModule, embedded_class
 from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
 from sylva_compile.errors import EmbedError
 
@@ -29,7 +29,7 @@ def block_states(model: nn.Module) -> dict[str, BlockState]:
     return {state.name if state.name in found else found[0]: state for state, found in names.items()}
 
 
-def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, origin: Mapping[str, Any] | None = None) -> None:
+def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, masks_config: Mapping[str, Any] | None = None) -> None:
     """Put trainable blocks into the weights named by `masks`; freeze those weights. Nothing else of the model changes.
 
     A weight that several modules share is embedded in all of them, with one set of blocks. Embedding the same masks
@@ -38,7 +38,7 @@ def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, origin: Mapping[s
     Args:
         model: the model, or a wrapper of it.
         masks: weight name to blocks.
-        origin: how the masks were made; `save_adapter` writes it.
+        masks_config: `Masks.config`, how the masks were made; `save_adapter` writes it.
 
     Raises:
         EmbedError: the model carries other masks already, a module cannot carry blocks, DistributedDataParallel has
@@ -49,7 +49,7 @@ def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, origin: Mapping[s
     if present:
         if {name: state.mask for name, state in present.items()} == dict(masks):
             for state in present.values():
-                state.origin = state.origin or dict(origin or {})
+                state.masks_config = state.masks_config or dict(masks_config or {})
             return
         raise EmbedError(
             f"The model already carries {len(present)} embedded weights with other masks; call "
@@ -57,7 +57,7 @@ def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, origin: Mapping[s
         )
     check_not_wrapped(wrapped, next(iter(masks), "The model"))
     if torch.is_inference_mode_enabled():
-        raise EmbedError("Blocks made under torch.inference_mode() cannot be trained; leave it to embed masks.")
+        raise EmbedError("Blocks made under torch.inference_mode() cannot be trained; embed masks outside of it.")
     parameters = named_weights(model)
     planned: list[tuple[BlockState, _Owners]] = []
     taken: dict[int, str] = {}
@@ -67,7 +67,7 @@ def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, origin: Mapping[s
             raise EmbedError(f"{name} and {taken[id(weight)]} are one shared weight; give it one mask.")
         taken[id(weight)] = name
         owners = _owners(model, name, weight)
-        planned.append((BlockState(name, weight, mask, input_axis(owners[0][0]), dict(origin or {})), owners))
+        planned.append((BlockState(name, weight, mask, input_axis(owners[0][0]), dict(masks_config or {})), owners))
     _install_all(planned)
     for state, _ in planned:
         state.weight.requires_grad_(False)

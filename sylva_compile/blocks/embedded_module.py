@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from sylva_compile._torch import is_traceable_wrapper_subclass, mark_as_parameter, skip_code
 from sylva_compile.blocks import registry
+from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import check_averaged
 from sylva_compile.blocks.dense_view import DenseView
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.gather_blocks import gather_blocks
-
-SUFFIX = "_blocks"
-"""The blocks of the weight `name` are the Parameter `name + SUFFIX` of the same module."""
 
 
 class Embed(torch.autograd.Function):
@@ -97,7 +95,7 @@ def swapped(state: BlockState) -> EmbedError:
 
 
 class EmbeddedModule:
-    """The methods that all generated subclasses share. In the order of resolution, `nn.Module`'s follow."""
+    """Mixin of every generated subclass. It comes first among the bases, so `super()` is the module's own class."""
 
     _sylva_states: dict[str, BlockState]
     _sylva_base: type

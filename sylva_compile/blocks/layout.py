@@ -19,8 +19,8 @@ class BlockLayout:
     Attributes:
         positions: `int64[2, nnz]`, block rows and block columns. Kernels, the optimizer and compiled graphs all read
             this tensor.
-        input_channels: `int64[k]`, ascending: the channels of the layer's input that the blocks of this weight read,
-            and those that the weights read with which it shares the tensor.
+        input_channels: `int64[k]`, ascending: the channels of the layer's input that the blocks of this weight read, or
+            the union of these channels for all weights that share this tensor.
         narrow_positions: `int64[2, nnz]`, the positions once the input axis is restricted to `input_channels`.
         block_size: b.
         input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 for Conv1D.

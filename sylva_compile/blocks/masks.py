@@ -29,7 +29,12 @@ _FORMAT = "sylva-masks-1"
 
 
 class Masks(Mapping[str, BlockMask]):
-    """The masks of a model: a mapping from weight name to `BlockMask`, usually bound to the model it was made for."""
+    """The masks of a model: a mapping from weight name to `BlockMask`, usually bound to the model it was made for.
+
+    Attributes:
+        config: how the masks were made: the fields of SylvaConfig that choose blocks, versions, and the base's
+            fingerprint. Files and adapters keep it.
+    """
 
     def __init__(
         self,
@@ -108,7 +113,12 @@ class Masks(Mapping[str, BlockMask]):
         return cls(blocks, model=model, config={"method": "by hand", "block_size": block_size})
 
     def bind(self, model: nn.Module) -> None:
-        """Bind to `model` after checking that every masked weight is there in its shape. Raises MaskError otherwise."""
+        """Bind to `model` after checking that every masked weight is there in its shape.
+
+        Raises:
+            MaskError: the model lacks a masked weight or has it in another shape.
+            ScopeError: a weight cannot carry blocks (quantised, sharded, on the meta device).
+        """
         model = unwrap(model)
         parameters = named_weights(model)
         for name, mask in self.items():
@@ -132,7 +142,9 @@ class Masks(Mapping[str, BlockMask]):
 
         Raises:
             MaskError: the model lacks a masked weight or has it in another shape.
-            EmbedError: the model carries other masks already.
+            ScopeError: a weight cannot carry blocks (quantised, sharded, on the meta device).
+            EmbedError: the model carries other masks already, a module cannot carry blocks, DistributedDataParallel has
+                wrapped the model, or the call is made under `torch.inference_mode()`. The model is as before then.
         """
         model = self._require_model() if model is None else model
         bound_before = self._model
@@ -140,7 +152,7 @@ class Masks(Mapping[str, BlockMask]):
             self._compare_base(unwrap(model))
         self.bind(model)
         try:
-            embed(model, self, origin=self.config)
+            embed(model, self, masks_config=self.config)
         except BaseException:
             self._model = bound_before
             raise
@@ -231,7 +243,7 @@ class Masks(Mapping[str, BlockMask]):
             return
         if base_fingerprint(parameters[name] for name in self) != wanted:
             log.warning(
-                "These masks were chosen for other weights than this model's; trace again if that is no intent."
+                "These masks were chosen for other weights than this model's; trace again unless that is what you want."
             )
 
     def _require_model(self) -> nn.Module:

@@ -184,12 +184,12 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     # Some optimizers leave the version counters alone (`p.data.add_`, raw pointers). So blocks that had a gradient,
     # before the step or from its closure, are written in any case; blocks without one are written if they differ.
     # The project's own optimizers move the counters, and their kernel has written the dense weights already.
-    moves_versions = getattr(optimizer, "writes_through", False)
+    writes_through = getattr(optimizer, "writes_through", False)
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for state in live_states():
         if id(state.blocks) not in stepped:
             continue
-        if moves_versions:
+        if writes_through:
             state.sync()
         elif state.had_gradient or state.blocks.grad is not None or not state.is_synced():
             state.push()

@@ -109,7 +109,7 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
         found = {e: {n: m for n, m in layers.items() if n == e or n.endswith("." + e)} for e in endings}
         chosen = {n: m for n, m in layers.items() if any(n in some for some in found.values())}
         if chosen and (unmatched := [e for e, some in found.items() if not some]):
-            log.warning("scope names %s, which no Linear or Conv1D ends in; the others are taken.", unmatched)
+            log.warning("scope: no Linear or Conv1D has a name that ends in %s; the other endings are used.", unmatched)
     if not chosen:
         shown = scope if isinstance(scope, str) else list(scope)
         raise ScopeError(f"scope={shown!r} matches no Linear or Conv1D; {_hint(scope, list(layers))}.")
@@ -172,7 +172,7 @@ def log_share_left_out(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     total = 0
     for prefix, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen or attribute.endswith("_blocks"):
+            if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             total += parameter.numel()

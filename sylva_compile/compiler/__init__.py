@@ -1,1 +1,1 @@
-"""The `torch.compile` backend: what it compiles, what runs before each compiled call, what it reports."""
+"""The `torch.compile` backend, the wrapper that runs before each compiled graph, and the report."""

@@ -1,9 +1,9 @@
 """`torch.compile(model, backend=sylva_compile.backend(masks))`: Inductor, with sampled weight gradients.
 
-Dynamo calls the backend once for each graph it makes: one graph is never promised (graph breaks, checkpointing,
-DistributedDataParallel's buckets, layers compiled one by one), and one compiled graph may serve several layers. So a
-graph holds nothing of a mask: positions are inputs. The backend keeps a report for each embedded weight and fills it
-when a compiled graph first runs with that weight.
+Dynamo calls the backend once for each graph. One model may have many graphs (graph breaks, checkpointing,
+DistributedDataParallel's buckets, layers compiled one by one), and several layers may share one compiled graph. So a
+compiled graph takes the positions of blocks as inputs and holds no part of a mask. The backend keeps a report for each
+embedded weight and fills it when a compiled graph first runs with that weight.
 """
 
 import functools
@@ -86,7 +86,7 @@ class _JointPass(CustomGraphPass):
 
 @functools.cache
 def source_hash() -> bytes:
-    """Return the hash of every source file on which a compiled graph depends."""
+    """Return the hash of the Python files of compiler, kernels and passes, as part of Inductor's cache key."""
     files = sorted(file for room in _HASHED_ROOMS for file in (_PACKAGE / room).rglob("*.py"))
     return get_hash_for_files(tuple(map(str, files)))
 
@@ -197,8 +197,9 @@ def backend(masks: Masks | None = None, *, inner: Inner = "inductor", on_miss: O
             gradient is computed densely then: right, but slower.
 
     Raises:
-        ArgumentError: `inner` or `on_miss` is none of these.
-        MaskError, EmbedError: the masks do not fit, or the model carries others.
+        ArgumentError: `inner` or `on_miss` is none of these, or `masks` is no Masks.
+        MaskError, ScopeError, EmbedError: the masks do not fit or are not bound, a weight cannot carry blocks, or the
+            model carries other masks.
         RewriteError: later, when a graph is compiled with `on_miss="error"` and a gradient stays dense.
     """
     return Backend(masks, inner, on_miss)

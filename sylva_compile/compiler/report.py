@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WeightReport:
-    """The weight-gradient products of one embedded weight in compiled graphs.
+    """The gradient of one embedded weight in the compiled graphs that have run.
 
     Attributes:
-        uses: the number of its weight-gradient products in the compiled graphs that ran; 0 means that none ran yet.
-        reason: why some of them stayed dense, or None.
-        narrowed: whether its products read activations restricted to the input channels that the mask needs.
+        uses: 0 until a compiled graph has trained the weight. Each graph adds one for every place where it uses the
+            weight, and adds them again when it looks the weight up anew, such as after a move of the model.
+        reason: why a part of the gradient stayed dense, or None.
+        narrowed: whether all its products read only the input channels that the mask needs.
         whole_reason: why an activation is read whole, or None.
     """
 

@@ -4,13 +4,13 @@ Two properties of a model show only in a joint graph, and both change the inputs
 
 * **which weights read the same activation**: they get one tensor of input channels, so that one narrow copy of the
   activation serves all of them;
-* **that one graph will serve several layers** whose masks differ in size: Dynamo is told that their sizes vary, so that
-  all layers share one artifact.
+* **whether several layers will share one graph** although their masks differ in size: `update_layouts` tells Dynamo
+  that these sizes vary, so that all layers share one compiled graph.
 
 So the backend may raise TraceAgain from the first trace of a graph, before any code is generated, and Dynamo traces the
-frame again. That costs one trace for all layers that are alike: layouts of one layer's peers, the weights whose names
-differ in numbers only, are updated together. Layouts affect speed alone. A peer that reads its activations in another
-way is still computed rightly.
+frame again. All layers that are alike cost one further trace together: `update_layouts` also updates the layouts of a
+weight's peers, the weights whose names differ in numbers only. Layouts affect speed alone: gradients of a peer that
+reads other activations are correct too.
 """
 
 import logging
@@ -111,7 +111,7 @@ def _same_in_all_layers(states: States, compiled_before: Set[str], group: set[st
 def _let_sizes_vary(gm: GraphModule, example_inputs: Sequence[Any], states: States, inside: Set[str]) -> bool:
     """Let the sizes of weights `inside` the graph vary if their peers outside have others; return whether that is new.
 
-    A copied model has marked index tensors already, while the names of its blocks are not listed yet.
+    In a copied model the index tensors are marked already, but `dynamic_sources` does not list its blocks yet.
     """
     patterns = [_pattern(name) for name in inside]
     if len(set(patterns)) < len(patterns):

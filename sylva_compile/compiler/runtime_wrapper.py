@@ -16,7 +16,7 @@ from sylva_compile.blocks.embedded_module import swapped
 from sylva_compile.passes.sample_weight_gradients import RewriteResult
 
 _MOST_KNOWN = 256
-"""Limit of remembered argument lists: Parameters made for one call (an average, evaluated once) leave one each."""
+"""The most argument lists that a wrapper remembers: Parameters made for one call (averages, say) add one each."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class RuntimeWrapper:
         Args:
             compiled: the graph's code.
             results: what became of each weight gradient, with the index of the argument that holds its positions.
-            note: called with a state and its result when the graph first runs with that state.
-            held: states whose weights the graph holds itself: with Inductor's freezing, Dynamo gives no arguments.
+            note: called with a state and its result whenever the graph looks up the states of new arguments.
+            held: states whose weights are attributes of the graph: with Inductor's freezing they are no arguments.
         """
         self._held = weakref.WeakSet(held) if held else None
         self._compiled, self._results, self._note = compiled, results, note

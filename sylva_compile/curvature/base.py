@@ -10,6 +10,10 @@ from torch.distributed import ProcessGroup, all_reduce
 _NOTHING = 1e-6
 
 
+SCORING_COPIES = 6
+"""The float64 copies of a gradient that scoring holds at most."""
+
+
 @dataclass(frozen=True)
 class EstimatorMemory:
     """Bytes that the estimator of one weight takes.

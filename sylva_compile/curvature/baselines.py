@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sylva_compile.curvature.base import Curvature, EstimatorMemory, sum_tiles
+from sylva_compile.curvature.base import SCORING_COPIES, Curvature, EstimatorMemory, sum_tiles
 from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.kernels.blocks import grid_shape
 
@@ -32,8 +32,8 @@ class SquaredGradient(Curvature):
         return [self.squares]
 
     def memory(self) -> EstimatorMemory:
-        """Return the bytes of the squares, and of their float64 copy while they are scored."""
-        return EstimatorMemory(gradient=self.squares.nbytes, scoring=6 * 8 * self.squares.numel())
+        """Return the bytes of the squares, and of the six float64 copies that scoring holds at most."""
+        return EstimatorMemory(gradient=self.squares.nbytes, scoring=8 * SCORING_COPIES * self.squares.numel())
 
     def block_scores(self, block_size: int) -> Tensor:
         """Return the sum of squares in each block, `[ceil(m/b), ceil(n/b)]`."""

@@ -122,7 +122,7 @@ class Estimators:
         return found
 
     def greedy_map(self, name: str, count: int, allowed: Tensor) -> Tensor:
-        """Return the map of `count` of the `allowed` blocks, chosen jointly (see `sylva_compile.curvature.greedy`).
+        """Return the map of `count` of the `allowed` blocks, chosen greedily (see `sylva_compile.curvature.greedy`).
 
         Args:
             name: a weight; its score is "greedy".
@@ -140,7 +140,7 @@ class Estimators:
         try:
             found = estimator.greedy_map(self._block_size, count, self._specs[name].turned(allowed))
         except ArithmeticError as error:
-            raise ArgumentError(f"{name}: no joint choice ({error}); raise damping, or use score='gain'.") from error
+            raise ArgumentError(f"{name}: no greedy choice ({error}); raise damping, or use score='gain'.") from error
         return self._specs[name].turned(found)
 
     def take_greedy_map(self, name: str, count: int, allowed: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The greedy (joint) choice of blocks: each block is chosen by its gain after the Newton steps of those before it.
+"""The greedy choice of blocks: each block is chosen by its gain after the Newton steps of the blocks before it.
 
 The block gain is the decrease of the loss that a block could win alone. Blocks of one row or one column see the same
 output gradients or the same inputs. The best of them therefore win largely the same decrease, and taking the highest

@@ -2,7 +2,7 @@
 
 Notation of the paper: inputs `x [T, n]`, output gradients `gy [T, m]`, `A = E[x xᵀ]`, `G = E[gy gyᵀ]`, mean gradient
 `Γ [m, n]` with columns `γ_j` and rows `γ_k`. K-FAC approximates the curvature of the weight by `G ⊗ A`. `greedy.py`
-holds the joint choice of blocks.
+holds the greedy choice of blocks.
 """
 
 import functools

@@ -5,14 +5,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
 from sylva_compile.config import Score
-from sylva_compile.curvature.base import Curvature, EstimatorMemory, live_tokens
+from sylva_compile.curvature.base import SCORING_COPIES, Curvature, EstimatorMemory, live_tokens
 from sylva_compile.curvature.factor import Covariance, NewFactor
 from sylva_compile.curvature.greedy import choose_greedily
 from sylva_compile.curvature.importance import GAIN_DAMPING, PAPER_DAMPING, gain_scores, importance, paper_scores
 from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.weight_spec import WeightSpec
-
-_SCORING_COPIES = 6
 
 
 class Kfac(Curvature):
@@ -53,7 +51,7 @@ class Kfac(Curvature):
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Add a batch, `inputs [T, n]` and `output_gradients [T, m]`, without tokens whose output gradient is zero."""
+        """Add a batch, `inputs [T, n]` and `output_gradients [T, m]`; `live_tokens` says which tokens count."""
         live = live_tokens(output_gradients)
         self.inputs.show(self.reader, inputs, live)
         if self._alone:
@@ -77,7 +75,7 @@ class Kfac(Curvature):
     def memory(self) -> EstimatorMemory:
         """Return the bytes of Γ, A and G; scores are computed in float64, from copies of all three."""
         a, g = self.inputs.factor(self.reader).nbytes, self.g.nbytes
-        scoring = 8 * _SCORING_COPIES * self.gradient.numel() + 4 * (a + g)
+        scoring = 8 * SCORING_COPIES * self.gradient.numel() + 4 * (a + g)
         return EstimatorMemory(self.gradient.nbytes, a, g, scoring)
 
     def combine(self, group: ProcessGroup) -> None:

@@ -1,4 +1,4 @@
-"""The current device, on which Triton launches whatever device a kernel's arguments lie on."""
+"""Make a GPU the current one for a launch: Triton launches on the current GPU, wherever the arguments lie."""
 
 import contextlib
 from contextlib import AbstractContextManager

@@ -1,4 +1,4 @@
-"""`sylva::observe`: replaces a weight gradient in stage 1. It passes the operands to the listeners and returns 0.
+"""`sylva::observe`: replaces a weight gradient in a trace. It passes the operands to the listeners and returns 0.
 
 The op does not compute the product. It takes the weight as an argument, so that a listener learns at run time *which*
 weight the operands belong to: one compiled graph may serve several layers, and a weight recorded at compile time would

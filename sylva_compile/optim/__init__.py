@@ -1,4 +1,4 @@
-"""Optimizers for blocks and any other parameters, each one generated kernel a step."""
+"""Optimizers that step blocks, and any other parameters, by one generated kernel."""
 
 from sylva_compile.optim.optimizer import GeneratedOptimizer, StepOptions
 from sylva_compile.optim.optimizers import SGD, Adam, AdamW, Lion, RMSprop

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from sylva_compile._torch import is_traceable_wrapper_subclass
 from sylva_compile.blocks import registry
+from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.errors import ArgumentError, GradientError
 from sylva_compile.kernels.step.codegen import cpp_source, triton_source
@@ -75,7 +76,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     writes_through = True
-    """Says to the hook after every optimizer's step that the dense weights are written already."""
+    """Tells the post-step hook of `blocks.registry` that the step has written the dense weights already."""
 
     counts_steps = False
     """Whether the state holds a count of steps even if no equation uses it."""
@@ -120,7 +121,8 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         """As torch's.
 
         Raises:
-            ArgumentError: a parameter is not of a real floating-point dtype that is known, or a tensor made of others.
+            ArgumentError: a parameter is not float32, bfloat16, float16 or float64, or it is a tensor subclass that
+                wraps other tensors (`fully_shard` makes such parameters).
         """
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
@@ -268,7 +270,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                 if "param_names" in group:
                     return str(group["param_names"][place])
                 state = registry.state_of_blocks(parameter)
-                return f"parameter {place} of group {number}" if state is None else f"{state.name}_blocks"
+                return f"parameter {place} of group {number}" if state is None else state.name + SUFFIX
         return "some parameter"
 
 

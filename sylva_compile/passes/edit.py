@@ -57,9 +57,9 @@ def materialize(graph: Graph, operand: Operand, like: Node | None = None) -> Nod
     return call(graph, torch.ops.aten.permute.default, operand.node, [1, 0], like=like)
 
 
-def apply_scales(graph: Graph, blocks: Node, scales: Iterable[Scale]) -> Node:
-    """Apply `scales` to the sampled `blocks [nnz, b, b]`, the last one first: `scales` lists the outermost first."""
+def apply_scales(graph: Graph, value: Node, scales: Iterable[Scale]) -> Node:
+    """Apply `scales` to `value`, sampled blocks or an operand; the last one first: `scales` lists the outermost first."""
     for scale in reversed(tuple(scales)):
-        args = (blocks,) if scale.factor is None else (blocks, scale.factor)
-        blocks = call(graph, scale.target, *args)
-    return blocks
+        args = (value,) if scale.factor is None else (value, scale.factor)
+        value = call(graph, scale.target, *args)
+    return value

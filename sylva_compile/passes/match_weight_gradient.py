@@ -1,9 +1,9 @@
-"""Match the matrix products that make up a weight's gradient; both stages use this matcher.
+"""Match the matrix products that make up a weight's gradient, for the passes of a trace and of training.
 
 A weight gradient is a linear function of matrix products. A graph such as
 
     %mm   = aten.mm(aten.t(%gy), %x)            [m, T] x [T, n]
-    %t    = aten.t(%mm)                         some layers, twice
+    %t    = aten.t(%mm)                         some layers transpose, some twice
     %cast = aten._to_copy(%t, float32)          autocast
     %sum  = aten.add(%cast, %other)             a weight used twice
 

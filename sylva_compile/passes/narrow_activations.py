@@ -140,7 +140,7 @@ class _Backward:
         self._recomputable: dict[tuple[Node, int], bool] = {}
 
     def reader_of_all(self, root: Node) -> Node | None:
-        """Return a node for which all of `root`, or of a view of it, is saved whatever the pass does; None without."""
+        """Return a backward node for which the forward saves all of `root` whatever the pass does, or None."""
         for reader in self._readers(root):
             if not is_pointwise(reader) or not self.can_recompute(root):
                 return reader

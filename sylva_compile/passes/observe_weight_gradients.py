@@ -1,4 +1,4 @@
-"""Stage 1: hand the operands of every weight gradient to the tracer instead of multiplying them.
+"""In a trace: hand the operands of every weight gradient to the tracer instead of multiplying them.
 
 Before:
 
@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 from sylva_compile._torch import GradAOTOutput, operator_of
 from sylva_compile.kernels.observe import observe
 from sylva_compile.passes.dataflow import dataflow_of, tangent_dependents
-from sylva_compile.passes.edit import call, materialize
+from sylva_compile.passes.edit import apply_scales, call, materialize
 from sylva_compile.passes.match_weight_gradient import match_weight_gradient
 
 aten = torch.ops.aten
@@ -72,9 +72,7 @@ def observe_weight_gradients_pass(
                 sides = [term.lhs, term.rhs]
                 side = 0 if term.lhs.node in backward else 1
                 nodes = [materialize(graph, operand) for operand in sides]
-                for scale in reversed(term.scales):
-                    factor = () if scale.factor is None else (scale.factor,)
-                    nodes[side] = call(graph, scale.target, nodes[side], *factor)
+                nodes[side] = apply_scales(graph, nodes[side], term.scales)
                 seen = call(graph, OBSERVE, *nodes, weight, side == 1)
                 zero = seen if zero is None else call(graph, aten.add.Tensor, zero, seen)
             assert zero is not None

@@ -1,7 +1,7 @@
 """Run graph passes in order, log what each did and how long it took, and dump graphs on request.
 
-TORCH_LOGS="+sylva_compile"             one log line for each pass: number, name, places rewritten, time, and how many
-                                        nodes of each operator came or went
+TORCH_LOGS="+sylva_compile.passes"      one log line for each pass that changed a graph or is disabled: number, name,
+                                        places rewritten, time, and how many nodes of each operator came or went
 SYLVA_DUMP_GRAPHS=directory             write the graph before and after each pass, as text
 SYLVA_DISABLE_PASSES=name,name          leave passes out (results stay correct, only slower)
 """

@@ -1,4 +1,4 @@
-"""Stage 2: replace `gather_blocks(dense weight gradient)` by `sddmm`, which computes the gradients of the blocks alone.
+"""In training: replace `gather_blocks(dense gradient)` by `sddmm`, which computes the gradients of the blocks alone.
 
 Before:
 

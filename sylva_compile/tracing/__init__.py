@@ -1,1 +1,1 @@
-"""Stage 1: run a model over some batches, observe its weight gradients, choose the blocks to train."""
+"""Trace a model: run it over some batches, observe its weight gradients, choose the blocks to train."""

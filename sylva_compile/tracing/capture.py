@@ -1,4 +1,4 @@
-"""The stage 1 backend: its graphs pass the operands of every weight gradient to listeners and skip the product.
+"""The backend that traces: its graphs pass the operands of every weight gradient to listeners and skip the product.
 
 It uses no module hooks. It reads the joint graph of forward and backward, so it finds every weight gradient there,
 whichever Python code computes the forward pass.

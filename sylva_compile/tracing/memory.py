@@ -31,7 +31,7 @@ class WeightEstimate:
         memory: of its estimator: A and G on `device`, the mean gradient on `gradient_device`, and the working memory of
             scoring on `device`, one weight after the other. Weights that read the same inputs share A, which shows in
             the first batch; here each weight counts its own.
-        waiting: the most that updates which wait for each other take on `device`, those of other weights included.
+        waiting: the largest size of the queue of updates on `device`, which all weights on it share.
         device: the weight's device.
         gradient_device: the device that keeps its mean gradient.
     """

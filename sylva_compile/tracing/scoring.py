@@ -69,7 +69,7 @@ def score_by_tracing(
             f"method={config.method!r} needs a loader of batches; give one, or use 'magnitude' or 'random'."
         )
     if torch.is_inference_mode_enabled():
-        raise TraceError("A trace needs gradients, and torch.inference_mode() gives none; leave it to trace.")
+        raise TraceError("A trace needs gradients, and torch.inference_mode() gives none; trace outside of it.")
     share = share_of_samples(config.num_samples, group)
 
     def trace() -> tuple[Estimators, TraceCheckpoint | None, TraceProgress]:

@@ -79,9 +79,9 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _allowed(scores: Tensor, wanted: int, config: SylvaConfig, axis: int) -> Tensor:
-    """Return the blocks in the columns that the budget keeps: the columns whose best blocks have the highest sums.
+    """Return the map of blocks in the columns that the budget keeps.
 
-    Each column counts its best blocks, an equal part of `wanted`.
+    A column's value is the sum of its best `ceil(wanted / kept)` scores; the `kept` columns of highest value stay.
     """
     allowed = torch.ones(scores.shape, dtype=torch.bool, device="cpu")
     if config.column_budget is None:

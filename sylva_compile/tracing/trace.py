@@ -85,8 +85,12 @@ def estimate(model: nn.Module, config: SylvaConfig | None = None, **options: Any
         config: the settings; None: the defaults of SylvaConfig.
         **options: fields of SylvaConfig, in place of those in `config`.
 
+    Returns:
+        The bytes of every weight, and `at_least()` and `at_most()` for each device.
+
     Raises:
-        ArgumentError, ScopeError: an argument, or a weight in scope, cannot be used.
+        ArgumentError, ScopeError: an argument, or a weight in scope, cannot be used, or the method traces nothing.
+        EmbedError: the model carries blocks already.
     """
     config = SylvaConfig.resolve(config, options)
     _, specs = _weights_to_trace(unwrap(model), config)

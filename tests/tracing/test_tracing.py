@@ -371,7 +371,7 @@ class TestArguments:
 
     def test_an_ending_that_matches_nothing_beside_others(self, caplog: pytest.LogCaptureFixture) -> None:
         assert len(sylva_compile.trace_and_mask(small(), method="random", scope=["0", "queery"], **OPTIONS)) == 1
-        assert "['queery'], which no Linear or Conv1D ends in" in caplog.text
+        assert "no Linear or Conv1D has a name that ends in ['queery']" in caplog.text
 
     def test_a_model_without_linear_layers(self) -> None:
         with pytest.raises(ScopeError, match="the model has none"):

@@ -90,7 +90,7 @@ def _is_own(path: Path) -> bool:
 
 
 def _is_safe_above(directory: Path) -> bool:
-    """Return whether other users cannot rename the entries of `directory`: its owner is trusted, or its sticky bit set."""
+    """Return whether other users cannot rename entries of `directory`: its owner is trusted, or its sticky bit set."""
     if not hasattr(os, "getuid"):
         return True
     found = directory.stat()

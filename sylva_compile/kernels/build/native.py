@@ -10,8 +10,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from sylva_compile.kernels.build.code_cache import cached
 from sylva_compile.errors import NativeCompilerError
+from sylva_compile.kernels.build.code_cache import cached
 
 log = logging.getLogger(__name__)
 

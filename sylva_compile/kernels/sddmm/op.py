@@ -6,7 +6,7 @@ Sylva, eqn 16: both operands are token-major as layers hold them, `lhs [T, m]` (
 `rhs [T, n]` (activations). Kernels sum over the T tokens in float32 or wider and return `[nnz, b, b]` in that dtype;
 elements of a block beyond the matrix's edge are zero.
 
-This module imports torch alone; the first call on a device loads the C++ or the Triton kernel.
+This module imports neither Triton nor a compiled library; the first call on a device loads its kernel.
 """
 
 import torch

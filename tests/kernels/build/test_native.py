@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from sylva_compile.kernels.build import native
 from sylva_compile.errors import NativeCompilerError
+from sylva_compile.kernels.build import native
 
 ANSWER = 'extern "C" int answer() { return 42; }'
 THREADS = """
