@@ -58,7 +58,7 @@ def materialize(graph: Graph, operand: Operand, like: Node | None = None) -> Nod
 
 
 def apply_scales(graph: Graph, value: Node, scales: Iterable[Scale]) -> Node:
-    """Apply `scales` to `value`, sampled blocks or an operand; the last one first: `scales` lists the outermost first."""
+    """Apply `scales` to `value`, blocks or an operand; the last one first: `scales` lists the outermost first."""
     for scale in reversed(tuple(scales)):
         args = (value,) if scale.factor is None else (value, scale.factor)
         value = call(graph, scale.target, *args)
