@@ -6,7 +6,6 @@ choose blocks. Each field holds its help text, so that a command line needs no s
 
 import argparse
 import dataclasses
-import functools
 import inspect
 import json
 import math
@@ -153,9 +152,9 @@ class SylvaConfig:
         Raises:
             ArgumentError: an option has no field, or a value cannot be used.
         """
-        unknown = options.keys() - {one.name for one in fields(cls)}
-        if unknown:
-            raise ArgumentError(f"There is no option {min(unknown)!r}; use one of {', '.join(_names())}.")
+        names = [one.name for one in fields(cls)]
+        if unknown := options.keys() - set(names):
+            raise ArgumentError(f"There is no option {min(unknown)!r}; use one of {', '.join(names)}.")
         if config is not None and not isinstance(config, cls):
             raise ArgumentError(f"config is a {type(config).__name__}; give a SylvaConfig.")
         return cls(**options) if config is None else dataclasses.replace(config, **options)
@@ -258,11 +257,6 @@ def _usable_device(device: Any) -> str:
     if found.type == "meta":
         raise ArgumentError(f"gradient_device={device!r} cannot be used here; use None or 'cpu'.")
     return str(found)
-
-
-@functools.cache
-def _names() -> tuple[str, ...]:
-    return tuple(one.name for one in fields(SylvaConfig))
 
 
 # Fields tell their help once: the documentation of the class is made of it.

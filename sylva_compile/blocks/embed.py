@@ -48,8 +48,6 @@ def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, masks_config: Map
     present = block_states(model)
     if present:
         if {name: state.mask for name, state in present.items()} == dict(masks):
-            for state in present.values():
-                state.masks_config = state.masks_config or dict(masks_config or {})
             return
         raise EmbedError(
             f"The model already carries {len(present)} embedded weights with other masks; call "

@@ -139,8 +139,7 @@ def tidy() -> None:
         _hooks.append(register_module_parameter_registration_hook(_on_parameter))
     while _hooks and not _live and not _in_a_step():
         _hooks.pop().remove()
-    wanted = set().union(*_sources.values())
-    if unwanted := _added_sources - wanted:
+    if _added_sources and (unwanted := _added_sources.difference(*_sources.values())):
         _added_sources.difference_update(unwanted)
         _write_sources([source for source in _listed_sources() if source not in unwanted])
 
