@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import sylva_compile
+from benchmarks.quality import optimizers
+from benchmarks.quality.optimizers import Groups, MakeOptimizer
 from benchmarks.quality.tasks import head_of, heads_of
 from benchmarks.quality.traces import PATTERNS, Scores, budget_elements, choose_once
 from sylva_compile.blocks.scope import weights_in_scope
 from sylva_compile.config import Allocation, Score, SylvaConfig
 from sylva_compile.config import Method as TraceMethod
 from sylva_compile.tracing.trace import weight_specs
-
-Groups = list[dict[str, Any]]
 
 
 @dataclass
@@ -39,9 +39,7 @@ class Ready:
     model: nn.Module
     trained: list[nn.Parameter]
     checkpoint: Callable[[], int]
-    optimizer: Callable[[Groups], torch.optim.Optimizer] = field(
-        default=lambda groups: torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    )
+    optimizer: MakeOptimizer = lambda groups: torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     trace_seconds: float = 0.0
     trace_bytes: int = 0
     masks: sylva_compile.Masks | None = None
@@ -87,7 +85,8 @@ class Method:
 
 def prepare_full(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
     """Prepare full fine-tuning, which trains every parameter."""
-    return Ready(model.requires_grad_(True), _besides_head(model), lambda: _state_bytes(model))
+    make = optimizers.for_dense(model, options.get("optimizer", "adamw"))
+    return Ready(model.requires_grad_(True), _besides_head(model), lambda: _state_bytes(model), make)
 
 
 def prepare_sharded(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
@@ -151,7 +150,8 @@ def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
     head = head_of(model)
     for parameter in head:
         parameter.requires_grad_(True)
-    return Ready(wrapped, trained, lambda: _bytes([*trained, *head]))
+    make = optimizers.for_dense(model, options.get("optimizer", "adamw"))
+    return Ready(wrapped, trained, lambda: _bytes([*trained, *head]), make)
 
 
 class Adapter(nn.Module):
@@ -223,20 +223,21 @@ def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgete
         model,
         masks.parameters(),
         lambda: _adapter_bytes(model),
-        sylva_compile.AdamW,
+        optimizers.for_blocks(options.get("optimizer", "adamw")),
         trace_seconds=scores.seconds + seconds,
         trace_bytes=scores.peak_bytes,
         masks=masks,
     )
 
 
-_BLOCKS = frozenset({"trace", "score", "damping", "pattern", "allocation", "column_budget", "prune"})
+_OPTIMIZER = frozenset({"optimizer"})
+_BLOCKS = _OPTIMIZER | frozenset({"trace", "score", "damping", "pattern", "allocation", "column_budget", "prune"})
 
 METHODS = {
-    "full": Method(prepare_full, has_budget=False),
+    "full": Method(prepare_full, has_budget=False, options=_OPTIMIZER),
     "sharded": Method(prepare_sharded, has_budget=False),
     "head": Method(prepare_head, has_budget=False),
-    "lora": Method(prepare_peft),
+    "lora": Method(prepare_peft, options=_OPTIMIZER),
     "dora": Method(prepare_peft),
     "shira": Method(prepare_peft),
     "adapter": Method(prepare_adapter),
@@ -252,6 +253,8 @@ def check_options(options: Mapping[str, Any]) -> str | None:
     strange = set(options) - {"kind"} - METHODS[kind].options
     if strange:
         return f"unknown options {sorted(strange)}; kind={kind!r} takes {sorted(METHODS[kind].options)}"
+    if problem := optimizers.check(options.get("optimizer", "adamw")):
+        return problem
     if kind == "blocks":
         allowed = {
             "trace": get_args(TraceMethod),

@@ -189,14 +189,13 @@ class BlockState:
         col_inside = cols[:, None] * b + lane < n
         return torch.where(row_inside[:, :, None] & col_inside[:, None, :], blocks, 0)
 
-    def step_target(self) -> Target | None:
-        """Return the dense weight as a target of the optimizer's kernel; None if `push` must write it instead."""
+    def step_target(self) -> Target:
+        """Return the dense weight as a target of an optimizer's kernel."""
         blocks, weight, positions = self.blocks, self.weight, self.layout.positions
         reachable = blocks.device == weight.device == positions.device and weight.layout == torch.strided
         wide = blocks.dtype in (torch.float32, torch.float64) and weight.dtype in TYPES
-        if reachable and wide and blocks.is_contiguous() and positions.is_contiguous():
-            return Target(weight, positions, self.mask.block_size)
-        return None
+        by_address = reachable and wide and blocks.is_contiguous() and positions.is_contiguous()
+        return Target(weight, positions, self.mask.block_size, by_address)
 
     def _dense_blocks(self) -> Tensor:
         return read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)

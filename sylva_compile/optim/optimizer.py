@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.errors import ArgumentError, GradientError
 from sylva_compile.kernels.step.codegen import cpp_source, triton_source
 from sylva_compile.kernels.step.lowering import Rule
-from sylva_compile.kernels.step.table import TYPES, Launch, Slot
+from sylva_compile.kernels.step.table import TYPES, Launch, Products, Slot
 from sylva_compile.optim.launches import Launches, lowered
 from sylva_compile.optim.state import laid_out_as, lies_dense, settle_state
 
@@ -33,12 +33,15 @@ class StepOptions:
         state_dtype: float32 or bfloat16 states, whatever the parameters are. bfloat16 is rounded stochastically, the
             same way on any device and number of threads. None makes them in the parameter's dtype, as torch does.
         seed: of the stochastic rounding, 0 to 2³² - 1.
+        products: the precision of the factors of matrix products on a GPU, for rules over blocks. "tf32" and "bfloat16"
+            use its tensor cores. Sums are float32 in any case.
     """
 
     max_grad_norm: float | None = None
     nonfinite: Literal["ignore", "skip", "raise"] = "ignore"
     state_dtype: torch.dtype | None = None
     seed: int = 0
+    products: Products = "float32"
 
     def __post_init__(self) -> None:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -49,6 +52,8 @@ class StepOptions:
             raise ArgumentError(f"state_dtype={self.state_dtype}; use torch.float32, torch.bfloat16 or None.")
         if not 0 <= self.seed < 1 << 32:
             raise ArgumentError(f"seed={self.seed}; use an integer from 0 to 2**32 - 1.")
+        if self.products not in get_args(Products):
+            raise ArgumentError(f"products={self.products!r}; use 'float32', 'tf32' or 'bfloat16'.")
 
 
 class _Member(NamedTuple):
@@ -108,7 +113,8 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         return {name: value for name, value in options.items() if name not in own}
 
     def _reset(self) -> None:
-        self._launches = Launches(stochastic=self.options.state_dtype == torch.bfloat16)
+        stochastic = self.options.state_dtype == torch.bfloat16
+        self._launches = Launches(stochastic=stochastic, products=self.options.products)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self.options}
@@ -122,20 +128,18 @@ class GeneratedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ArgumentError: a parameter is not float32, bfloat16, float16 or float64, or it is a tensor subclass that
-                wraps other tensors (`fully_shard` makes such parameters).
+                wraps other tensors (`fully_shard` makes such parameters); or the group's rule is over blocks and the
+                parameter is not `[n, b, b]`.
         """
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if is_traceable_wrapper_subclass(parameter):
-                self.param_groups.pop()
-                raise ArgumentError(
-                    f"A parameter is a {type(parameter).__name__}, whose values lie elsewhere (fully_shard makes "
-                    "them); train with DistributedDataParallel, or step it with torch's own optimizer."
-                )
-            if parameter.dtype not in TYPES:
-                self.param_groups.pop()
-                known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
-                raise ArgumentError(f"A parameter holds {parameter.dtype} values; give those of {known} only.")
+        group = self.param_groups[-1]
+        try:
+            over_blocks = self.rule(group).is_over_blocks
+            for parameter in group["params"]:
+                _check(parameter, over_blocks)
+        except ArgumentError:
+            self.param_groups.pop()
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states keep the precision of `state_dtype`."""
@@ -191,9 +195,17 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _gather(self) -> _Work:
-        """Return every parameter that has a gradient or a state, by the launch that steps it."""
-        for group in self.param_groups:
+        """Return every parameter that has a gradient or a state, by the launch that steps it.
+
+        Raises:
+            ArgumentError: a parameter has a sparse gradient, or its rule cannot step it; nothing is changed then.
+        """
+        rules = [self.rule(group) for group in self.param_groups]
+        for group, rule in zip(self.param_groups, rules, strict=True):
             for parameter in group["params"]:
+                if rule.is_over_blocks:
+                    # Whoever changed an option of the group since it was added may have changed the rule.
+                    _check(parameter, over_blocks=True)
                 if parameter.grad is not None and parameter.grad.layout != torch.strided:
                     raise ArgumentError(
                         f"{type(self).__name__} does not step sparse gradients; use torch.optim.SparseAdam for that "
@@ -201,8 +213,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                     )
         work: _Work = {}
         index = 0
-        for number, group in enumerate(self.param_groups):
-            rule = self.rule(group)
+        for number, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
             launch_of = self._launches.by(rule)
             counted = rule.counts_steps or self.counts_steps or self.options.state_dtype is not None
             keeps_nothing = not counted and not rule.states
@@ -223,7 +234,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                 if gradient is not None and block_state is not None and not launch.writes_by_address:
                     # The kernels never touch elements beyond the edge of a dense weight.
                     gradient = block_state.zero_outside(gradient)
-                member = _Member(parameter, slot, gradient, None if target is None else block_state)
+                member = _Member(parameter, slot, gradient, block_state)
                 work.setdefault(launch, (rule, []))[1].append(member)
         return work
 
@@ -234,7 +245,8 @@ class GeneratedOptimizer(torch.optim.Optimizer):
             return False
         for launch, (rule, members) in work.items():
             device = launch.device
-            hyper = self._launches.hyperparameters(rule, self.param_groups, device)
+            groups = [group if self.rule(group) == rule else None for group in self.param_groups]
+            hyper = self._launches.hyperparameters(rule, groups, device)
             launch.step(hyper, scale.to(device), skip.to(device), self.options.seed)
             _mark_written(launch, [member for member in members if member.gradient is not None])
         return True
@@ -272,6 +284,23 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                 state = registry.state_of_blocks(parameter)
                 return f"parameter {place} of group {number}" if state is None else state.name + SUFFIX
         return "some parameter"
+
+
+def _check(parameter: Tensor, over_blocks: bool) -> None:
+    """Raise ArgumentError for a parameter that no kernel can step, or that a rule over blocks cannot."""
+    if is_traceable_wrapper_subclass(parameter):
+        raise ArgumentError(
+            f"A parameter is a {type(parameter).__name__}, whose values lie elsewhere (fully_shard makes them); train "
+            "with DistributedDataParallel, or step it with torch's own optimizer."
+        )
+    if parameter.dtype not in TYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
+        raise ArgumentError(f"A parameter holds {parameter.dtype} values; give those of {known} only.")
+    if over_blocks and (parameter.dim() != 3 or parameter.shape[1] != parameter.shape[2]):
+        raise ArgumentError(
+            f"A parameter of shape {tuple(parameter.shape)} holds no square blocks [n, b, b]; put it into a param group "
+            "of its own with a rule for elements, such as {'params': [...], 'rule': 'adamw'}."
+        )
 
 
 def _mark_written(launch: Launch, members: list[_Member]) -> None:

@@ -45,10 +45,11 @@ Signum
 """
 
 import functools
+from typing import Any
 
 import sympy as sp
 
-from sylva_compile.kernels.step.lowering import Rule, g, p, t
+from sylva_compile.kernels.step.lowering import G, P, Rule, g, height, p, t, width
 
 _lr, _eps, _decay = sp.symbols("lr eps weight_decay", real=True)
 _beta1, _beta2, _alpha, _mu, _tau = sp.symbols("beta1 beta2 alpha mu tau", real=True)
@@ -130,3 +131,37 @@ def rmsprop(*, momentum: bool, centered: bool = False, maximize: bool = False) -
         hyperparameters.append((_mu, "momentum"))
     equations.append((p, p - _lr * (_m if momentum else g / _denominator)))
     return Rule("RMSprop", tuple(equations), tuple(states), tuple(hyperparameters))
+
+
+_norm, _a, _b, _c5 = sp.symbols("norm a b c", real=True)
+_M, _U, _X = (sp.MatrixSymbol(name, height, width) for name in ("M", "U", "X"))
+_A, _B = (sp.MatrixSymbol(name, width, width) for name in ("A", "B"))
+
+
+@functools.cache
+def muon(*, nesterov: bool, ns_steps: int, scaled: bool) -> Rule:
+    """Return Muon (Jordan et al., 2024) over blocks: momentum, then the nearest semi-orthogonal matrix, about.
+
+    The quintic Newton–Schulz iteration moves all singular values of U to about 1 (between 0.7 and 1.2, with torch's
+    coefficients and five steps). It multiplies by `X.T * X` where torch takes `X * X.T` of matrices that are not taller
+    than wide; the results are equal.
+
+    Args:
+        nesterov: look ahead along the momentum.
+        ns_steps: the number of iterations.
+        scaled: multiply the step by `0.2 * sqrt(max(height, width))`, which gives its elements the root mean square of
+            AdamW's (Liu et al., 2025, section 2.2); else by `sqrt(max(1, height / width))`, as Jordan does.
+    """
+    equations: list[tuple[Any, Any]] = [
+        (_M, _M + (1 - _mu) * (G - _M)),
+        (_U, _mu * _M + (1 - _mu) * G if nesterov else _M),
+        (_norm, sp.sqrt(sp.Trace(_U.T * _U))),
+        (_X, _U / sp.Max(_norm, _eps)),
+    ]
+    for _ in range(ns_steps):
+        equations += [(_A, _X.T * _X), (_B, _b * _A + _c5 * _A * _A), (_X, _a * _X + _X * _B)]
+    size = sp.Float(0.2) * sp.sqrt(sp.Max(height, width)) if scaled else sp.sqrt(sp.Max(1, height / width))
+    equations.append((P, (1 - _lr * _decay) * P - _lr * size * _X))
+    coefficients = tuple((symbol, ("ns_coefficients", k)) for k, symbol in enumerate((_a, _b, _c5)))
+    options = ((_lr, "lr"), (_mu, "momentum"), (_decay, "weight_decay"), (_eps, "eps"), *coefficients)
+    return Rule("Muon", tuple(equations), ((_M, "momentum_buffer"),), options)

@@ -10,7 +10,7 @@ from torch.autograd.profiler import record_function
 from sylva_compile.kernels.build import native
 from sylva_compile.kernels.step.codegen import cpp_source
 from sylva_compile.kernels.step.lowering import Program
-from sylva_compile.kernels.step.table import Slot, StepTable
+from sylva_compile.kernels.step.table import Products, Slot, StepTable
 
 TILE = 4096
 """Elements a tile: one block of 64 x 64."""
@@ -24,7 +24,9 @@ class CpuLaunch:
 
     writes_by_address = True
 
-    def __init__(self, program: Program, device: torch.device, *, stochastic: bool) -> None:
+    def __init__(
+        self, program: Program, device: torch.device, *, stochastic: bool, products: Products = "float32"
+    ) -> None:
         """Compile the program, or load it from the cache; raise NativeCompilerError without a C++ compiler."""
         self.device = device
         self.table = StepTable(device, TILE, whole_blocks=True, stochastic=stochastic)

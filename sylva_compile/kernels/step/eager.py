@@ -1,10 +1,12 @@
 """The optimizer step in torch's own operations, parameter by parameter, from the same lowered rule.
 
+A rule over blocks steps all blocks of a parameter at once, by batched products.
+
 It is the oracle of the generated kernels and their fallback: without a C++ compiler, on other kinds of device, for
 float64 on a GPU, and for a parameter whose elements do not lie side by side in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy as sp
@@ -13,8 +15,14 @@ from torch import Tensor
 
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.step.codegen import torch_expression
-from sylva_compile.kernels.step.lowering import Program, g, p, t
-from sylva_compile.kernels.step.table import Slot
+from sylva_compile.kernels.step.lowering import Program, g, height, p, t, width
+from sylva_compile.kernels.step.matrix_lowering import MatrixProgram, Product, Statement, Sum, Transpose
+from sylva_compile.kernels.step.table import Products, Slot, Target
+
+Values = dict[sp.Symbol, Any]
+"""Tensors by the symbols of a program."""
+Run = Callable[[Values], None]
+"""A function that computes a statement from the values so far and adds its own."""
 
 
 class EagerLaunch:
@@ -22,18 +30,38 @@ class EagerLaunch:
 
     writes_by_address = False
 
-    def __init__(self, program: Program, device: torch.device, *, stochastic: bool) -> None:
-        """Make functions of torch operations from the program; `stochastic` rounds bfloat16 states stochastically."""
+    def __init__(
+        self,
+        program: Program | MatrixProgram,
+        device: torch.device,
+        *,
+        stochastic: bool,
+        products: Products = "float32",
+    ) -> None:
+        """Make functions of torch operations from the program.
+
+        Args:
+            program: the lowered rule.
+            device: the device of the parameters.
+            stochastic: round bfloat16 states stochastically.
+            products: "bfloat16" rounds the factors of matrix products; "tf32" leaves the choice to torch's settings.
+        """
         self.device, self._program, self._stochastic = device, program, stochastic
         self._pairs: list[tuple[Slot, Tensor]] = []
+        self._sizes: list[tuple[Tensor, Tensor] | None] = []
         self._scalars = [(symbol, _function(value)) for symbol, value in program.scalars]
-        self._statements = [(symbol, _function(value)) for symbol, value in program.statements]
+        rounded = torch.bfloat16 if products == "bfloat16" else None
+        self._statements: list[Run] = [
+            _elementwise(*each) if isinstance(each, tuple) else _matrix_statement(each, rounded)
+            for each in program.statements
+        ]
 
     def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
         """Describe this step; see `Launch`."""
-        pairs = zip(slots, gradients, strict=True)
+        pairs = [(slot, gradient) for slot, gradient in zip(slots, gradients, strict=True) if gradient is not None]
+        self._sizes = [_block_sizes(slot.target) for slot, _ in pairs]
         # A launch may outlive the model and must not keep its dense weights alive.
-        self._pairs = [(slot._replace(target=None), gradient) for slot, gradient in pairs if gradient is not None]
+        self._pairs = [(slot._replace(target=None), gradient) for slot, gradient in pairs]
 
     def squares(self) -> Tensor:
         """Return one sum of squares a gradient; see `Launch`."""
@@ -42,22 +70,37 @@ class EagerLaunch:
 
     def step(self, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
         """Step every parameter that has a gradient; see `Launch`."""
-        for slot, gradient in self._pairs:
+        for (slot, gradient), sizes in zip(self._pairs, self._sizes, strict=True):
             if slot.step is not None:
                 slot.step.add_((skip == 0).to(slot.step.dtype))
-            self._step_one(slot, gradient, hyper[slot.group], scale, skip, seed)
+            self._step_one(slot, gradient, sizes, hyper[slot.group], scale, skip, seed)
 
-    def _step_one(self, slot: Slot, gradient: Tensor, hyper: Tensor, scale: Tensor, skip: Tensor, seed: int) -> None:
+    def _step_one(
+        self,
+        slot: Slot,
+        gradient: Tensor,
+        sizes: tuple[Tensor, Tensor] | None,
+        hyper: Tensor,
+        scale: Tensor,
+        skip: Tensor,
+        seed: int,
+    ) -> None:
         rule = self._program.rule
         wide = block_dtype(slot.param.dtype)
-        names = [symbol for symbol, _ in rule.states]
-        once: dict[sp.Symbol, Any] = dict(zip((symbol for symbol, _ in rule.hyperparameters), hyper, strict=True))
+        once: Values = dict(zip((symbol for symbol, _ in rule.hyperparameters), hyper, strict=True))
         once[t] = torch.ones((), dtype=torch.float64, device="cpu") if slot.step is None else slot.step.double()
-        values: dict[sp.Symbol, Any] = {p: slot.param.to(wide), g: gradient.to(wide) * scale.to(wide)}
-        values |= {symbol: state.to(wide) for symbol, state in zip(names, slot.states, strict=True)}
-        values |= {symbol: compute(once).to(wide) for symbol, compute in self._scalars}
-        for symbol, compute in self._statements:
-            values[symbol] = compute(values)
+        values: Values = {symbol: compute(once).to(wide) for symbol, compute in self._scalars}
+        inputs: tuple[sp.Symbol, ...] = (p, g, *(symbol for symbol, _ in rule.states))
+        if isinstance(self._program, MatrixProgram):
+            inputs = self._program.inputs
+            side = torch.tensor(slot.param.shape[-1], device=self.device)
+            values |= {
+                symbol: size.to(wide) for symbol, size in zip((height, width), sizes or (side, side), strict=True)
+            }
+        given = (slot.param.to(wide), gradient.to(wide) * scale.to(wide), *(state.to(wide) for state in slot.states))
+        values |= dict(zip(inputs, given, strict=True))
+        for run in self._statements:
+            run(values)
         new, *states = [values[symbol] for symbol in self._program.results]
         slot.param.copy_(torch.where(skip == 0, new, slot.param))
         for number, (state, value) in enumerate(zip(slot.states, states, strict=True)):
@@ -96,6 +139,54 @@ def _mix(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
+
+
+def _block_sizes(target: Target | None) -> tuple[Tensor, Tensor] | None:
+    """Return the rows and columns of each block inside its dense weight, `[nnz, 1, 1]` each."""
+    if target is None:
+        return None
+    b = target.block_size
+    rows, cols = (
+        (size - at * b).clamp(max=b)[:, None, None]
+        for size, at in zip(target.matrix.shape, target.positions, strict=True)
+    )
+    return rows, cols
+
+
+def _elementwise(symbol: sp.Symbol, expression: sp.Expr) -> Run:
+    compute = _function(expression)
+
+    def run(values: Values) -> None:
+        values[symbol] = compute(values)
+
+    return run
+
+
+def _matrix_statement(statement: Statement, rounded: torch.dtype | None) -> Run:
+    """Return the function of a statement over blocks; products round their factors to `rounded` if it is given."""
+    match statement:
+        case Product(target, left, right, transposed):
+
+            def run(values: Values) -> None:
+                one, other = values[left].mT if transposed else values[left], values[right]
+                if rounded is not None:
+                    one, other = (factor.to(rounded).to(factor.dtype) for factor in (one, other))
+                values[target] = one @ other
+
+        case Transpose(target, source):
+
+            def run(values: Values) -> None:
+                values[target] = values[source].mT
+
+        case Sum(target, expression):
+            compute = _function(expression)
+
+            def run(values: Values) -> None:
+                values[target] = compute(values).sum((-2, -1), keepdim=True)
+
+        case _:
+            return _elementwise(statement.target, statement.expression)
+    return run
 
 
 def _function(expression: sp.Expr) -> Any:

@@ -1,6 +1,7 @@
 """Lowers an update rule's equations to the program of a kernel: scalars once, then a few statements an element.
 
-A rule is written as in its paper. Lowering does three things to it, in this order:
+A rule is written as in its paper, over elements (`p`, `g`) or over blocks as matrices (`P`, `G`); rules over matrices
+are lowered by `matrix_lowering.py`. Lowering does three things to a rule over elements, in this order:
 
 1. It hoists expressions that depend on no element (`lr / (1 - beta1**t)`): kernels compute them once a parameter and
    step, in float64.
@@ -9,7 +10,7 @@ A rule is written as in its paper. Lowering does three things to it, in this ord
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import sympy as sp
@@ -17,29 +18,45 @@ import sympy as sp
 p, g, t = sp.symbols("p g t", real=True)
 """The parameter, its gradient, and the number of the step, which starts at 1."""
 
+height, width = sp.symbols("height width", integer=True, positive=True)
+"""The rows and columns of a block inside its weight: b, or fewer where the block reaches over the weight's edge."""
+
+P, G = (sp.MatrixSymbol(name, height, width) for name in "PG")
+"""A block of the parameter and of its gradient, each a matrix."""
+
+Value = sp.Symbol | sp.MatrixSymbol
+"""What an equation assigns: a matrix, a number for each block, or a number for each element."""
+
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule.
+    """An update rule, over elements or over blocks.
 
     Attributes:
         name: the rule's name in messages, profiles and generated source.
-        equations: `(left, right)` in order. A left side is a state, an intermediate value, or `p`. A symbol on a
-            right side has the value that the last equation before it assigned, as in a program.
+        equations: `(left, right)` in order. A left side is a state, an intermediate value, or the parameter. A symbol
+            on a right side has the value that the last equation before it assigned, as in a program. A rule over
+            elements assigns `p`. A rule over blocks assigns `P`; its states and other matrices are matrix symbols, and
+            a plain symbol on a left side is one number for each block.
         states: the state symbols with their names in checkpoints; every state starts at zero.
         hyperparameters: every other symbol with the option of the parameter group that holds its value, such as `"lr"`
             or `("betas", 0)`.
     """
 
     name: str
-    equations: tuple[tuple[sp.Symbol, sp.Expr], ...]
-    states: tuple[tuple[sp.Symbol, str], ...]
+    equations: tuple[tuple[Value, sp.Expr], ...]
+    states: tuple[tuple[Value, str], ...]
     hyperparameters: tuple[tuple[sp.Symbol, str | tuple[str, int]], ...]
 
     @property
     def counts_steps(self) -> bool:
         """Whether the equations read `t`, the number of the step."""
         return any(right.has(t) for _, right in self.equations)
+
+    @property
+    def is_over_blocks(self) -> bool:
+        """Whether the equations assign `P`, a block as a matrix; such a rule steps parameters `[nnz, b, b]` alone."""
+        return any(left == P for left, _ in self.equations)
 
     def __str__(self) -> str:
         return "\n".join([self.name, *(f"    {left} = {right}" for left, right in self.equations)])
@@ -72,9 +89,7 @@ def lower(rule: Rule) -> Program:
     """
     states = [symbol for symbol, _ in rule.states]
     constants = {symbol for symbol, _ in rule.hyperparameters} | {t}
-    for symbol in {*states, *constants, *(left for left, _ in rule.equations)}:
-        if not symbol.name.isidentifier() or not symbol.name.isascii() or symbol.name.endswith("_"):
-            raise ValueError(f"{rule.name}: name {symbol} in ASCII letters, digits and _, without _ at the end.")
+    check_names(rule)
     newest: dict[sp.Symbol, sp.Symbol] = {symbol: symbol for symbol in (p, g, *states)}
     scalars: dict[sp.Expr, sp.Symbol] = {}
     statements: list[tuple[sp.Symbol, sp.Expr]] = []
@@ -82,7 +97,7 @@ def lower(rule: Rule) -> Program:
         unknown = right.free_symbols - newest.keys() - constants
         if unknown:
             raise ValueError(f"{rule.name}: {left} reads {unknown}, which no equation before it assigns.")
-        value = _hoist(right.xreplace(newest), constants, scalars)
+        value = hoist(right.xreplace(newest), constants, scalars)
         newest[left] = sp.Symbol(f"{left.name}{len(statements)}_", real=True)
         statements.append((newest[left], value))
     still = [symbol.name for symbol in (p, *states) if newest[symbol] is symbol]
@@ -96,22 +111,34 @@ def lower(rule: Rule) -> Program:
     )
 
 
-def _hoist(expression: sp.Expr, constants: set[sp.Symbol], scalars: dict[sp.Expr, sp.Symbol]) -> sp.Expr:
+def check_names(rule: Rule) -> None:
+    """Raise ValueError if generated code cannot use the name of one of the rule's symbols."""
+    assigned = [left for left, _ in rule.equations]
+    for symbol in [symbol for symbol, _ in (*rule.states, *rule.hyperparameters)] + assigned:
+        name = symbol.name
+        if not name.isidentifier() or not name.isascii() or name.endswith("_"):
+            raise ValueError(f"{rule.name}: name {symbol} in ASCII letters, digits and _, without _ at the end.")
+
+
+def hoist(
+    expression: sp.Expr, constants: Collection[sp.Symbol], scalars: dict[sp.Expr, sp.Symbol], prefix: str = "s"
+) -> sp.Expr:
     """Replace the largest parts of `expression` that depend on `constants` alone by symbols; add those to `scalars`."""
+    constants = set(constants)
     if not expression.free_symbols & constants:
         return expression
     if expression.free_symbols <= constants:
-        return scalars.setdefault(expression, sp.Symbol(f"s{len(scalars)}_", real=True))
+        return scalars.setdefault(expression, sp.Symbol(f"{prefix}_{len(scalars)}_", real=True))
     parts = list(expression.args)
     if isinstance(expression, sp.Add | sp.Mul):
         apart = [part for part in parts if part.free_symbols <= constants]
         if any(part.free_symbols for part in apart):
             parts = [expression.func(*apart), *(part for part in parts if part not in apart)]
-    return expression.func(*(_hoist(part, constants, scalars) for part in parts))
+    return expression.func(*(hoist(part, constants, scalars, prefix) for part in parts))
 
 
 def _names() -> Iterator[sp.Symbol]:
-    return (sp.Symbol(f"x{index}_", real=True) for index in itertools.count())
+    return (sp.Symbol(f"x_{index}_", real=True) for index in itertools.count())
 
 
 def _without_common_subexpressions(

@@ -6,7 +6,7 @@ thread or program steps. Addresses of gradients change from step to step and hav
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,18 +39,25 @@ STOCHASTIC = 4
 """The code of a bfloat16 state that is rounded stochastically."""
 
 
+Products = Literal["float32", "tf32", "bfloat16"]
+"""The precision of matrix products' factors; sums are float32 or wider."""
+
+
 class Target(NamedTuple):
-    """The dense weight into which the kernel writes blocks through.
+    """The dense weight of blocks.
 
     Attributes:
         matrix: `[m, n]`, any strides.
-        positions: `int64[2, nnz]`, contiguous, on the matrix's device.
+        positions: `int64[2, nnz]`.
         block_size: b.
+        by_address: whether a kernel can write the blocks into the matrix: all tensors lie on one device, and positions
+            and blocks are contiguous.
     """
 
     matrix: Tensor
     positions: Tensor
     block_size: int
+    by_address: bool
 
 
 class Slot(NamedTuple):

@@ -17,7 +17,7 @@ from sylva_compile.kernels.build.code_cache import cached
 from sylva_compile.kernels.devices import current
 from sylva_compile.kernels.step.codegen import table_width, triton_source
 from sylva_compile.kernels.step.lowering import Program
-from sylva_compile.kernels.step.table import Slot, StepTable
+from sylva_compile.kernels.step.table import Products, Slot, StepTable
 
 TILE = 4096
 """Elements a tile, which one program steps."""
@@ -28,7 +28,9 @@ class TritonLaunch:
 
     writes_by_address = True
 
-    def __init__(self, program: Program, device: torch.device, *, stochastic: bool) -> None:
+    def __init__(
+        self, program: Program, device: torch.device, *, stochastic: bool, products: Products = "float32"
+    ) -> None:
         """Import the generated module; Triton compiles its kernels for the device when they first run there."""
         self.device = device
         self.table = StepTable(device, TILE, whole_blocks=False, stochastic=stochastic)

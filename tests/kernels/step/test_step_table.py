@@ -20,7 +20,7 @@ def test_tiles_cover_every_element_once(blocks: list[int], whole: bool, block_si
     area = block_size * block_size
     slots = [slot(count) for count in blocks]
     weight = torch.zeros(block_size, 7 * block_size)
-    slots.append(slot(7 * area, Target(weight, torch.zeros(2, 7, dtype=torch.int64), block_size)))
+    slots.append(slot(7 * area, Target(weight, torch.zeros(2, 7, dtype=torch.int64), block_size, True)))
     table.describe(slots, [one.param for one in slots])
     for row, one in enumerate(slots):
         firsts = table.tiles[table.tiles[:, 0] == row, 1].tolist()
