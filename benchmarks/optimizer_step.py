@@ -8,9 +8,12 @@ a dense weight that no block touches are never written and take no memory.
 
 torch's variants step the blocks and then write them through with the fastest library operations that were found: one
 `_foreach_copy_` onto views of all blocks' places, made beforehand, or, compiled, an `index_copy_` of the blocks' rows
-(an indexed assignment per weight takes twenty times as long). Variants take turns, step by step, and their results are
-compared before anything is timed. Each turn also adds one long vector to another in place. This measures the memory
-bandwidth of the machine at that time, and the benchmark compares the bandwidth of our step with it.
+(an indexed assignment per weight takes twenty times as long). torch's Muon takes one 2-D parameter for each block; a
+batched Muon does the same arithmetic in float32 by one `bmm` for all blocks of a weight.
+
+Variants take turns, step by step, and their results are compared with ours of the same rule before anything is timed.
+Each turn also adds one long vector to another in place. This measures the memory bandwidth of the machine at that time,
+and the benchmark compares the bandwidth of our AdamW with it. It also counts the arithmetic of Muon's products.
 """
 
 import gc
@@ -33,7 +36,10 @@ from sylva_compile.blocks.embed import block_states
 HIDDEN, MLP, LAYERS = 4096, 11008, 32
 STREAMED = 1 << 25
 """The number of elements of each of two float32 vectors, which are too large for any cache."""
-VARIANTS = ("sylva", "torch fused", "torch foreach", "torch foreach, compiled")
+ADAMW = ("sylva", "torch fused", "torch foreach", "torch foreach, compiled")
+MUON = ("sylva Muon", "torch Muon", "batched Muon")
+VARIANTS = (*ADAMW, *MUON)
+NS_STEPS = 5
 
 
 @dataclass
@@ -79,7 +85,10 @@ def masks_for(model: nn.Module, block_size: int, sparsity: float) -> Masks:
 
 
 def variants(masks: Masks, lr: float, names: Sequence[str] = VARIANTS) -> list[Variant]:
-    """Return our variant and those in `names`; all start from the same values and have the same gradients."""
+    """Return our AdamW and the variants in `names`; all start from the same values and have the same gradients.
+
+    Our Muon steps the same blocks as our AdamW, since both write them into the same dense weights.
+    """
     ours = masks.parameters()
     assert masks.model is not None
     states = list(block_states(masks.model).values())
@@ -87,24 +96,55 @@ def variants(masks: Masks, lr: float, names: Sequence[str] = VARIANTS) -> list[V
     for blocks in ours:
         nn.init.normal_(blocks, std=0.02)
         blocks.grad = torch.randn_like(blocks)
-    for name in VARIANTS[1:]:
+    if "sylva Muon" in names or "torch Muon" in names or "batched Muon" in names:
+        made.append(Variant("sylva Muon", ours, sylva_compile.optim.Muon(ours, lr=lr, weight_decay=0.01).step))
+    for name in (*ADAMW[1:], *MUON[1:]):
         if name not in names:
             continue
         own = [nn.Parameter(blocks.detach().clone()) for blocks in ours]
         for mine, blocks in zip(own, ours, strict=True):
             mine.grad = blocks.grad
-        fused = name == "torch fused"
-        optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=0.01, fused=fused, foreach=not fused)
-        compiled = name.endswith("compiled")
-        write = compiled_write_through(states, own) if compiled else write_through(states, own)
-        stepped: Any = torch.compile(optimizer.step) if compiled else optimizer.step
+        write = compiled_write_through(states, own) if name.endswith("compiled") else write_through(states, own)
 
-        def step(stepped: Any = stepped, write: Callable[[], None] = write) -> None:
+        def step(stepped: Callable[[], object] = stepper(name, own, lr), write: Callable[[], None] = write) -> None:
             stepped()
             write()
 
         made.append(Variant(name, own, step))
     return made
+
+
+def stepper(name: str, own: list[nn.Parameter], lr: float) -> Callable[[], object]:
+    """Return the function that steps the blocks of a variant of torch, without write-through."""
+    if name == "batched Muon":
+        momenta = [torch.zeros_like(blocks) for blocks in own]
+        return lambda: batched_muon(own, momenta, lr, 0.01)
+    if name == "torch Muon":
+        matrices = []
+        for blocks in own:
+            assert blocks.grad is not None
+            for matrix, gradient in zip(blocks.detach(), blocks.grad, strict=True):
+                matrices.append(nn.Parameter(matrix))
+                matrices[-1].grad = gradient
+        return torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw").step
+    fused = name == "torch fused"
+    optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=0.01, fused=fused, foreach=not fused)
+    return torch.compile(optimizer.step) if name.endswith("compiled") else optimizer.step
+
+
+@torch.no_grad()
+def batched_muon(own: list[nn.Parameter], momenta: list[Tensor], lr: float, weight_decay: float) -> None:
+    """Step all blocks `[nnz, b, b]` by Muon, a weight at a time, in float32."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for blocks, momentum in zip(own, momenta, strict=True):
+        assert blocks.grad is not None
+        momentum.lerp_(blocks.grad, 0.05)
+        update = blocks.grad.lerp(momentum, 0.95)
+        update /= torch.linalg.matrix_norm(update, keepdim=True).clamp_(min=1e-7)
+        for _ in range(NS_STEPS):
+            gram = update @ update.mT
+            update = torch.baddbmm(update, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), update, beta=a)
+        blocks.mul_(1 - lr * weight_decay).sub_(update, alpha=0.2 * lr * blocks.shape[-1] ** 0.5)
 
 
 def write_through(states: list[BlockState], blocks: list[nn.Parameter]) -> Callable[[], None]:
@@ -141,19 +181,25 @@ def compiled_write_through(states: list[BlockState], blocks: list[nn.Parameter])
 
 
 def assert_equal_results(made: list[Variant], masks: Masks) -> None:
-    """Assert that one step of each variant gives the same blocks and writes them into the dense weights."""
+    """Assert that one step of each variant gives the blocks of ours and writes them into the dense weights."""
     assert masks.model is not None
     states = list(block_states(masks.model).values())
-    before = made[0].blocks[0].detach().clone()
+    before = [blocks.detach().clone() for blocks in made[0].blocks]
+    results: dict[bool, list[Tensor]] = {}
     for variant in made:
+        if variant.blocks is made[0].blocks:
+            torch._foreach_copy_([blocks.detach() for blocks in variant.blocks], before)
         variant.step()
-        for state, blocks, wanted in zip(states, variant.blocks, made[0].blocks, strict=True):
-            torch.testing.assert_close(blocks.detach(), wanted.detach(), rtol=1e-5, atol=1e-6)
+        ours = results.setdefault(variant.name in MUON, [blocks.detach().clone() for blocks in variant.blocks])
+        # torch's Muon multiplies in bfloat16; a step of 1e-3 is then uncertain in its second digit.
+        atol = 1e-4 if variant.name == "torch Muon" else 1e-6
+        for state, blocks, wanted in zip(states, variant.blocks, ours, strict=True):
+            torch.testing.assert_close(blocks.detach(), wanted, rtol=1e-5, atol=atol)
             assert torch.equal(state._dense_blocks(), blocks.detach().to(state.weight.dtype)), (
                 f"{variant.name} of {state.name}"
             )
             state.mark_synced()
-    assert not torch.equal(before, made[0].blocks[0]), "nothing was stepped"
+        assert not torch.equal(before[0], variant.blocks[0]), f"{variant.name} stepped nothing"
 
 
 def measure(
@@ -202,6 +248,11 @@ def measure(
     moved = elements * (7 * 4 + 2)
     # The addition reads two vectors and writes one.
     streamed = 3 * 4 * STREAMED / statistics.median(streaming[2:]) / 1e6
+    if (muon := rows.get("sylva Muon")) is not None:
+        # An iteration has two symmetric products, of which half is computed, and one that is not symmetric.
+        operations = NS_STEPS * 2 * 2 * elements * block_size
+        muon["gigaflops_needed"] = operations / muon["step_ms"]["median"] / 1e6
+        muon["gigaflops_of_the_machine"] = machine_gigaflops(device)
     return {
         "weights": len(states),
         "elements": elements,
@@ -210,6 +261,12 @@ def measure(
         "of_streaming": moved / ours / 1e6 / streamed,
         "variants": rows,
     }
+
+
+def machine_gigaflops(device: str) -> float:
+    """Return the speed of a large float32 product by torch's library, in 1e9 operations a second."""
+    a = torch.randn(2048, 2048, device=device)
+    return 2 * 2048**3 / min(_milliseconds(lambda: a @ a) for _ in range(5)) / 1e6
 
 
 def _milliseconds(work: Callable[[], object]) -> float:
@@ -248,6 +305,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{results['weights']} weights, {results['elements']:,} elements, {results['gigabytes_per_second']:.1f} GB/s, "
         f"{results['of_streaming']:.0%} of the {results['streaming_gigabytes_per_second']:.1f} GB/s of adding vectors"
     )
+    if "sylva Muon" in results["variants"]:
+        muon = results["variants"]["sylva Muon"]
+        print(
+            f"Muon: {muon['gigaflops_needed']:.0f} GFLOP/s in a step, of the {muon['gigaflops_of_the_machine']:.0f} of "
+            "a large product"
+        )
     if not options.no_write:
         print(f"written to {write_results('optimizer_step', settings, results)}")
     return results

@@ -89,7 +89,7 @@ def _read(group: Mapping[str, Any], name: str | tuple[str, int]) -> Any:
 
 
 def _kind(slot: Slot, gradient: Tensor | None, over_blocks: bool) -> type[Launch]:
-    if over_blocks or not lies_dense(slot.param) or not (slot.target is None or slot.target.by_address):
+    if not lies_dense(slot.param) or not (slot.target is None or slot.target.by_address):
         return EagerLaunch
     if slot.param.is_cpu:
         return CpuLaunch

@@ -1,7 +1,7 @@
 """`Muon`, which steps blocks as matrices, and other parameters by rules for elements."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from sylva_compile.optim import rules
 from sylva_compile.optim.optimizer import GeneratedOptimizer
 from sylva_compile.optim.optimizers import SGD, Adam, AdamW, Lion
 
-_FOR_ELEMENTS: dict[str, type[GeneratedOptimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lion": Lion}
+_FOR_ELEMENTS: dict[str, Callable[..., GeneratedOptimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lion": Lion}
 
 
 class Muon(GeneratedOptimizer):
@@ -29,7 +29,7 @@ class Muon(GeneratedOptimizer):
         Muon([{"params": masks.parameters()}, {"params": head.parameters(), "rule": "adamw", "lr": 1e-3}])
 
     `rule` is "adamw", "adam", "sgd" or "lion". Such a group takes the options of the optimizer of that name, with its
-    defaults, but for the learning rate, which is Muon's unless it is given. "muon" is the rule of groups that name none.
+    defaults; only the learning rate is Muon's unless it is given. Groups that name no rule have "muon".
 
     Weight decay defaults to 0, as in our AdamW.
     """

@@ -1,59 +1,23 @@
 """`GeneratedOptimizer`: a `torch.optim.Optimizer` whose step is one generated kernel, write-through included."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from sylva_compile._torch import is_traceable_wrapper_subclass
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.errors import ArgumentError, GradientError
 from sylva_compile.kernels.step.codegen import cpp_source, triton_source
 from sylva_compile.kernels.step.lowering import Rule
-from sylva_compile.kernels.step.table import TYPES, Launch, Products, Slot
+from sylva_compile.kernels.step.table import Launch, Slot
 from sylva_compile.optim.launches import Launches, lowered
-from sylva_compile.optim.state import laid_out_as, lies_dense, settle_state
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """The options of every generated optimizer, beside those of its rule.
-
-    Attributes:
-        max_grad_norm: clip the norm of all gradients together, as `clip_grad_norm_` does just before the step, but
-            inside of it: `.grad` stays as it is, and the norm is kept in `optimizer.grad_norm`.
-        nonfinite: how a step treats NaN or infinity in any gradient. "ignore" lets them through, as torch does; "skip"
-            changes nothing, step counts included; "raise" changes nothing and raises GradientError, and waits for a
-            GPU to know.
-        state_dtype: float32 or bfloat16 states, whatever the parameters are. bfloat16 is rounded stochastically, the
-            same way on any device and number of threads. None makes them in the parameter's dtype, as torch does.
-        seed: of the stochastic rounding, 0 to 2³² - 1.
-        products: the precision of the factors of matrix products on a GPU, for rules over blocks. "tf32" and "bfloat16"
-            use its tensor cores. Sums are float32 in any case.
-    """
-
-    max_grad_norm: float | None = None
-    nonfinite: Literal["ignore", "skip", "raise"] = "ignore"
-    state_dtype: torch.dtype | None = None
-    seed: int = 0
-    products: Products = "float32"
-
-    def __post_init__(self) -> None:
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ArgumentError(f"max_grad_norm={self.max_grad_norm}; give a positive number, or None not to clip.")
-        if self.nonfinite not in ("ignore", "skip", "raise"):
-            raise ArgumentError(f"nonfinite={self.nonfinite!r}; use 'ignore', 'skip' or 'raise'.")
-        if self.state_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ArgumentError(f"state_dtype={self.state_dtype}; use torch.float32, torch.bfloat16 or None.")
-        if not 0 <= self.seed < 1 << 32:
-            raise ArgumentError(f"seed={self.seed}; use an integer from 0 to 2**32 - 1.")
-        if self.products not in get_args(Products):
-            raise ArgumentError(f"products={self.products!r}; use 'float32', 'tf32' or 'bfloat16'.")
+from sylva_compile.optim.options import StepOptions
+from sylva_compile.optim.state import check_parameter, laid_out_as, lies_dense, settle_state
 
 
 class _Member(NamedTuple):
@@ -136,7 +100,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         try:
             over_blocks = self.rule(group).is_over_blocks
             for parameter in group["params"]:
-                _check(parameter, over_blocks)
+                check_parameter(parameter, over_blocks)
         except ArgumentError:
             self.param_groups.pop()
             raise
@@ -205,7 +169,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if rule.is_over_blocks:
                     # Whoever changed an option of the group since it was added may have changed the rule.
-                    _check(parameter, over_blocks=True)
+                    check_parameter(parameter, over_blocks=True)
                 if parameter.grad is not None and parameter.grad.layout != torch.strided:
                     raise ArgumentError(
                         f"{type(self).__name__} does not step sparse gradients; use torch.optim.SparseAdam for that "
@@ -284,23 +248,6 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                 state = registry.state_of_blocks(parameter)
                 return f"parameter {place} of group {number}" if state is None else state.name + SUFFIX
         return "some parameter"
-
-
-def _check(parameter: Tensor, over_blocks: bool) -> None:
-    """Raise ArgumentError for a parameter that no kernel can step, or that a rule over blocks cannot."""
-    if is_traceable_wrapper_subclass(parameter):
-        raise ArgumentError(
-            f"A parameter is a {type(parameter).__name__}, whose values lie elsewhere (fully_shard makes them); train "
-            "with DistributedDataParallel, or step it with torch's own optimizer."
-        )
-    if parameter.dtype not in TYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
-        raise ArgumentError(f"A parameter holds {parameter.dtype} values; give those of {known} only.")
-    if over_blocks and (parameter.dim() != 3 or parameter.shape[1] != parameter.shape[2]):
-        raise ArgumentError(
-            f"A parameter of shape {tuple(parameter.shape)} holds no square blocks [n, b, b]; put it into a param group "
-            "of its own with a rule for elements, such as {'params': [...], 'rule': 'adamw'}."
-        )
 
 
 def _mark_written(launch: Launch, members: list[_Member]) -> None:

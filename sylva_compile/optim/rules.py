@@ -162,6 +162,6 @@ def muon(*, nesterov: bool, ns_steps: int, scaled: bool) -> Rule:
         equations += [(_A, _X.T * _X), (_B, _b * _A + _c5 * _A * _A), (_X, _a * _X + _X * _B)]
     size = sp.Float(0.2) * sp.sqrt(sp.Max(height, width)) if scaled else sp.sqrt(sp.Max(1, height / width))
     equations.append((P, (1 - _lr * _decay) * P - _lr * size * _X))
-    coefficients = tuple((symbol, ("ns_coefficients", k)) for k, symbol in enumerate((_a, _b, _c5)))
-    options = ((_lr, "lr"), (_mu, "momentum"), (_decay, "weight_decay"), (_eps, "eps"), *coefficients)
-    return Rule("Muon", tuple(equations), ((_M, "momentum_buffer"),), options)
+    options = ((_lr, "lr"), (_mu, "momentum"), (_decay, "weight_decay"), (_eps, "eps"))
+    coefficients = ((_a, ("ns_coefficients", 0)), (_b, ("ns_coefficients", 1)), (_c5, ("ns_coefficients", 2)))
+    return Rule("Muon", tuple(equations), ((_M, "momentum_buffer"),), (*options, *coefficients))

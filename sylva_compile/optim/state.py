@@ -1,12 +1,14 @@
-"""The states of a parameter in torch's form, laid out for a kernel that reads them by address."""
+"""Parameters that a kernel can step, and their states in torch's form, laid out to be read by address."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sylva_compile._torch import is_traceable_wrapper_subclass
 from sylva_compile.errors import ArgumentError
 from sylva_compile.kernels.step.lowering import Rule
+from sylva_compile.kernels.step.table import TYPES
 
 
 def lies_dense(tensor: Tensor) -> bool:
@@ -62,3 +64,20 @@ def settle_state(
         state[name] = laid_out_as(value, parameter, dtype or value.dtype)
         states.append(state[name])
     return tuple(states), count
+
+
+def check_parameter(parameter: Tensor, over_blocks: bool) -> None:
+    """Raise ArgumentError for a parameter that no kernel can step, or that a rule over blocks cannot."""
+    if is_traceable_wrapper_subclass(parameter):
+        raise ArgumentError(
+            f"A parameter is a {type(parameter).__name__}, whose values lie elsewhere (fully_shard makes them); train "
+            "with DistributedDataParallel, or step it with torch's own optimizer."
+        )
+    if parameter.dtype not in TYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
+        raise ArgumentError(f"A parameter holds {parameter.dtype} values; give those of {known} only.")
+    if over_blocks and (parameter.dim() != 3 or parameter.shape[1] != parameter.shape[2]):
+        raise ArgumentError(
+            f"A parameter of shape {tuple(parameter.shape)} holds no square blocks [n, b, b]; put it into a param "
+            "group of its own with a rule for elements, such as {'params': [...], 'rule': 'adamw'}."
+        )

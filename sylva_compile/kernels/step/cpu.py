@@ -10,6 +10,7 @@ from torch.autograd.profiler import record_function
 from sylva_compile.kernels.build import native
 from sylva_compile.kernels.step.codegen import cpp_source
 from sylva_compile.kernels.step.lowering import Program
+from sylva_compile.kernels.step.matrix_lowering import MatrixProgram
 from sylva_compile.kernels.step.table import Products, Slot, StepTable
 
 TILE = 4096
@@ -25,11 +26,23 @@ class CpuLaunch:
     writes_by_address = True
 
     def __init__(
-        self, program: Program, device: torch.device, *, stochastic: bool, products: Products = "float32"
+        self,
+        program: Program | MatrixProgram,
+        device: torch.device,
+        *,
+        stochastic: bool,
+        products: Products = "float32",
     ) -> None:
-        """Compile the program, or load it from the cache; raise NativeCompilerError without a C++ compiler."""
+        """Compile the program, or load it from the cache; `products` is for GPUs, and of no effect here.
+
+        Raises:
+            NativeCompilerError: there is no C++ compiler, or it does not take the program.
+        """
         self.device = device
-        self.table = StepTable(device, TILE, whole_blocks=True, stochastic=stochastic)
+        over_blocks = program.rule.is_over_blocks
+        # A rule over blocks steps one block a tile.
+        tile = 1 if over_blocks else TILE
+        self.table = StepTable(device, tile, whole_blocks=True, stochastic=stochastic, over_blocks=over_blocks)
         self._library = native.load(cpp_source(program), name=f"the step of {program.rule.name}", flags=_FLAGS)
         self._profile_name = f"sylva_compile::step({program.rule.name})"
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sylva_compile.kernels.blocks import block_dtype
-from sylva_compile.kernels.step.codegen import torch_expression
 from sylva_compile.kernels.step.lowering import Program, g, height, p, t, width
 from sylva_compile.kernels.step.matrix_lowering import MatrixProgram, Product, Statement, Sum, Transpose
+from sylva_compile.kernels.step.printing import torch_expression
 from sylva_compile.kernels.step.table import Products, Slot, Target
 
 Values = dict[sp.Symbol, Any]

@@ -24,9 +24,6 @@ height, width = sp.symbols("height width", integer=True, positive=True)
 P, G = (sp.MatrixSymbol(name, height, width) for name in "PG")
 """A block of the parameter and of its gradient, each a matrix."""
 
-Value = sp.Symbol | sp.MatrixSymbol
-"""What an equation assigns: a matrix, a number for each block, or a number for each element."""
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -44,8 +41,8 @@ class Rule:
     """
 
     name: str
-    equations: tuple[tuple[Value, sp.Expr], ...]
-    states: tuple[tuple[Value, str], ...]
+    equations: tuple[tuple[sp.Expr, sp.Expr], ...]
+    states: tuple[tuple[sp.Expr, str], ...]
     hyperparameters: tuple[tuple[sp.Symbol, str | tuple[str, int]], ...]
 
     @property

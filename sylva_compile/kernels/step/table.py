@@ -83,7 +83,9 @@ class Slot(NamedTuple):
 class StepTable:
     """The rows and tiles of one launch, on its device. They are copied there again only when one of them changes."""
 
-    def __init__(self, device: torch.device, tile: int, *, whole_blocks: bool, stochastic: bool) -> None:
+    def __init__(
+        self, device: torch.device, tile: int, *, whole_blocks: bool, stochastic: bool, over_blocks: bool = False
+    ) -> None:
         """An empty table.
 
         Args:
@@ -91,9 +93,10 @@ class StepTable:
             tile: elements a tile.
             whole_blocks: end the tiles of blocks where a block ends, even if such a tile has more or fewer elements.
             stochastic: round bfloat16 states stochastically.
+            over_blocks: every parameter is blocks `[n, b, b]`, even without a dense weight.
         """
         self.device, self.tile = device, tile
-        self._whole_blocks, self._stochastic = whole_blocks, stochastic
+        self._whole_blocks, self._stochastic, self._over_blocks = whole_blocks, stochastic, over_blocks
         self._rows: list[tuple[int, ...]] = []
         self._addresses: list[int] = []
         self.rebuilt = 0
@@ -114,9 +117,15 @@ class StepTable:
             self._addresses = addresses
             self.gradients = self._send(addresses)
 
+    @property
+    def largest_block(self) -> int:
+        """The size of the largest block in the table, at least 1."""
+        return max((1, *(row[COLUMNS.index("BLOCK")] for row in self._rows)))
+
     def _row(self, slot: Slot, gradient: Tensor | None) -> tuple[int, ...]:
         param, target = slot.param, slot.target
-        dense: tuple[int, ...] = (0,) * 9
+        # The table's columns from DENSE to BLOCKS.
+        dense: tuple[int, ...] = (0, 0, 0, 0, 0, 0, param.shape[-1] if self._over_blocks else 0, 0, 0)
         if target is not None:
             matrix, positions = target.matrix, target.positions
             dense = (

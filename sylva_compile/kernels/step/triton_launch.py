@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from sylva_compile.kernels.build.code_cache import cached
 from sylva_compile.kernels.devices import current
 from sylva_compile.kernels.step.codegen import table_width, triton_source
 from sylva_compile.kernels.step.lowering import Program
+from sylva_compile.kernels.step.matrix_lowering import MatrixProgram
 from sylva_compile.kernels.step.table import Products, Slot, StepTable
 
 TILE = 4096
@@ -29,11 +31,22 @@ class TritonLaunch:
     writes_by_address = True
 
     def __init__(
-        self, program: Program, device: torch.device, *, stochastic: bool, products: Products = "float32"
+        self,
+        program: Program | MatrixProgram,
+        device: torch.device,
+        *,
+        stochastic: bool,
+        products: Products = "float32",
     ) -> None:
         """Import the generated module; Triton compiles its kernels for the device when they first run there."""
         self.device = device
-        self.table = StepTable(device, TILE, whole_blocks=False, stochastic=stochastic)
+        self._over_blocks = program.rule.is_over_blocks
+        # A program steps one block by a rule over blocks.
+        tile = 1 if self._over_blocks else TILE
+        self.table = StepTable(
+            device, tile, whole_blocks=self._over_blocks, stochastic=stochastic, over_blocks=self._over_blocks
+        )
+        self._products = products
         self._width = table_width(program.rule)
         self._module = _import(triton_source(program))
         self._counts: list[Tensor] = []
@@ -49,9 +62,11 @@ class TritonLaunch:
         table = self.table
         sums = torch.empty(len(table.tiles), dtype=torch.float64, device=self.device)
         if len(sums):
+            tile = _power_of_two(table.largest_block**2) if self._over_blocks else TILE
+            options = {"WIDTH": self._width, "TILE": tile, "BLOCKS_ALONE": self._over_blocks}
             with current(self.device):
                 self._module.parts.squares_kernel[(len(sums),)](
-                    table.rows, table.gradients, table.tiles, sums, WIDTH=self._width, TILE=TILE, num_warps=8
+                    table.rows, table.gradients, table.tiles, sums, **options, num_warps=8
                 )
         return sums
 
@@ -61,10 +76,20 @@ class TritonLaunch:
         if self._counts:
             torch._foreach_add_(self._counts, (skip == 0).to(torch.float32))
         if len(table.tiles):
+            options: dict[str, Any] = {"TILE_": TILE, "num_warps": 8}
+            if self._over_blocks:
+                # `tl.dot` takes powers of two from 16 on.
+                side = max(16, _power_of_two(table.largest_block))
+                options = {"SIDE_": side, "PRODUCTS_": self._products, "num_warps": 8 if side > 64 else 4}
             with current(self.device):
                 self._module.step_kernel[(len(table.tiles),)](
-                    table.rows, table.gradients, hyper, table.tiles, scale, skip, seed, TILE_=TILE, num_warps=8
+                    table.rows, table.gradients, hyper, table.tiles, scale, skip, seed, **options
                 )
+
+
+def _power_of_two(least: int) -> int:
+    """Return the smallest power of two that is not below `least`, which is positive."""
+    return 1 << (least - 1).bit_length()
 
 
 def _import(source: str) -> ModuleType:

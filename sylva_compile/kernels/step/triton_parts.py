@@ -103,7 +103,7 @@ def load(address, code, index, inside):
 
 
 @triton.jit
-def _store(address, code, index, inside, value):
+def store(address, code, index, inside, value):
     """Store float32 values, rounded to nearest, in any dtype."""
     if code == _FLOAT32:
         tl.store(address.to(tl.pointer_type(tl.float32)) + index, value, mask=inside)
@@ -120,12 +120,12 @@ def _store(address, code, index, inside, value):
 @triton.jit
 def store_parameter(row, start, index, inside, value, TILE: tl.constexpr):
     """Store the new values, and for blocks the dense weight's elements too."""
-    _store(column(row, PARAM), column(row, PARAM_TYPE), index, inside, value)
+    store(column(row, PARAM), column(row, PARAM_TYPE), index, inside, value)
     if column(row, DENSE) != 0:
         at_row, at_col = _place(row, start, TILE)
         offset = at_row * column(row, ROW_STRIDE) + at_col * column(row, COL_STRIDE)
         # Blocks are float32 here, so `value` is exactly the parameter's new value.
-        _store(column(row, DENSE), column(row, DENSE_TYPE), offset, inside, value)
+        store(column(row, DENSE), column(row, DENSE_TYPE), offset, inside, value)
 
 
 @triton.jit
@@ -164,18 +164,24 @@ def store_state(row, NUMBER: tl.constexpr, index, inside, value, seed, t):
         bits = value.to(tl.uint32, bitcast=True)
         finite = (bits & 0x7F800000) != 0x7F800000
         chosen = tl.where(finite, (bits + (random & 0xFFFF)) & 0xFFFF0000, bits)
-        _store(address, _BFLOAT16, index, inside, chosen.to(tl.float32, bitcast=True))
+        store(address, _BFLOAT16, index, inside, chosen.to(tl.float32, bitcast=True))
     else:
-        _store(address, code, index, inside, value)
+        store(address, code, index, inside, value)
 
 
 @triton.jit
-def squares_kernel(table, gradients, tiles, sums, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """Store the sum of squares of each tile's gradient, in float64; not finite where an element is not."""
-    row, _start, index = find_tile(table, tiles, WIDTH, TILE)
+def squares_kernel(table, gradients, tiles, sums, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCKS_ALONE: tl.constexpr):
+    """Store the sum of squares of each tile's gradient, in float64; not finite where an element is not.
+
+    A tile is TILE elements, or one block of at most as many if BLOCKS_ALONE.
+    """
+    row, start, index = find_tile(table, tiles, WIDTH, TILE)
+    end = column(row, COUNT)
+    if BLOCKS_ALONE:
+        end = start + column(row, BLOCK) * column(row, BLOCK)
     gradient = tl.load(gradients + tl.load(tiles + 2 * tl.program_id(0)))
     total = tl.full((), 0.0, tl.float64)
     if gradient != 0:
-        value = load(gradient, column(row, GRAD_TYPE), index, index < column(row, COUNT)).to(tl.float64)
+        value = load(gradient, column(row, GRAD_TYPE), index, index < end).to(tl.float64)
         total = tl.sum(value * value)
     tl.store(sums + tl.program_id(0), total)

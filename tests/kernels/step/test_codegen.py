@@ -13,8 +13,9 @@ from torch import nn
 from sylva_compile.kernels.build import native
 from sylva_compile.kernels.build.code_cache import cached
 from sylva_compile.kernels.step import triton_parts
-from sylva_compile.kernels.step.codegen import cpp_source, torch_expression, triton_source
+from sylva_compile.kernels.step.codegen import cpp_source, triton_source
 from sylva_compile.kernels.step.lowering import Rule, g, lower, p, t
+from sylva_compile.kernels.step.printing import torch_expression
 from sylva_compile.kernels.step.triton_launch import _import
 from sylva_compile.optim import GeneratedOptimizer, rules
 

@@ -1,7 +1,6 @@
-// The parts that the steps of all rules share. `update`, `scalars` and the constants above are generated.
+// Loads and stores of elements of any dtype, and of blocks into dense weights. The constants above are generated.
 //
-// A row of the table describes one parameter; a tile is a row and its first element. Tiles are independent of each
-// other, so the result does not depend on the number of threads.
+// A row of the table describes one parameter.
 
 #include <algorithm>
 #include <cstring>
@@ -95,28 +94,6 @@ uint32_t state_key(const int64_t* row, uint32_t seed, int state) {
 
 const int64_t* state_columns(const int64_t* row, int state) { return row + WIDTH - STATE_COLUMNS * (STATES - state); }
 
-// Steps elements [first, first + count) of one parameter.
-template <typename T>
-void run(const int64_t* row, int64_t gradient, T scale, const T* s, uint32_t seed, int64_t first, int64_t count) {
-  alignas(64) T buffers[STATES + 2][CHUNK];
-  for (const int64_t end = first + count; first < end; first += CHUNK) {
-    const int64_t n = std::min(CHUNK, end - first);
-    T* p = load(row[PARAM], row[PARAM_TYPE], first, n, buffers[STATES]);
-    const T* g = load(gradient, row[GRAD_TYPE], first, n, buffers[STATES + 1]);
-    T* states[STATES + 1];
-    for (int k = 0; k < STATES; ++k) {
-      const int64_t* state = state_columns(row, k);
-      states[k] = load(state[0], state[1], first, n, buffers[k]);
-    }
-    update(n, scale, s, p, g, states);
-    store(row[PARAM], row[PARAM_TYPE], first, n, p, 0);
-    for (int k = 0; k < STATES; ++k) {
-      const int64_t* state = state_columns(row, k);
-      store(state[0], state[1], first, n, states[k], state_key(row, seed, k));
-    }
-  }
-}
-
 // Writes a whole cache line, past the caches where the processor can. The caches would read the line before they change
 // it: rows of a block are pages apart in the dense weight, so the caches hold none of a large weight's lines.
 inline void write_line(void* line, const void* values) {
@@ -189,91 +166,4 @@ void write_through(const int64_t* row, int64_t first, int64_t top, int64_t left,
   }
 }
 
-template <typename T>
-void step_tile(const int64_t* row, int64_t gradient, const double* hyper, double scale, uint32_t seed, int64_t first,
-               int64_t tile) {
-  double wide[SCALARS + 1];
-  T s[SCALARS + 1];
-  scalars(hyper + row[HYPER] * HYPERPARAMETERS, step_number(row), wide);
-  for (int k = 0; k < SCALARS; ++k) s[k] = T(wide[k]);
-  if (!row[DENSE]) return run<T>(row, gradient, T(scale), s, seed, first, std::min(tile, row[COUNT] - first));
-  const int64_t b = row[BLOCK], size = b * b;
-  const int64_t* positions = address<int64_t>(row[POSITIONS]);
-  for (const int64_t end = std::min(first + std::max(tile / size, int64_t(1)) * size, row[COUNT]); first < end;
-       first += size) {
-    const int64_t top = positions[first / size] * b, left = positions[row[BLOCKS] + first / size] * b;
-    const int64_t height = std::min(b, row[ROWS] - top), width = std::min(b, row[COLS] - left);
-    // Whole cache lines are written as soon as they are computed, beside the next rows' arithmetic; single elements are
-    // faster to write all at once.
-    const bool lines = in_whole_lines(row, left, width);
-    const int64_t rows = lines ? std::max(CHUNK / b, int64_t(1)) : b;
-    if (!lines) prefetch_rows(row, top, left, height, width);
-    for (int64_t r = 0; r < height; r += rows) {
-      const int64_t begin = first + r * b, n = std::min(rows, height - r);
-      // Elements over the matrix's edge are neither trained nor written.
-      if (width == b) {
-        run<T>(row, gradient, T(scale), s, seed, begin, n * b);
-      } else {
-        for (int64_t k = 0; k < n; ++k) run<T>(row, gradient, T(scale), s, seed, begin + k * b, width);
-      }
-      write_through<T>(row, begin, top + r, left, n, width);
-    }
-  }
-}
-
-template <typename T>
-double sum_of_squares(const int64_t* row, int64_t gradient, int64_t first, int64_t end) {
-  alignas(64) T buffer[CHUNK];
-  double total = 0.0;
-  for (; first < end; first += CHUNK) {
-    const int64_t n = std::min(CHUNK, end - first);
-    const T* g = load(gradient, row[GRAD_TYPE], first, n, buffer);
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < n; ++i) total += double(g[i]) * double(g[i]);
-  }
-  return total;
-}
-
 }  // namespace
-
-// Steps every parameter that has a gradient: `table [rows, WIDTH]`, `gradients [rows]` (0 where one is missing),
-// `hyper [groups, HYPERPARAMETERS]`, `tiles [count, 2]` (row and first element).
-extern "C" void step(const int64_t* table, const int64_t* gradients, int64_t rows, const double* hyper,
-                     const int64_t* tiles, int64_t count, int64_t tile, double scale, uint32_t seed, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t *row = table + tiles[2 * i] * WIDTH, gradient = gradients[tiles[2 * i]], first = tiles[2 * i + 1];
-      if (!gradient) continue;
-      if (row[PARAM_TYPE] == FLOAT64) {
-        step_tile<double>(row, gradient, hyper, scale, seed, first, tile);
-      } else {
-        step_tile<float>(row, gradient, hyper, scale, seed, first, tile);
-      }
-    }
-    finish_lines();
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t* row = table + r * WIDTH;
-    if (gradients[r] && row[STEP]) *address<float>(row[STEP]) += 1.0f;
-  }
-}
-
-// Writes the sum of squares of each tile's gradient to `sums [count]`; not finite where an element is not.
-extern "C" void squares(const int64_t* table, const int64_t* gradients, const int64_t* tiles, int64_t count, int64_t tile,
-                        double* sums, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t *row = table + tiles[2 * i] * WIDTH, gradient = gradients[tiles[2 * i]], first = tiles[2 * i + 1];
-    const int64_t b = row[BLOCK], unit = row[DENSE] ? std::max(tile / (b * b), int64_t(1)) * b * b : tile;
-    const int64_t end = std::min(first + unit, row[COUNT]);
-    if (!gradient) {
-      sums[i] = 0.0;
-    } else if (row[GRAD_TYPE] == FLOAT64) {
-      sums[i] = sum_of_squares<double>(row, gradient, first, end);
-    } else {
-      sums[i] = sum_of_squares<float>(row, gradient, first, end);
-    }
-  }
-}

@@ -1,0 +1,85 @@
+// Products of square matrices, tile by tile in the processor's vector registers.
+//
+// A matrix is `side` x `side` in memory, `side` a multiple of 16, and zero beyond its first `n` rows and columns. It
+// begins at a cache line.
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, TILE_ROWS = 8, TILE_VECTORS = 3;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, TILE_ROWS = 4, TILE_VECTORS = 2;
+#else
+constexpr int VECTOR_BYTES = 16, TILE_ROWS = 4, TILE_VECTORS = 2;
+#endif
+constexpr int64_t PANEL = 16;  // `side` is a multiple of it.
+
+template <typename T>
+struct Vectors {
+  typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
+  static constexpr int64_t LANES = VECTOR_BYTES / sizeof(T);
+};
+
+// Computes ROWS x WIDTH vectors of `c = a · b`, or of `aᵀ · b`; the pointers are at the tile's first row and column.
+template <typename T, bool TRANSPOSED, int ROWS, int WIDTH>
+inline void multiply_tile(int64_t n, int64_t side, const T* a, const T* b, T* c) {
+  using Vector = typename Vectors<T>::Vector;
+  constexpr int64_t LANES = Vectors<T>::LANES;
+  Vector sums[ROWS][WIDTH] = {};
+  for (int64_t k = 0; k < n; ++k) {
+    Vector right[WIDTH];
+    for (int w = 0; w < WIDTH; ++w) right[w] = *reinterpret_cast<const Vector*>(b + k * side + w * LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const T left = TRANSPOSED ? a[k * side + r] : a[r * side + k];
+#pragma GCC unroll 4
+      for (int w = 0; w < WIDTH; ++w) sums[r][w] += left * right[w];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int w = 0; w < WIDTH; ++w) *reinterpret_cast<Vector*>(c + r * side + w * LANES) = sums[r][w];
+}
+
+// Computes as many tiles of ROWS rows from `row` on as fit between column `col` and the last one; returns where they end.
+template <typename T, bool TRANSPOSED, int ROWS, int WIDTH>
+inline int64_t multiply_row(int64_t n, int64_t side, int64_t row, int64_t col, const T* a, const T* b, T* c) {
+  constexpr int64_t STEP = WIDTH * Vectors<T>::LANES;
+  const T* left = a + (TRANSPOSED ? row : row * side);
+  for (; col + STEP <= side; col += STEP)
+    multiply_tile<T, TRANSPOSED, ROWS, WIDTH>(n, side, left, b + col, c + row * side + col);
+  return col;
+}
+
+// c = a · b, or aᵀ · b.
+template <typename T, bool TRANSPOSED>
+void multiply(int64_t n, int64_t side, const T* a, const T* b, T* c) {
+  constexpr int64_t WIDEST = TILE_VECTORS * Vectors<T>::LANES;
+  for (int64_t row = 0; row < side; row += TILE_ROWS) {
+    int64_t col = 0;
+    // Tiles of two vectors beside wider ones would leave a narrow rest.
+    if (side % WIDEST == 0) col = multiply_row<T, TRANSPOSED, TILE_ROWS, TILE_VECTORS>(n, side, row, col, a, b, c);
+    col = multiply_row<T, TRANSPOSED, TILE_ROWS, 2>(n, side, row, col, a, b, c);
+    multiply_row<T, TRANSPOSED, TILE_ROWS, 1>(n, side, row, col, a, b, c);
+  }
+}
+
+// The same for a product that is symmetric: computes the panels on and above the diagonal, and copies the others.
+template <typename T, bool TRANSPOSED>
+void multiply_symmetric(int64_t n, int64_t side, const T* a, const T* b, T* c) {
+  for (int64_t row = 0; row < side; row += 2 * TILE_ROWS)
+    multiply_row<T, TRANSPOSED, 2 * TILE_ROWS, 1>(n, side, row, row / PANEL * PANEL, a, b, c);
+  for (int64_t top = PANEL; top < side; top += PANEL)
+    for (int64_t left = 0; left < top; left += PANEL)
+      for (int64_t r = top; r < top + PANEL; ++r)
+        for (int64_t k = left; k < left + PANEL; ++k) c[r * side + k] = c[k * side + r];
+}
+
+template <typename T>
+void transpose(int64_t side, const T* a, T* c) {
+  for (int64_t top = 0; top < side; top += PANEL)
+    for (int64_t left = 0; left < side; left += PANEL)
+      for (int64_t r = top; r < top + PANEL; ++r)
+        for (int64_t k = left; k < left + PANEL; ++k) c[r * side + k] = a[k * side + r];
+}
+
+}  // namespace
