@@ -106,7 +106,9 @@ def variants(masks: Masks, lr: float, names: Sequence[str] = VARIANTS) -> list[V
             mine.grad = blocks.grad
         write = compiled_write_through(states, own) if name.endswith("compiled") else write_through(states, own)
 
-        def step(stepped: Callable[[], object] = stepper(name, own, lr), write: Callable[[], None] = write) -> None:
+        stepped = stepper(name, own, lr)
+
+        def step(stepped: Callable[[], object] = stepped, write: Callable[[], None] = write) -> None:
             stepped()
             write()
 

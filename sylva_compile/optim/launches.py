@@ -74,7 +74,7 @@ class Launches:
         remote = {k: value for k, value in enumerate(found) if isinstance(value, Tensor) and value.is_cuda}
         # None stands for a tensor on a GPU: 0.0 would hide that a number 0.0 has taken its place.
         values = [None if k in remote else float(value) for k, value in enumerate(found)]
-        before, table = self._hyper.get((rule, device), ([], torch.empty(0)))
+        before, table = self._hyper.get((rule, device), (None, torch.empty(0)))
         if values != before:
             known = torch.tensor([value or 0.0 for value in values], dtype=torch.float64, device="cpu")
             table = send(known.view(len(groups), len(names)), device)

@@ -96,8 +96,10 @@ class Muon(GeneratedOptimizer):
         """
         name = param_group.get("rule", "muon")
         own = {"rule": name, **(self.defaults if name == "muon" else _for_elements(name).defaults)}
-        own["lr"] = self.defaults["lr"]
-        filled = {**own, **param_group}
+        foreign = self.defaults.keys() | {option for each in _FOR_ELEMENTS for option in _for_elements(each).defaults}
+        if strange := param_group.keys() & foreign - own.keys():
+            raise ArgumentError(f"{min(strange)} is no option of the rule {name!r}; leave it out of that param group.")
+        filled = {**own, "lr": self.defaults["lr"], **param_group}
         if name == "muon":
             _check_options(filled)
         defaults, self.defaults = self.defaults, {}

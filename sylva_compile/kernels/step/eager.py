@@ -101,12 +101,17 @@ class EagerLaunch:
         values |= dict(zip(inputs, given, strict=True))
         for run in self._statements:
             run(values)
-        new, *states = [values[symbol] for symbol in self._program.results]
-        slot.param.copy_(torch.where(skip == 0, new, slot.param))
-        for number, (state, value) in enumerate(zip(slot.states, states, strict=True)):
+        # All new values are computed before any is stored: a result may be the old value of another tensor.
+        held = (slot.param, *slot.states)
+        results = [
+            torch.where(skip == 0, values[symbol], old) for symbol, old in zip(self._program.results, held, strict=True)
+        ]
+        slot.param.copy_(results[0])
+        for number, (state, value) in enumerate(zip(slot.states, results[1:], strict=True)):
             if self._stochastic and state.dtype == torch.bfloat16:
                 value = round_stochastically(value.float(), seed, once[t].long(), slot.order, number)
-            state.copy_(torch.where(skip == 0, value, state))
+                value = torch.where(skip == 0, value, state)
+            state.copy_(value)
 
 
 def round_stochastically(value: Tensor, seed: int, step: Tensor, index: int, number: int) -> Tensor:

@@ -109,6 +109,9 @@ class _TorchPrinter(_PythonPrinter):
         return value
 
     def call(self, name: str, *arguments: str) -> str:
+        if name == "maximum":
+            # It takes tensors alone, and an argument may be a number.
+            arguments = tuple(f"torch.as_tensor({argument})" for argument in arguments)
         return f"torch.{name}({', '.join(arguments)})"
 
 
