@@ -1,8 +1,10 @@
 """Update rules, each as the equations of its paper, from which kernels are generated.
 
-`p` is the parameter, `g` its gradient and `t` the number of the step, which starts at 1. Equations run in order, like a
-program: a state on the right of an equation has the value that the last equation before it assigned. Expressions that
-depend on no element, such as Adam's bias corrections, are computed once a parameter and step, in float64.
+A rule is over elements or over blocks. Over elements, `p` is the parameter, `g` its gradient and `t` the number of the
+step, which starts at 1. Over blocks, `P` and `G` are a block and its gradient as matrices, `height` by `width`.
+Equations run in order, like a program: a state on the right of an equation has the value that the last equation before
+it assigned. Expressions that depend on no element, such as Adam's bias corrections, are computed once a parameter and
+step, in float64.
 
 A rule that has the name of a torch optimizer follows that optimizer: its states have the same names and meanings, so
 that checkpoints of either load into the other. An option that changes the equations (amsgrad, Nesterov) makes another
@@ -42,14 +44,40 @@ the write-through into dense weights.
 Signum
     m = beta*m + g*(1 - beta)
     p = -lr*sign(m) + p
+
+**A rule over blocks** is written in matrix symbols, with sums, products, powers, transposes, elementwise products and
+traces. A plain symbol on the left is one number for each block. This rule steps each block by its gradient, divided by
+the gradient's Frobenius norm:
+
+>>> from sylva_compile.kernels.step.lowering import G, P
+>>> norm = sp.Symbol("norm", real=True)
+>>> normalised = Rule(
+...     "Normalised",
+...     equations=((norm, sp.sqrt(sp.Trace(G.T * G))), (P, P - lr * G / norm)),
+...     states=(),
+...     hyperparameters=((lr, "lr"),),
+... )
+>>> class Normalised(GeneratedOptimizer):
+...     def __init__(self, params, lr=1e-3, **options):
+...         super().__init__(params, {"lr": lr}, **options)
+...
+...     def rule(self, group):
+...         return normalised
+>>> blocks = torch.nn.Parameter(torch.zeros(1, 2, 2))
+>>> blocks.grad = torch.tensor([[[3.0, 0.0], [4.0, 0.0]]])
+>>> Normalised([blocks], lr=0.5).step()
+>>> blocks.tolist()
+[[[-0.30000001192092896, 0.0], [-0.4000000059604645, 0.0]]]
+
+Such a rule steps parameters `[n, b, b]` alone. Where a block reaches over the edge of its weight, `height` and `width`
+are those of the part inside; the kernels keep the rest at zero.
 """
 
 import functools
-from typing import Any
 
 import sympy as sp
 
-from sylva_compile.kernels.step.lowering import G, P, Rule, g, height, p, t, width
+from sylva_compile.kernels.step.lowering import Equation, G, P, Repeat, Rule, g, height, p, t, width
 
 _lr, _eps, _decay = sp.symbols("lr eps weight_decay", real=True)
 _beta1, _beta2, _alpha, _mu, _tau = sp.symbols("beta1 beta2 alpha mu tau", real=True)
@@ -152,14 +180,13 @@ def muon(*, nesterov: bool, ns_steps: int, scaled: bool) -> Rule:
         scaled: multiply the step by `0.2 * sqrt(max(height, width))`, which gives its elements the root mean square of
             AdamW's (Liu et al., 2025, section 2.2); else by `sqrt(max(1, height / width))`, as Jordan does.
     """
-    equations: list[tuple[Any, Any]] = [
+    equations: list[Equation | Repeat] = [
         (_M, _M + (1 - _mu) * (G - _M)),
         (_U, _mu * _M + (1 - _mu) * G if nesterov else _M),
         (_norm, sp.sqrt(sp.Trace(_U.T * _U))),
         (_X, _U / sp.Max(_norm, _eps)),
     ]
-    for _ in range(ns_steps):
-        equations += [(_A, _X.T * _X), (_B, _b * _A + _c5 * _A * _A), (_X, _a * _X + _X * _B)]
+    equations.append(Repeat(ns_steps, ((_A, _X.T * _X), (_B, _b * _A + _c5 * _A * _A), (_X, _a * _X + _X * _B))))
     size = sp.Float(0.2) * sp.sqrt(sp.Max(height, width)) if scaled else sp.sqrt(sp.Max(1, height / width))
     equations.append((P, (1 - _lr * _decay) * P - _lr * size * _X))
     options = ((_lr, "lr"), (_mu, "momentum"), (_decay, "weight_decay"), (_eps, "eps"))

@@ -4,8 +4,10 @@ import sympy as sp
 
 from sylva_compile.kernels.step.matrix_lowering import (
     Elementwise,
+    Loop,
     MatrixProgram,
     Number,
+    Plain,
     Product,
     Statement,
     Sum,
@@ -18,6 +20,7 @@ TRITON_IMPORTS = ("from sylva_compile.kernels.step import triton_block_parts as 
 
 def cpp_update(program: MatrixProgram) -> list[str]:
     """Return the lines of C++: the constants BUFFERS and RESULTS, and the function `update`, which steps one block."""
+    program = program.unrolled()
     places, buffers = _places(program)
     results = ", ".join(str(places[symbol]) for symbol in program.results)
     return [
@@ -29,13 +32,13 @@ def cpp_update(program: MatrixProgram) -> list[str]:
         "[[maybe_unused]] const T* s_, T* const* m_) {",
         "  const int64_t count_ = side_ * side_;",
         *(f"  const T {symbol} = s_[{k}];" for k, (symbol, _) in enumerate(program.scalars)),
-        *(f"  {line}" for statement in program.statements for line in _cpp(statement, places)),
+        *(f"  {line}" for each in program.statements if not isinstance(each, Loop) for line in _cpp(each, places)),
         "}",
         "",
     ]
 
 
-def _cpp(statement: Statement, places: dict[sp.Symbol, int]) -> list[str]:
+def _cpp(statement: Plain, places: dict[sp.Symbol, int]) -> list[str]:
     """Return the C++ lines of one statement."""
     printer = CppPrinter("T")
 
@@ -66,16 +69,17 @@ def _cpp(statement: Statement, places: dict[sp.Symbol, int]) -> list[str]:
 def _places(program: MatrixProgram) -> tuple[dict[sp.Symbol, int], int]:
     """Return the buffer of every matrix, and the number of buffers; a buffer is used again when its matrix is not read.
 
-    The buffers of `P`, `G` and the states are the first ones.
+    The program has no loops. The buffers of `P`, `G` and the states are the first ones.
     """
     last: dict[sp.Symbol, int] = dict.fromkeys(program.results, len(program.statements))
-    for at, statement in enumerate(program.statements):
+    statements = [each for each in program.statements if not isinstance(each, Loop)]
+    for at, statement in enumerate(statements):
         for symbol in _reads(statement):
             last[symbol] = max(last.get(symbol, at), at)
     places = {symbol: place for place, symbol in enumerate(program.inputs)}
     buffers = len(places)
     free = [place for symbol, place in places.items() if symbol not in last]
-    for at, statement in enumerate(program.statements):
+    for at, statement in enumerate(statements):
         ends = [places[symbol] for symbol in _reads(statement) if symbol in places and last[symbol] == at]
         if isinstance(statement, Elementwise):
             # It reads and writes the same element, so its result may take the place of what it reads.
@@ -92,7 +96,7 @@ def _places(program: MatrixProgram) -> tuple[dict[sp.Symbol, int], int]:
     return places, buffers
 
 
-def _reads(statement: Statement) -> list[sp.Symbol]:
+def _reads(statement: Plain) -> list[sp.Symbol]:
     """Return the symbols that a statement reads, each once."""
     match statement:
         case Product(_, left, right):
@@ -121,16 +125,16 @@ def triton_kernel(program: MatrixProgram, width: int) -> list[str]:
         "    G = parts.load(gradient_, parts.column(row_, parts.GRAD_TYPE), index_, inside_)",
         "    G *= tl.load(scale_).to(tl.float32)",
         *(f"    {name} = parts.load_state(row_, {k}, index_, inside_)" for k, name in enumerate(states)),
-        f"    {_tuple(['P', *states])} = update({arguments}, PRODUCTS_)",
+        f"    {_tuple(['P', *states])} = update({arguments}, SIDE_, PRODUCTS_)",
         "    blocks.store_parameter(row_, top_, left_, index_, inside_, P, SIDE_)",
         *(f"    parts.store_state(row_, {k}, index_, inside_, {name}, seed_, t)" for k, name in enumerate(states)),
     ]
     return [
         "# Once a block, whose elements outside of its weight are zero.",
         "@triton.jit",
-        f"def update({arguments}, PRODUCTS_: tl.constexpr):",
+        f"def update({arguments}, SIDE_: tl.constexpr, PRODUCTS_: tl.constexpr):",
         "    height, width = height.to(tl.float32), width.to(tl.float32)",
-        *(f"    {_triton(statement)}" for statement in program.statements),
+        *(f"    {line}" for statement in program.statements for line in _triton(statement)),
         f"    return {_tuple([symbol.name for symbol in program.results])}",
         "",
         "",
@@ -142,17 +146,25 @@ def triton_kernel(program: MatrixProgram, width: int) -> list[str]:
     ]
 
 
-def _triton(statement: Statement) -> str:
-    """Return the line of Triton of one statement."""
+def _triton(statement: Statement) -> list[str]:
+    """Return the lines of Triton of one statement. A loop stays a loop: unrolled, it takes minutes to compile."""
     match statement:
         case Product(target, left, right, transposed):
-            return f"{target} = blocks.multiply({f'tl.trans({left})' if transposed else left}, {right}, PRODUCTS_)"
+            return [
+                f"{target} = blocks.multiply({f'tl.trans({left})' if transposed else left}, {right}, SIDE_, PRODUCTS_)"
+            ]
         case Transpose(target, source):
-            return f"{target} = tl.trans({source})"
+            return [f"{target} = tl.trans({source})"]
         case Sum(target, expression):
-            return f"{target} = tl.sum({TritonPrinter(wide=False).doprint(expression)})"
+            return [f"{target} = tl.sum({TritonPrinter(wide=False).doprint(expression)})"]
+        case Loop(times, statements, carried):
+            lines = [line for each in statements for line in _triton(each)]
+            if carried:
+                variables, values = ([symbol.name for symbol in symbols] for symbols in zip(*carried, strict=True))
+                lines.append(f"{_tuple(variables)} = {_tuple(values)}")
+            return [f"for _ in range({times}):", *(f"    {line}" for line in lines)]
         case _:
-            return f"{statement.target} = {TritonPrinter(wide=False).doprint(statement.expression)}"
+            return [f"{statement.target} = {TritonPrinter(wide=False).doprint(statement.expression)}"]
 
 
 def _tuple(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.step.lowering import Program, g, height, p, t, width
-from sylva_compile.kernels.step.matrix_lowering import MatrixProgram, Product, Statement, Sum, Transpose
+from sylva_compile.kernels.step.matrix_lowering import Loop, MatrixProgram, Plain, Product, Sum, Transpose
 from sylva_compile.kernels.step.printing import torch_expression
 from sylva_compile.kernels.step.table import Products, Slot, Target
 
@@ -46,6 +46,8 @@ class EagerLaunch:
             stochastic: round bfloat16 states stochastically.
             products: "bfloat16" rounds the factors of matrix products; "tf32" leaves the choice to torch's settings.
         """
+        if isinstance(program, MatrixProgram):
+            program = program.unrolled()
         self.device, self._program, self._stochastic = device, program, stochastic
         self._pairs: list[tuple[Slot, Tensor]] = []
         self._sizes: list[tuple[Tensor, Tensor] | None] = []
@@ -54,6 +56,7 @@ class EagerLaunch:
         self._statements: list[Run] = [
             _elementwise(*each) if isinstance(each, tuple) else _matrix_statement(each, rounded)
             for each in program.statements
+            if not isinstance(each, Loop)
         ]
 
     def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
@@ -167,7 +170,7 @@ def _elementwise(symbol: sp.Symbol, expression: sp.Expr) -> Run:
     return run
 
 
-def _matrix_statement(statement: Statement, rounded: torch.dtype | None) -> Run:
+def _matrix_statement(statement: Plain, rounded: torch.dtype | None) -> Run:
     """Return the function of a statement over blocks; products round their factors to `rounded` if it is given."""
     match statement:
         case Product(target, left, right, transposed):

@@ -25,6 +25,18 @@ P, G = (sp.MatrixSymbol(name, height, width) for name in "PG")
 """A block of the parameter and of its gradient, each a matrix."""
 
 
+Equation = tuple[sp.Expr, sp.Expr]
+"""`(left, right)`; the left side is a symbol."""
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Equations that run `times` times in order, once or more. A value that they are first to assign ends with them."""
+
+    times: int
+    equations: tuple[Equation, ...]
+
+
 @dataclass(frozen=True)
 class Rule:
     """An update rule, over elements or over blocks.
@@ -34,29 +46,41 @@ class Rule:
         equations: `(left, right)` in order. A left side is a state, an intermediate value, or the parameter. A symbol
             on a right side has the value that the last equation before it assigned, as in a program. A rule over
             elements assigns `p`. A rule over blocks assigns `P`; its states and other matrices are matrix symbols, and
-            a plain symbol on a left side is one number for each block.
+            a plain symbol on a left side is one number for each block. A rule over blocks may `Repeat` equations.
         states: the state symbols with their names in checkpoints; every state starts at zero.
         hyperparameters: every other symbol with the option of the parameter group that holds its value, such as `"lr"`
             or `("betas", 0)`.
     """
 
     name: str
-    equations: tuple[tuple[sp.Expr, sp.Expr], ...]
+    equations: tuple[Equation | Repeat, ...]
     states: tuple[tuple[sp.Expr, str], ...]
     hyperparameters: tuple[tuple[sp.Symbol, str | tuple[str, int]], ...]
+
+    def each_equation(self) -> Iterator[Equation]:
+        """Yield every equation once, in order, those of a `Repeat` too."""
+        for each in self.equations:
+            yield from each.equations if isinstance(each, Repeat) else (each,)
 
     @property
     def counts_steps(self) -> bool:
         """Whether the equations read `t`, the number of the step."""
-        return any(right.has(t) for _, right in self.equations)
+        return any(right.has(t) for _, right in self.each_equation())
 
     @property
     def is_over_blocks(self) -> bool:
         """Whether the equations assign `P`, a block as a matrix; such a rule steps parameters `[nnz, b, b]` alone."""
-        return any(left == P for left, _ in self.equations)
+        return any(left == P for left, _ in self.each_equation())
 
     def __str__(self) -> str:
-        return "\n".join([self.name, *(f"    {left} = {right}" for left, right in self.equations)])
+        lines = [self.name]
+        for each in self.equations:
+            if isinstance(each, Repeat):
+                lines.append(f"    {each.times} times:")
+                lines += [f"        {left} = {right}" for left, right in each.equations]
+            else:
+                lines.append("    {} = {}".format(*each))
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -82,7 +106,7 @@ def lower(rule: Rule) -> Program:
 
     Raises:
         ValueError: a symbol is neither a state nor a hyperparameter and is read before it is assigned; a state or `p`
-            is never assigned; or generated code cannot use a symbol's name.
+            is never assigned; generated code cannot use a symbol's name; or equations are repeated.
     """
     states = [symbol for symbol, _ in rule.states]
     constants = {symbol for symbol, _ in rule.hyperparameters} | {t}
@@ -90,7 +114,10 @@ def lower(rule: Rule) -> Program:
     newest: dict[sp.Symbol, sp.Symbol] = {symbol: symbol for symbol in (p, g, *states)}
     scalars: dict[sp.Expr, sp.Symbol] = {}
     statements: list[tuple[sp.Symbol, sp.Expr]] = []
-    for left, right in rule.equations:
+    for each in rule.equations:
+        if isinstance(each, Repeat):
+            raise ValueError(f"{rule.name}: a rule over elements repeats no equations; write them out.")
+        left, right = each
         unknown = right.free_symbols - newest.keys() - constants
         if unknown:
             raise ValueError(f"{rule.name}: {left} reads {unknown}, which no equation before it assigns.")
@@ -110,7 +137,7 @@ def lower(rule: Rule) -> Program:
 
 def check_names(rule: Rule) -> None:
     """Raise ValueError if generated code cannot use the name of one of the rule's symbols."""
-    assigned = [left for left, _ in rule.equations]
+    assigned = [left for left, _ in rule.each_equation()]
     for symbol in [symbol for symbol, _ in (*rule.states, *rule.hyperparameters)] + assigned:
         name = symbol.name
         if not name.isidentifier() or not name.isascii() or name.endswith("_"):

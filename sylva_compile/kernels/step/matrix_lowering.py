@@ -11,12 +11,13 @@ elementwise products (`HadamardProduct`) and traces. Lowering does four things t
 4. It computes numbers of a block (norms, functions of its size) once a block.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import sympy as sp
 
-from sylva_compile.kernels.step.lowering import G, P, Rule, check_names, height, hoist, t, width
+from sylva_compile.kernels.step.lowering import G, P, Repeat, Rule, check_names, height, hoist, t, width
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,26 @@ class Number:
     expression: sp.Expr
 
 
-Statement = Product | Transpose | Elementwise | Sum | Number
+Plain = Product | Transpose | Elementwise | Sum | Number
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Statements that run `times` times.
+
+    Attributes:
+        times: the number of iterations, at least 1.
+        statements: the statements of one iteration.
+        carried: `(variable, next)`: an iteration reads `variable`, and the next one finds there what `next` held at the
+            end of this one. All variables change at once. They hold the last values after the loop.
+    """
+
+    times: int
+    statements: tuple[Plain, ...]
+    carried: tuple[tuple[sp.Symbol, sp.Symbol], ...]
+
+
+Statement = Plain | Loop
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,7 @@ class MatrixProgram:
         rule: the rule it was lowered from.
         scalars: `(symbol, expression)` over hyperparameters and `t`, computed once a parameter and step.
         statements: in order, over `P`, `G`, states, scalars, `height`, `width` and earlier targets. A matrix goes by a
-            symbol of its name. Each target is assigned once.
+            symbol of its name. Each target is assigned once, and changed by loops alone.
         results: the symbols of the new values of `P` and of the states, in the rule's order.
     """
 
@@ -86,6 +106,37 @@ class MatrixProgram:
     def inputs(self) -> tuple[sp.Symbol, ...]:
         """The symbols of `P`, `G` and the states, in the rule's order."""
         return tuple(map(_named, (P, G, *(state for state, _ in self.rule.states))))
+
+    @property
+    def matrices(self) -> frozenset[sp.Symbol]:
+        """The symbols that stand for matrices; all others are numbers."""
+        made = {each.target for each in _flat(self.statements) if isinstance(each, Product | Transpose | Elementwise)}
+        return frozenset({*self.inputs, *made})
+
+    def unrolled(self) -> "MatrixProgram":
+        """Return the same program without loops, in which each target is assigned once."""
+        newest: dict[sp.Symbol, sp.Symbol] = {}
+        statements: list[Statement] = []
+
+        def add(statement: Plain, suffix: str) -> None:
+            renamed = _renamed(statement, newest, suffix)
+            newest[statement.target] = renamed.target
+            statements.append(renamed)
+
+        for each in self.statements:
+            if not isinstance(each, Loop):
+                add(each, "")
+                continue
+            for turn in range(each.times):
+                for statement in each.statements:
+                    add(statement, f"{turn}_")
+                # All at once: a variable may take what another one held.
+                newest.update({variable: newest.get(value, value) for variable, value in each.carried})
+        return replace(
+            self,
+            statements=tuple(statements),
+            results=tuple(newest.get(symbol, symbol) for symbol in self.results),
+        )
 
 
 def lower_matrices(rule: Rule) -> MatrixProgram:
@@ -109,6 +160,7 @@ class _Lowering:
         self._scalars: dict[sp.Expr, sp.Symbol] = {}
         self._numbers: dict[sp.Expr, sp.Symbol] = {}
         self._statements: list[Statement] = []
+        self._count = itertools.count()
         # The symbol that holds the newest value of each name of the rule.
         self._newest = {symbol: _named(symbol) for symbol in (P, G, *(state for state, _ in rule.states))}
         self._block_numbers = {height, width}
@@ -117,18 +169,13 @@ class _Lowering:
 
     def program(self) -> MatrixProgram:
         kept = [P, *(state for state, _ in self._rule.states)]
-        for left, right in self._rule.equations:
-            unknown = right.free_symbols - self._newest.keys() - self._constants - {height, width}
-            if unknown:
-                raise ValueError(f"{self._rule.name}: {left} reads {unknown}, which no equation before it assigns.")
-            is_matrix = isinstance(left, sp.MatrixSymbol)
-            if is_matrix != isinstance(right, sp.MatrixExpr) or (is_matrix and left.shape != right.shape):
-                raise ValueError(f"{self._rule.name}: {left} = {right} assigns a value of another shape.")
-            value = self._elements(right)
-            named = is_matrix and isinstance(value, sp.Symbol)
-            self._newest[left] = value if named else self._assign(left.name, value, is_matrix=is_matrix)
-        still = [symbol.name for symbol in kept if symbol not in {left for left, _ in self._rule.equations}]
-        if still:
+        for each in self._rule.equations:
+            if isinstance(each, Repeat):
+                self._loop(each)
+            else:
+                self._equation(*each)
+        assigned = {left for left, _ in self._rule.each_equation()}
+        if still := [symbol.name for symbol in kept if symbol not in assigned]:
             raise ValueError(f"{self._rule.name}: no equation assigns {', '.join(still)}.")
         return MatrixProgram(
             self._rule,
@@ -136,6 +183,37 @@ class _Lowering:
             tuple(self._statements),
             tuple(self._newest[symbol] for symbol in kept),
         )
+
+    def _equation(self, left: sp.Expr, right: sp.Expr) -> None:
+        unknown = right.free_symbols - self._newest.keys() - self._constants - {height, width}
+        if unknown:
+            raise ValueError(f"{self._rule.name}: {left} reads {unknown}, which no equation before it assigns.")
+        is_matrix = isinstance(left, sp.MatrixSymbol)
+        if is_matrix != isinstance(right, sp.MatrixExpr) or (is_matrix and left.shape != right.shape):
+            raise ValueError(f"{self._rule.name}: {left} = {right} assigns a value of another shape.")
+        value = self._elements(right)
+        named = is_matrix and isinstance(value, sp.Symbol)
+        self._newest[left] = value if named else self._assign(left.name, value, is_matrix=is_matrix)
+
+    def _loop(self, repeat: Repeat) -> None:
+        if repeat.times < 1:
+            raise ValueError(f"{self._rule.name}: equations repeat {repeat.times} times; repeat them once or more.")
+        known = [left for left, _ in repeat.equations if left in self._newest]
+        variables: dict[sp.Expr, sp.Symbol] = {}
+        for left in dict.fromkeys(known):
+            # A variable of its own: other names may stand for the same value.
+            is_matrix = isinstance(left, sp.MatrixSymbol)
+            variables[left] = self._assign(left.name, self._newest[left], is_matrix=is_matrix)
+            self._power_of.pop(variables[left], None)
+        before, outside, numbers = dict(self._newest), self._statements, self._numbers
+        self._newest.update(variables)
+        self._statements, self._numbers = [], {}
+        for equation in repeat.equations:
+            self._equation(*equation)
+        carried = tuple((variable, self._newest[left]) for left, variable in variables.items())
+        loop = Loop(repeat.times, tuple(self._statements), carried)  # type: ignore[arg-type]
+        self._statements, self._numbers = [*outside, loop], numbers
+        self._newest = before | variables
 
     def _assign(self, name: str, value: sp.Expr, *, is_matrix: bool) -> sp.Symbol:
         """Return a new symbol that a new statement gives `value`."""
@@ -152,14 +230,14 @@ class _Lowering:
         return target
 
     def _new(self, name: str) -> sp.Symbol:
-        """Return a symbol for the target of the next statement."""
-        return sp.Symbol(f"{name}{len(self._statements)}_", real=True)
+        """Return a symbol that no other statement has as its target."""
+        return sp.Symbol(f"{name}{next(self._count)}_", real=True)
 
     def _hoist_numbers(self, value: sp.Expr) -> sp.Expr:
         """Take out of an elementwise expression what is one number for the whole block."""
         numbers = self._block_numbers | set(self._scalars.values())
         known = len(self._numbers)
-        value = hoist(value, numbers, self._numbers, prefix="n")
+        value = hoist(value, numbers, self._numbers, prefix=f"n{next(self._count)}")
         for expression, symbol in list(self._numbers.items())[known:]:
             if not expression.is_Symbol:
                 self._statements.append(Number(symbol, expression))
@@ -262,3 +340,20 @@ class _Lowering:
 
 def _named(symbol: sp.MatrixSymbol) -> sp.Symbol:
     return sp.Symbol(symbol.name, real=True)
+
+
+def _flat(statements: Sequence[Statement]) -> Iterator[Plain]:
+    for each in statements:
+        yield from each.statements if isinstance(each, Loop) else (each,)
+
+
+def _renamed(statement: Plain, names: Mapping[sp.Symbol, sp.Symbol], suffix: str) -> Plain:
+    """Return `statement` with the symbols that it reads renamed, and with `suffix` at the end of its target's name."""
+    target = sp.Symbol(f"{statement.target.name}{suffix}", real=True)
+    match statement:
+        case Product(_, left, right):
+            return replace(statement, target=target, left=names.get(left, left), right=names.get(right, right))
+        case Transpose(_, source):
+            return Transpose(target, names.get(source, source))
+        case _:
+            return replace(statement, target=target, expression=statement.expression.xreplace(names))

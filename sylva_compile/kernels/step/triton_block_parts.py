@@ -39,14 +39,17 @@ def elements(row, start, height, width, SIDE: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, PRODUCTS: tl.constexpr):
-    """Return `a · b` of float32 `[SIDE, SIDE]`, with factors in the precision `PRODUCTS`."""
+def multiply(a, b, SIDE: tl.constexpr, PRODUCTS: tl.constexpr):
+    """Return `a · b` of float32 `[SIDE, SIDE]`, with factors in bfloat16 or a precision that `tl.dot` knows."""
     if PRODUCTS == "bfloat16":
         product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    elif PRODUCTS == "tf32":
-        product = tl.dot(a, b, input_precision="tf32")
+    elif SIDE > 64:
+        # In halves along the sum, so that shared memory holds the factors.
+        a0, a1 = tl.split(tl.permute(tl.reshape(a, (SIDE, 2, SIDE // 2)), (0, 2, 1)))
+        b0, b1 = tl.split(tl.permute(tl.reshape(b, (2, SIDE // 2, SIDE)), (1, 2, 0)))
+        product = tl.dot(a1, b1, tl.dot(a0, b0, input_precision=PRODUCTS), input_precision=PRODUCTS)
     else:
-        product = tl.dot(a, b, input_precision="ieee")
+        product = tl.dot(a, b, input_precision=PRODUCTS)
     return product
 
 

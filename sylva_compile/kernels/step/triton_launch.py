@@ -46,7 +46,7 @@ class TritonLaunch:
         self.table = StepTable(
             device, tile, whole_blocks=self._over_blocks, stochastic=stochastic, over_blocks=self._over_blocks
         )
-        self._products = products
+        self._products = _precision(products, device)
         self._width = table_width(program.rule)
         self._module = _import(triton_source(program))
         self._counts: list[Tensor] = []
@@ -80,11 +80,28 @@ class TritonLaunch:
             if self._over_blocks:
                 # `tl.dot` takes powers of two from 16 on.
                 side = max(16, _power_of_two(table.largest_block))
-                options = {"SIDE_": side, "PRODUCTS_": self._products, "num_warps": 8 if side > 64 else 4}
+                options = {"SIDE_": side, "PRODUCTS_": self._products, "num_warps": warps_for(side)}
             with current(self.device):
                 self._module.step_kernel[(len(table.tiles),)](
                     table.rows, table.gradients, hyper, table.tiles, scale, skip, seed, **options
                 )
+
+
+def warps_for(side: int) -> int:
+    """Return the number of warps of a program that holds matrices of `side` x `side`."""
+    return 8 if side > 64 else 4
+
+
+def _precision(products: Products, device: torch.device) -> str:
+    """Return the name for `tl.dot` of a precision of products.
+
+    float32 products take three of TF32 each, where the device has them: the sum of the factors' upper and lower parts
+    is as exact, and compiles in seconds where products of plain float32 are unrolled and take minutes.
+    """
+    if products == "float32":
+        new = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "tf32x3" if new else "ieee"
+    return products
 
 
 def _power_of_two(least: int) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sylva_compile.kernels.step.block_codegen import _places, _reads
 from sylva_compile.kernels.step.eager import EagerLaunch
-from sylva_compile.kernels.step.lowering import G, P, Rule, height, t, width
+from sylva_compile.kernels.step.lowering import G, P, Repeat, Rule, height, t, width
 from sylva_compile.kernels.step.matrix_lowering import Elementwise, Product, Transpose, lower_matrices
 from sylva_compile.optim import GeneratedOptimizer, launches, rules
 
@@ -30,6 +30,12 @@ RULES = {
         (NORM, sp.sqrt(sp.Trace(G * G.T)) + sp.Max(height, 2 * width)),
         (M, M + G / NORM),
         (P, P - sp.sqrt(height / width) * M / t),
+    ),
+    "loop": (
+        (X, G),
+        (NORM, sp.Integer(2)),
+        Repeat(3, ((A, X.T * X), (NORM, NORM + sp.sqrt(sp.Trace(A.T * A))), (X, M), (M, (X + G - X * A) / NORM))),
+        (P, P - X / NORM),
     ),
     "many": (
         (A, G.T * G),
@@ -79,7 +85,7 @@ def test_is_torchs(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("name", [*RULES, "Muon"])
 def test_no_matrix_is_overwritten_before_its_last_use(name: str) -> None:
     rule = Rule(name, RULES[name], STATES, ()) if name in RULES else rules.muon(nesterov=True, ns_steps=5, scaled=True)
-    program = lower_matrices(rule)
+    program = lower_matrices(rule).unrolled()
     places, buffers = _places(program)
     holds = {places[symbol]: symbol for symbol in program.inputs}
     for statement in program.statements:

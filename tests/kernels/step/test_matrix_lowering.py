@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import sympy as sp
 
-from sylva_compile.kernels.step.lowering import G, P, Rule, height, width
+from sylva_compile.kernels.step.lowering import G, P, Repeat, Rule, height, width
 from sylva_compile.kernels.step.matrix_lowering import (
     Elementwise,
+    Loop,
     MatrixProgram,
     Number,
     Product,
@@ -23,7 +24,7 @@ A, B = (sp.MatrixSymbol(name, width, width) for name in "AB")
 HYPER = ((LR, "lr"), (BETA, "beta"))
 
 
-def lowered(*equations: tuple[Any, Any], states: Sequence[tuple[Any, str]] = ()) -> MatrixProgram:
+def lowered(*equations: Any, states: Sequence[tuple[Any, str]] = ()) -> MatrixProgram:
     return lower_matrices(Rule("Test", equations, tuple(states), HYPER))
 
 
@@ -97,6 +98,45 @@ class TestOrder:
         assert lowered(*equations, states=[(M, "m")]) == lowered(*equations, states=[(M, "m")])
 
 
+class TestLoops:
+    BODY = ((A, X.T * X), (X, X - BETA * X * A))
+
+    def test_is_what_its_equations_written_out_are(self) -> None:
+        looped = lowered((X, G), Repeat(3, self.BODY), (P, P - LR * X))
+        written = lowered((X, G), *(self.BODY * 3), (P, P - LR * X))
+        assert [type(each) for each in looped.statements] == [Elementwise, Loop, Elementwise]
+        unrolled = looped.unrolled()
+        assert len({each.target for each in unrolled.statements}) == len(unrolled.statements)  # type: ignore[union-attr]
+        kinds = [type(each) for each in unrolled.statements if not isinstance(each, Elementwise)]
+        assert kinds == [type(each) for each in written.statements if not isinstance(each, Elementwise)]
+
+    def test_the_first_product_of_an_iteration_is_symmetric(self) -> None:
+        program = lowered((X, G), Repeat(2, self.BODY), (P, P - LR * X)).unrolled()
+        assert [product.symmetric for product in products(program)] == [True, False, True, False]
+
+    def test_a_matrix_that_was_symmetric_before_is_not_known_to_stay_so(self) -> None:
+        program = lowered((A, G.T * G), Repeat(2, ((B, A * A), (A, B * P.T * G))), (P, P - G * A))
+        (loop,) = (each for each in program.statements if isinstance(each, Loop))
+        assert not any(each.symmetric for each in loop.statements if isinstance(each, Product))
+
+    def test_variables_change_all_at_once(self) -> None:
+        program = lowered((X, G), (M, P), Repeat(2, ((B, M.T * M), (M, X), (X, X * B))), (P, X), states=[(M, "m")])
+        (loop,) = (each for each in program.statements if isinstance(each, Loop))
+        variables = {variable for variable, _ in loop.carried}
+        assert len(variables) == 2
+        assert any(value in variables for _, value in loop.carried)
+
+    def test_numbers_of_an_iteration_are_computed_in_it(self) -> None:
+        norm = sp.Symbol("norm", real=True)
+        body = ((norm, sp.sqrt(sp.Trace(X.T * X))), (X, X / norm))
+        program = lowered((X, G), (norm, sp.sqrt(height)), (X, X / norm), Repeat(2, body), (P, X / norm))
+        (loop,) = (each for each in program.statements if isinstance(each, Loop))
+        inside = {each.target for each in loop.statements}
+        last = program.statements[-1]
+        assert isinstance(last, Elementwise)
+        assert not last.expression.free_symbols & inside
+
+
 @pytest.mark.parametrize(
     ("equations", "message"),
     [
@@ -109,10 +149,12 @@ class TestOrder:
         ([(P, P.applyfunc(sp.exp))], "elementwise product"),
         ([(P, sp.Trace(A) * P), (A, A)], "reads {A}"),
         ([(A, G.T * G), (P, sp.Trace(A) * P)], "Trace"),
+        ([Repeat(2, ((X, G),)), (P, X)], "reads {X}"),
+        ([Repeat(0, ((P, G),))], "once or more"),
         ([(sp.MatrixSymbol("X_", height, width), G), (P, P)], "X_"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_refuses(equations: list[tuple[Any, Any]], message: str) -> None:
+def test_refuses(equations: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowered(*equations)
