@@ -62,6 +62,8 @@ def correctness() -> None:
     with ProcessPoolExecutor(min(10, os.cpu_count() or 1), get_context("spawn")) as processes:
         for said in processes.map(check, *zip(*itertools.product(dtypes, (16, 24, 32, 64, 128)), strict=True)):
             print(said)
+        for said in processes.map(check_muon, *zip(*itertools.product(MUON_ERRORS, (16, 24, 64, 128)), strict=True)):
+            print(said)
 
 
 def check(dtype: torch.dtype, block: int) -> str:
@@ -81,6 +83,30 @@ def check(dtype: torch.dtype, block: int) -> str:
     worst = max(float((found[name].double() - exact[name]).norm() / exact[name].norm()) for name in masks)
     assert worst < 16 * max(torch.finfo(dtype).eps, 1e-7), f"{dtype}, b={block}: relative error {worst:.1e}"
     return f"correctness: {dtype}, b={block}: relative error of the step's gradients {worst:.1e}"
+
+
+MUON_ERRORS = {"float32": 1e-5, "tf32": 1e-2, "bfloat16": 0.1}
+"""The largest error of an element of Muon's step, of the largest element, by the precision of its products."""
+
+
+def check_muon(products: str, block: int) -> str:
+    """Check three steps of Muon against float64; return a line to print. Raises AssertionError for a larger error."""
+    torch.manual_seed(block)
+    values = torch.randn(20, block, block)
+    steps = []
+    for device, dtype, options in (("cuda", torch.float32, {"products": products}), ("cpu", torch.float64, {})):
+        blocks = nn.Parameter(values.to(device, dtype))
+        # The step alone would be lost in the rounding of the values.
+        nn.init.zeros_(blocks)
+        optimizer = sylva_compile.optim.Muon([blocks], lr=1.0, **options)
+        for seed in range(3):
+            blocks.grad = (values * (seed + 1)).roll(seed, 0).to(blocks)
+            optimizer.step()
+        steps.append(blocks.detach().double().cpu())
+    found, exact = steps
+    worst = float((found - exact).abs().max() / exact.abs().max())
+    assert worst < MUON_ERRORS[products], f"Muon, {products}, b={block}: error {worst:.1e}"
+    return f"correctness: Muon, products in {products}, b={block}: error of the step {worst:.1e}"
 
 
 def graphs() -> None:
@@ -150,8 +176,11 @@ def steps(tokens: str) -> None:
 
 
 def optimizer() -> None:
-    """Benchmark the optimizer, without torch's compiled step: it takes minutes to compile for so many weights."""
-    optimizer_step.main(["--device", "cuda", "--names", "torch fused", "torch foreach"])
+    """Benchmark the optimizers, without torch's compiled step: it takes minutes to compile for so many weights."""
+    names = ["torch fused", "torch foreach", "sylva Muon", "batched Muon"]
+    optimizer_step.main(["--device", "cuda", "--names", *names])
+    # torch's Muon launches kernels for each of 32,000 blocks.
+    optimizer_step.main(["--device", "cuda", "--names", "sylva Muon", "torch Muon", "--repeats", "3"])
 
 
 def trace() -> None:

@@ -20,6 +20,7 @@ from benchmarks.quality import cost, tables
 from benchmarks.quality import run as quality
 from benchmarks.quality.grid import Grid, GridError, Run, Settings, best_learning_rate
 from benchmarks.quality.methods import METHODS, Adapter, Budgeted, check_options
+from benchmarks.quality.optimizers import MuonAndAdamW
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks import Sizes
 from benchmarks.quality.tasks.base import HEAD
@@ -73,6 +74,8 @@ METHODS_TO_TRY: dict[str, Mapping[str, Any]] = {
     "rectangle": {**CHANCE, "pattern": "rectangle"},
     "narrow": {**CHANCE, "column_budget": 0.5, "allocation": "global"},
     "pruned": {**CHANCE, "prune": True},
+    **{f"{kind}, Muon": {"kind": kind, "optimizer": "muon"} for kind in ("full", "lora")},
+    "blocks, Muon": {**CHANCE, "optimizer": "muon"},
 }
 
 
@@ -117,6 +120,41 @@ class TestMethods:
         model_bytes = sum(value.numel() * value.element_size() for value in load_model("tiny", 0).parameters())
         assert trained.peak_bytes > model_bytes + trained.saved_bytes
         assert ready.checkpoint() > 0
+
+    def test_muon_steps_matrices_alone(self) -> None:
+        model = load_model("tiny", 0)
+        ready = METHODS["full"].prepare(model, {"kind": "full", "optimizer": "muon"}, BUDGET, chance_scores, 0)
+        optimizer = optimizer_of(ready, 0.25, 0.5)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        stepped: dict[bool, set[str]] = {True: set(), False: set()}
+        for group in optimizer.param_groups:
+            stepped[group["matrices"]] |= {names[parameter] for parameter in group["params"]}
+            assert group["lr"] == (0.5 if any("classifier" in names[p] for p in group["params"]) else 0.25)
+        assert stepped[True] | stepped[False] == set(names.values())
+        assert stepped[True] == {
+            name
+            for name, p in model.named_parameters()
+            if p.dim() == 2 and not re.search("embeddings|classifier", name)
+        }
+
+    def test_muon_follows_the_schedule_and_is_torchs(self) -> None:
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 4)
+        twin = nn.Linear(6, 4)
+        twin.load_state_dict(layer.state_dict())
+        made: Any = MuonAndAdamW([{"params": list(layer.parameters()), "lr": 0.1}], set())
+        matrix = torch.optim.Muon([twin.weight], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        vector = torch.optim.AdamW([twin.bias], lr=0.1, weight_decay=0.0)
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in (made, matrix, vector)]
+        for _ in range(3):
+            for mine, other in zip(layer.parameters(), twin.parameters(), strict=True):
+                mine.grad = other.grad = torch.randn_like(mine)
+            for optimizer in (made, matrix, vector):
+                optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+        torch.testing.assert_close(dict(layer.named_parameters()), dict(twin.named_parameters()))
+        assert len(made.state) == 2
 
     def test_budgets_are_as_equal_as_ranks_and_widths_allow(self) -> None:
         wanted = BUDGET.elements(load_model("tiny", 0))
