@@ -95,9 +95,7 @@ def check_muon(products: str, block: int) -> str:
     values = torch.randn(20, block, block)
     steps = []
     for device, dtype, options in (("cuda", torch.float32, {"products": products}), ("cpu", torch.float64, {})):
-        blocks = nn.Parameter(values.to(device, dtype))
-        # The step alone would be lost in the rounding of the values.
-        nn.init.zeros_(blocks)
+        blocks = nn.Parameter(torch.zeros_like(values, device=device, dtype=dtype))
         optimizer = sylva_compile.optim.Muon([blocks], lr=1.0, **options)
         for seed in range(3):
             blocks.grad = (values * (seed + 1)).roll(seed, 0).to(blocks)

@@ -30,7 +30,7 @@ def test_the_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.
         "dataset": Dataset.from_dict({key: value.tolist() for key, value in case.batch.items()}),
     }
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for block in blocks:
         # The sizes in README are for real models.
         small = block.replace("block_size=64", "block_size=8").replace("num_samples=256", "num_samples=12")

@@ -85,7 +85,7 @@ class Method:
 
 def prepare_full(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
     """Prepare full fine-tuning, which trains every parameter."""
-    make = optimizers.for_dense(model, options.get("optimizer", "adamw"))
+    make = optimizers.for_dense(model, options)
     return Ready(model.requires_grad_(True), _besides_head(model), lambda: _state_bytes(model), make)
 
 
@@ -150,7 +150,7 @@ def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
     head = head_of(model)
     for parameter in head:
         parameter.requires_grad_(True)
-    make = optimizers.for_dense(model, options.get("optimizer", "adamw"))
+    make = optimizers.for_dense(model, options)
     return Ready(wrapped, trained, lambda: _bytes([*trained, *head]), make)
 
 
@@ -223,25 +223,24 @@ def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgete
         model,
         masks.parameters(),
         lambda: _adapter_bytes(model),
-        optimizers.for_blocks(options.get("optimizer", "adamw")),
+        optimizers.for_blocks(options),
         trace_seconds=scores.seconds + seconds,
         trace_bytes=scores.peak_bytes,
         masks=masks,
     )
 
 
-_OPTIMIZER = frozenset({"optimizer"})
-_BLOCKS = _OPTIMIZER | frozenset({"trace", "score", "damping", "pattern", "allocation", "column_budget", "prune"})
+_OF_BLOCKS = {"trace", "score", "damping", "pattern", "allocation", "column_budget", "prune"}
 
 METHODS = {
-    "full": Method(prepare_full, has_budget=False, options=_OPTIMIZER),
+    "full": Method(prepare_full, has_budget=False, options=optimizers.OPTIONS),
     "sharded": Method(prepare_sharded, has_budget=False),
     "head": Method(prepare_head, has_budget=False),
-    "lora": Method(prepare_peft, options=_OPTIMIZER),
+    "lora": Method(prepare_peft, options=optimizers.OPTIONS),
     "dora": Method(prepare_peft),
     "shira": Method(prepare_peft),
     "adapter": Method(prepare_adapter),
-    "blocks": Method(prepare_blocks, options=_BLOCKS),
+    "blocks": Method(prepare_blocks, options=optimizers.OPTIONS | _OF_BLOCKS),
 }
 
 
@@ -253,7 +252,7 @@ def check_options(options: Mapping[str, Any]) -> str | None:
     strange = set(options) - {"kind"} - METHODS[kind].options
     if strange:
         return f"unknown options {sorted(strange)}; kind={kind!r} takes {sorted(METHODS[kind].options)}"
-    if problem := optimizers.check(options.get("optimizer", "adamw")):
+    if problem := optimizers.check(options):
         return problem
     if kind == "blocks":
         allowed = {

@@ -1,6 +1,6 @@
 """The optimizers that the methods of a grid may be trained with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,24 +13,29 @@ from sylva_compile.optim import Muon
 OPTIMIZERS = ("adamw", "muon")
 """The values of a method's option `optimizer`; "adamw" where it has none."""
 
+OPTIONS = frozenset({"optimizer", "momentum"})
+"""The options of a method that choose its optimizer. `momentum` is Muon's, or the first of AdamW's betas."""
+
 Groups = list[dict[str, Any]]
 MakeOptimizer = Callable[[Groups], torch.optim.Optimizer]
 
 
-def for_dense(model: nn.Module, name: str) -> MakeOptimizer:
+def for_dense(model: nn.Module, options: Mapping[str, Any]) -> MakeOptimizer:
     """Return a function that makes an optimizer of torch for parameter groups of `model`."""
-    if name == "adamw":
-        return lambda groups: torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    betas = (options.get("momentum", 0.9), 0.999)
+    if options.get("optimizer", "adamw") == "adamw":
+        return lambda groups: torch.optim.AdamW(groups, betas=betas, weight_decay=0.0, fused=True)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     others = embeddings | {id(parameter) for parameter in head_of(model)}
-    return lambda groups: MuonAndAdamW(groups, others)
+    return lambda groups: MuonAndAdamW(groups, others, options.get("momentum", 0.95))
 
 
-def for_blocks(name: str) -> MakeOptimizer:
+def for_blocks(options: Mapping[str, Any]) -> MakeOptimizer:
     """Return a function that makes our optimizer for groups of which the first holds the blocks."""
-    if name == "adamw":
-        return sylva_compile.AdamW
-    return lambda groups: Muon([groups[0], *({**group, "rule": "adamw"} for group in groups[1:])])
+    if options.get("optimizer", "adamw") == "adamw":
+        return lambda groups: sylva_compile.AdamW(groups, betas=(options.get("momentum", 0.9), 0.999))
+    momentum = options.get("momentum", 0.95)
+    return lambda groups: Muon([groups[0], *({**each, "rule": "adamw"} for each in groups[1:])], momentum=momentum)
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -39,8 +44,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
     This division is Muon's own (Jordan et al., 2024). Both step with the learning rate of their group.
     """
 
-    def __init__(self, groups: Groups, elementwise: set[int]) -> None:
-        """Divide each group; `elementwise` holds the ids of the matrices that AdamW steps."""
+    def __init__(self, groups: Groups, elementwise: set[int], momentum: float = 0.95) -> None:
+        """Divide each group; `elementwise` holds the ids of the matrices that AdamW steps; `momentum` is Muon's."""
         divided: Groups = []
         for group in groups:
             for matrices in (True, False):
@@ -55,7 +60,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 continue
             copies = [dict(group) for group in own]
             inner: torch.optim.Optimizer = (
-                torch.optim.Muon(copies, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+                torch.optim.Muon(copies, weight_decay=0.0, momentum=momentum, adjust_lr_fn="match_rms_adamw")
                 if matrices
                 else torch.optim.AdamW(copies, weight_decay=0.0, fused=True)
             )
@@ -72,6 +77,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
             inner.step()
 
 
-def check(name: Any) -> str | None:
-    """Return the error message for the option `optimizer`, or None if it is valid."""
-    return None if name in OPTIMIZERS else f"optimizer={name!r}; use one of {OPTIMIZERS}"
+def check(options: Mapping[str, Any]) -> str | None:
+    """Return the error message for a method's OPTIONS, or None if they are valid."""
+    name, momentum = options.get("optimizer", "adamw"), options.get("momentum", 0.9)
+    if name not in OPTIMIZERS:
+        return f"optimizer={name!r}; use one of {OPTIMIZERS}"
+    if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
+        return f"momentum={momentum!r}; use a number from 0 to 1, without 1"
+    return None

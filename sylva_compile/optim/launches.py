@@ -89,7 +89,9 @@ def _read(group: Mapping[str, Any], name: str | tuple[str, int]) -> Any:
 
 
 def _kind(slot: Slot, gradient: Tensor | None, over_blocks: bool) -> type[Launch]:
-    if not lies_dense(slot.param) or not (slot.target is None or slot.target.by_address):
+    # Kernels of rules over blocks take the rows of a block one after another.
+    in_order = slot.param.is_contiguous() if over_blocks else lies_dense(slot.param)
+    if not in_order or not (slot.target is None or slot.target.by_address):
         return EagerLaunch
     if slot.param.is_cpu:
         return CpuLaunch
@@ -100,6 +102,8 @@ def _kind(slot: Slot, gradient: Tensor | None, over_blocks: bool) -> type[Launch
 
 
 def _make(kind: type[Launch], program: Program | MatrixProgram, device: torch.device, **options: Any) -> Launch:
+    if device.type != "cuda":
+        options["products"] = "float32"
     if kind is CpuLaunch:
         try:
             return CpuLaunch(program, device, **options)

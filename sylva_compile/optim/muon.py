@@ -1,6 +1,7 @@
 """`Muon`, which steps blocks as matrices, and other parameters by rules for elements."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -78,13 +79,26 @@ class Muon(GeneratedOptimizer):
         }
         super().__init__(params, defaults, **options)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            # Groups of AdamW and of torch's Muon have no rule, and older ones lack options.
+            group.setdefault("rule", "muon")
+            for name, value in self._defaults_of(group["rule"]).items():
+                group.setdefault(name, value)
+
     def rule(self, group: Mapping[str, Any]) -> Rule:
-        """Return the rule of `group`; see `GeneratedOptimizer.rule`."""
+        """Return the rule of `group`; see `GeneratedOptimizer.rule`.
+
+        Raises:
+            ArgumentError: `group` names no rule that there is, or an option of Muon is out of its range.
+        """
         if group["rule"] != "muon":
             return _for_elements(group["rule"]).rule(group)
+        _check_options(group)
         return rules.muon(
             nesterov=bool(group["nesterov"]),
-            ns_steps=int(group["ns_steps"]),
+            ns_steps=group["ns_steps"],
             scaled=group["adjust_lr_fn"] == "match_rms_adamw",
         )
 
@@ -92,22 +106,32 @@ class Muon(GeneratedOptimizer):
         """As torch's; `rule` names the group's rule.
 
         Raises:
-            ArgumentError: `rule` or an option is unknown or out of its range, or a parameter cannot be stepped by it.
+            ArgumentError: `rule` is unknown, an option is out of its range or of another rule, or a parameter cannot be
+                stepped by the rule.
         """
         name = param_group.get("rule", "muon")
-        own = {"rule": name, **(self.defaults if name == "muon" else _for_elements(name).defaults)}
+        own = self._defaults_of(name)
         foreign = self.defaults.keys() | {option for each in _FOR_ELEMENTS for option in _for_elements(each).defaults}
         if strange := param_group.keys() & foreign - own.keys():
             raise ArgumentError(f"{min(strange)} is no option of the rule {name!r}; leave it out of that param group.")
-        filled = {**own, "lr": self.defaults["lr"], **param_group}
-        if name == "muon":
-            _check_options(filled)
+        if name != "muon":
+            given = {option: param_group[option] for option in own.keys() & param_group.keys() if option != "rule"}
+            try:
+                # The optimizer of that name checks its options.
+                _FOR_ELEMENTS[name]([nn.Parameter(torch.empty(0))], **given)
+            except ValueError as error:
+                raise ArgumentError(f"{error}; change that option of the param group.") from error
         defaults, self.defaults = self.defaults, {}
         try:
             # With no defaults, torch gives the group no options of another rule.
-            super().add_param_group(filled)
+            super().add_param_group({**own, **param_group})
         finally:
             self.defaults = defaults
+
+    def _defaults_of(self, name: str) -> dict[str, Any]:
+        """Return the options of a group of rule `name`, with their defaults."""
+        own = self.defaults if name == "muon" else _for_elements(name).defaults
+        return {**own, "rule": name, "lr": self.defaults["lr"]}
 
 
 @functools.cache
@@ -120,14 +144,18 @@ def _for_elements(name: str) -> GeneratedOptimizer:
 
 def _check_options(group: Mapping[str, Any]) -> None:
     """Raise ArgumentError if an option of Muon is out of its range."""
-    for name in ("lr", "weight_decay", "eps"):
-        if not float(group[name]) >= 0:
-            raise ArgumentError(f"{name}={group[name]}; give a number that is not negative.")
+    for name in ("lr", "weight_decay"):
+        # A learning rate on a GPU is not looked at: that would wait for the device.
+        value = group[name]
+        if not (isinstance(value, Tensor) and value.is_cuda) and not 0 <= float(value) < math.inf:
+            raise ArgumentError(f"{name}={value}; give a number that is not negative.")
     if not 0 <= float(group["momentum"]) < 1:
         raise ArgumentError(f"momentum={group['momentum']}; give a number from 0 to 1, without 1.")
-    if len(group["ns_coefficients"]) != 3:
+    if not 0 < group["eps"] < math.inf:
+        raise ArgumentError(f"eps={group['eps']}; give a positive number.")
+    if len(group["ns_coefficients"]) != 3 or not all(map(math.isfinite, group["ns_coefficients"])):
         raise ArgumentError(f"ns_coefficients={group['ns_coefficients']}; give three numbers.")
-    if not 1 <= group["ns_steps"] < 100:
+    if not isinstance(group["ns_steps"], int) or not 1 <= group["ns_steps"] < 100:
         raise ArgumentError(f"ns_steps={group['ns_steps']}; give a whole number from 1 to 99.")
     if group["adjust_lr_fn"] not in ("match_rms_adamw", "original"):
         raise ArgumentError(f"adjust_lr_fn={group['adjust_lr_fn']!r}; use 'match_rms_adamw' or 'original'.")

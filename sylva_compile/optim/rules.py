@@ -170,9 +170,9 @@ _A, _B = (sp.MatrixSymbol(name, width, width) for name in ("A", "B"))
 def muon(*, nesterov: bool, ns_steps: int, scaled: bool) -> Rule:
     """Return Muon (Jordan et al., 2024) over blocks: momentum, then the nearest semi-orthogonal matrix, about.
 
-    The quintic Newton–Schulz iteration moves all singular values of U to about 1 (between 0.7 and 1.2, with torch's
-    coefficients and five steps). It multiplies by `X.T * X` where torch takes `X * X.T` of matrices that are not taller
-    than wide; the results are equal.
+    The quintic Newton–Schulz iteration moves the singular values of U to about 1. With torch's coefficients and five
+    steps, those of 0.002 of U's norm or more end between 0.68 and 1.16; smaller ones stay below. It multiplies by
+    `X.T * X` where torch takes `X * X.T` of matrices that are not taller than wide; the results are equal.
 
     Args:
         nesterov: look ahead along the momentum.

@@ -75,7 +75,7 @@ METHODS_TO_TRY: dict[str, Mapping[str, Any]] = {
     "narrow": {**CHANCE, "column_budget": 0.5, "allocation": "global"},
     "pruned": {**CHANCE, "prune": True},
     **{f"{kind}, Muon": {"kind": kind, "optimizer": "muon"} for kind in ("full", "lora")},
-    "blocks, Muon": {**CHANCE, "optimizer": "muon"},
+    "blocks, Muon": {**CHANCE, "optimizer": "muon", "momentum": 0.8},
 }
 
 
@@ -185,6 +185,9 @@ class TestMethods:
         assert check_options({"kind": "nothing"}) is not None
         assert check_options({"kind": "blocks"}) is not None
         assert check_options({**CHANCE, "pattern": "rows"}) is not None
+        assert check_options({**CHANCE, "optimizer": "lion"}) is not None
+        assert check_options({**CHANCE, "optimizer": "muon", "momentum": 1.0}) is not None
+        assert check_options({"kind": "full", "optimizer": "muon", "momentum": 0.8}) is None
         assert check_options(CHANCE) is None
 
 

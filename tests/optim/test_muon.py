@@ -4,7 +4,7 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -213,6 +213,37 @@ class TestTrajectory:
             pair.step()
         pair.compare()
 
+    def test_blocks_in_another_order_of_memory(self) -> None:
+        torch.manual_seed(0)
+        values, gradient = torch.randn(8, 8, 5), torch.randn(5, 8, 8)
+        ends = []
+        for blocks in (nn.Parameter(values.permute(2, 0, 1)), nn.Parameter(values.permute(2, 0, 1).contiguous())):
+            optimizer = Muon([blocks], lr=0.1)
+            for _ in range(2):
+                blocks.grad = gradient
+                optimizer.step()
+            ends.append(blocks.detach().contiguous())
+        torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+
+    def test_values_beyond_the_edge_are_left_alone(self, launch: type) -> None:
+        pair = Pair([{"params": [torch.randn(13, 16)]}], 8)
+        (state,) = pair.states
+        outside = state.zero_outside(torch.ones_like(state.blocks)) == 0
+        with torch.no_grad():
+            state.blocks[outside] = 100.0
+        pair.gradients()
+        pair.step()
+        assert bool((state.blocks[outside] == 100.0).all())
+        with torch.no_grad():
+            state.blocks[outside] = 0.0
+        pair.compare()
+
+    @pytest.mark.parametrize("limit", [None, 1.0])
+    def test_no_blocks(self, launch: type, limit: float | None) -> None:
+        blocks = nn.Parameter(torch.zeros(0, 8, 8))
+        blocks.grad = torch.zeros(0, 8, 8)
+        Muon([blocks], max_grad_norm=limit).step()
+
     def test_a_zero_gradient_moves_nothing(self, launch: type) -> None:
         pair = Pair([{"params": [torch.randn(32, 32)]}], 16)
         before = pair.model.w0.detach().clone()
@@ -294,6 +325,81 @@ class TestOtherParameters:
         assert optimizer.grad_norm is not None
         assert float(optimizer.grad_norm) == pytest.approx(norm)
         torch.testing.assert_close(bias.detach(), -bias.grad / norm)
+
+    def made(self, **options: Any) -> tuple[nn.Parameter, nn.Parameter, Muon]:
+        torch.manual_seed(0)
+        blocks, bias = nn.Parameter(torch.randn(4, 8, 8)), nn.Parameter(torch.randn(5))
+        return blocks, bias, Muon([{"params": [blocks]}, {"params": [bias], "rule": "adamw"}], lr=0.01, **options)
+
+    @pytest.mark.parametrize("how", ["state dict", "pickle", "deepcopy"])
+    def test_go_on_from_a_copy(self, how: str) -> None:
+        blocks, bias, optimizer = self.made()
+        blocks.grad, bias.grad = torch.randn_like(blocks), torch.randn_like(bias)
+        optimizer.step()
+        if how == "state dict":
+            *own, twin = self.made()
+            for mine, theirs in zip(own, (blocks, bias), strict=True):
+                mine.data.copy_(theirs.data)
+            twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        else:
+            twin = pickle.loads(pickle.dumps(optimizer)) if how == "pickle" else copy.deepcopy(optimizer)
+            own = [parameter for group in twin.param_groups for parameter in group["params"]]
+        for mine, theirs in zip(own, (blocks, bias), strict=True):
+            mine.grad = torch.ones_like(mine)
+            theirs.grad = torch.ones_like(theirs)
+        optimizer.step()
+        twin.step()
+        assert torch.equal(own[0], blocks)
+        assert torch.equal(own[1], bias)
+
+    def test_a_checkpoint_of_adamw_is_taken_over(self) -> None:
+        blocks, bias, optimizer = self.made()
+        other = AdamW([{"params": [blocks]}, {"params": [bias]}], lr=0.5)
+        blocks.grad, bias.grad = torch.randn_like(blocks), torch.randn_like(bias)
+        saved = other.state_dict()
+        for group in saved["param_groups"]:
+            del group["maximize"]
+        saved["param_groups"][1]["rule"] = "adamw"
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["rule"] == "muon"
+        assert optimizer.param_groups[0]["lr"] == 0.5
+        optimizer.step()
+        assert set(optimizer.state[blocks]) == {"momentum_buffer"}
+
+    def test_one_cycle_changes_what_each_rule_has(self) -> None:
+        blocks, bias, optimizer = self.made()
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+        for _ in range(5):
+            blocks.grad, bias.grad = torch.randn_like(blocks), torch.randn_like(bias)
+            optimizer.step()
+            scheduler.step()
+        assert optimizer.param_groups[0]["momentum"] < 0.95
+        assert optimizer.param_groups[1]["betas"] == (0.9, 0.999)
+
+    def test_grad_scaler(self) -> None:
+        blocks, bias, optimizer = self.made()
+        wanted_blocks, wanted_bias, plain = self.made()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scale = scaler.scale(torch.ones(()))
+        for values, parameters in ((scale, (blocks, bias)), (torch.ones(()), (wanted_blocks, wanted_bias))):
+            torch.manual_seed(1)
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter) * values
+        scaler.step(optimizer)
+        plain.step()
+        torch.testing.assert_close([blocks, bias], [wanted_blocks, wanted_bias])
+
+    def test_a_group_may_come_late(self) -> None:
+        blocks, _, optimizer = self.made()
+        blocks.grad = torch.randn_like(blocks)
+        optimizer.step()
+        late = nn.Parameter(torch.zeros(2, 16, 16))
+        late.grad = torch.randn_like(late)
+        optimizer.add_param_group({"params": [late], "lr": 0.5, "ns_steps": 3})
+        before = blocks.detach().clone()
+        optimizer.step()
+        assert not torch.equal(blocks, before)
+        assert late.any()
 
 
 class TestIsAnOptimizer:
@@ -464,6 +570,10 @@ class TestRefusals:
             {"ns_steps": 0},
             {"ns_coefficients": (1.0, 2.0)},
             {"eps": math.nan},
+            {"eps": 0.0},
+            {"lr": math.inf},
+            {"ns_steps": 2.5},
+            {"ns_coefficients": (1.0, 2.0, math.nan)},
             {"adjust_lr_fn": "twice"},
             {"products": "float16"},
             {"betas": (0.9, 0.99)},
@@ -474,14 +584,27 @@ class TestRefusals:
         with pytest.raises(ArgumentError, match=next(iter(options))):
             Muon([nn.Parameter(torch.zeros(1, 8, 8))], **options)
 
-    def test_an_option_of_another_rule(self) -> None:
-        with pytest.raises(ArgumentError, match="ns_steps"):
-            Muon([{"params": [nn.Parameter(torch.zeros(3))], "rule": "adamw", "ns_steps": 3}])
+    @pytest.mark.parametrize(
+        ("group", "message"),
+        [
+            ({"rule": "adamw", "ns_steps": 3}, "ns_steps"),
+            ({"rule": "adamw", "betas": (2.0, 0.9)}, "beta"),
+            ({"rule": "adamw", "lr": -1.0}, "learning rate"),
+            ({"rule": "sgd", "nesterov": True}, "Nesterov"),
+            ({"rule": "rprop"}, "'lion'"),
+        ],
+        ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+    )
+    def test_options_of_other_rules(self, group: dict[str, Any], message: str) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            Muon([{"params": [nn.Parameter(torch.zeros(3))], **group}])
 
-
-@pytest.fixture(autouse=True)
-def quiet_threads() -> Iterator[None]:
-    """Keep the number of threads, which a test changes."""
-    kept = torch.get_num_threads()
-    yield
-    torch.set_num_threads(kept)
+    @pytest.mark.parametrize("change", [{"adjust_lr_fn": "twice"}, {"ns_steps": 0}, {"rule": "x"}])
+    def test_options_that_were_changed_later(self, change: dict[str, Any]) -> None:
+        blocks = nn.Parameter(torch.zeros(1, 8, 8))
+        blocks.grad = torch.ones(1, 8, 8)
+        optimizer = Muon([blocks])
+        optimizer.param_groups[0].update(change)
+        with pytest.raises(ArgumentError, match=next(iter(change))):
+            optimizer.step()
+        assert not blocks.any()

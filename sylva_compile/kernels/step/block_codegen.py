@@ -13,7 +13,7 @@ from sylva_compile.kernels.step.matrix_lowering import (
     Sum,
     Transpose,
 )
-from sylva_compile.kernels.step.printing import CppPrinter, TritonPrinter
+from sylva_compile.kernels.step.printing import CppPrinter, TritonPrinter, as_tuple
 
 TRITON_IMPORTS = ("from sylva_compile.kernels.step import triton_block_parts as blocks",)
 
@@ -120,12 +120,12 @@ def triton_kernel(program: MatrixProgram, width: int) -> list[str]:
         "    index_, inside_ = blocks.elements(row_, start_, height, width, SIDE_)",
         f"    hyper_ += parts.column(row_, parts.HYPER) * {len(rule.hyperparameters)}",
         "    t = parts.load_step(row_)",
-        *([f"    {_tuple(scalars)} = scalars(hyper_, t)"] if scalars else []),
+        *([f"    {as_tuple(scalars)} = scalars(hyper_, t)"] if scalars else []),
         "    P = parts.load(parts.column(row_, parts.PARAM), parts.column(row_, parts.PARAM_TYPE), index_, inside_)",
         "    G = parts.load(gradient_, parts.column(row_, parts.GRAD_TYPE), index_, inside_)",
         "    G *= tl.load(scale_).to(tl.float32)",
         *(f"    {name} = parts.load_state(row_, {k}, index_, inside_)" for k, name in enumerate(states)),
-        f"    {_tuple(['P', *states])} = update({arguments}, SIDE_, PRODUCTS_)",
+        f"    {as_tuple(['P', *states])} = update({arguments}, SIDE_, PRODUCTS_)",
         "    blocks.store_parameter(row_, top_, left_, index_, inside_, P, SIDE_)",
         *(f"    parts.store_state(row_, {k}, index_, inside_, {name}, seed_, t)" for k, name in enumerate(states)),
     ]
@@ -135,7 +135,7 @@ def triton_kernel(program: MatrixProgram, width: int) -> list[str]:
         f"def update({arguments}, SIDE_: tl.constexpr, PRODUCTS_: tl.constexpr):",
         "    height, width = height.to(tl.float32), width.to(tl.float32)",
         *(f"    {line}" for statement in program.statements for line in _triton(statement)),
-        f"    return {_tuple([symbol.name for symbol in program.results])}",
+        f"    return {as_tuple([symbol.name for symbol in program.results])}",
         "",
         "",
         "@triton.jit",
@@ -161,11 +161,7 @@ def _triton(statement: Statement) -> list[str]:
             lines = [line for each in statements for line in _triton(each)]
             if carried:
                 variables, values = ([symbol.name for symbol in symbols] for symbols in zip(*carried, strict=True))
-                lines.append(f"{_tuple(variables)} = {_tuple(values)}")
+                lines.append(f"{as_tuple(variables)} = {as_tuple(values)}")
             return [f"for _ in range({times}):", *(f"    {line}" for line in lines)]
         case _:
             return [f"{statement.target} = {TritonPrinter(wide=False).doprint(statement.expression)}"]
-
-
-def _tuple(names: list[str]) -> str:
-    return ", ".join(names) + ("," if len(names) == 1 else "")

@@ -10,7 +10,7 @@ from pathlib import Path
 from sylva_compile.kernels.step import block_codegen, element_codegen
 from sylva_compile.kernels.step.lowering import Program, Rule
 from sylva_compile.kernels.step.matrix_lowering import MatrixProgram
-from sylva_compile.kernels.step.printing import CppPrinter, TritonPrinter
+from sylva_compile.kernels.step.printing import CppPrinter, TritonPrinter, as_tuple
 from sylva_compile.kernels.step.table import COLUMNS, STATE_COLUMNS
 
 _HERE = Path(__file__).parent
@@ -77,7 +77,7 @@ def triton_source(program: Program | MatrixProgram) -> str:
             f"    {symbol} = ({TritonPrinter(wide=True).doprint(value)}).to(tl.float32)"
             for symbol, value in program.scalars
         ),
-        f"    return {', '.join(scalars)}{',' if len(scalars) == 1 else ''}",
+        f"    return {as_tuple(scalars)}",
         "",
         "",
     ]

@@ -3,7 +3,8 @@
 A rule over blocks steps all blocks of a parameter at once, by batched products.
 
 It is the oracle of the generated kernels and their fallback: without a C++ compiler, on other kinds of device, for
-float64 on a GPU, and for a parameter whose elements do not lie side by side in memory.
+float64 on a GPU and blocks that are too large there, for a parameter whose elements do not lie side by side in memory,
+and for blocks whose dense weight a kernel cannot reach.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.step.lowering import Program, g, height, p, t, width
 from sylva_compile.kernels.step.matrix_lowering import Loop, MatrixProgram, Plain, Product, Sum, Transpose
 from sylva_compile.kernels.step.printing import torch_expression
-from sylva_compile.kernels.step.table import Products, Slot, Target
+from sylva_compile.kernels.step.table import Products, Slot
 
 Values = dict[sp.Symbol, Any]
 """Tensors by the symbols of a program."""
@@ -62,7 +63,8 @@ class EagerLaunch:
     def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
         """Describe this step; see `Launch`."""
         pairs = [(slot, gradient) for slot, gradient in zip(slots, gradients, strict=True) if gradient is not None]
-        self._sizes = [_block_sizes(slot.target) for slot, _ in pairs]
+        over_blocks = isinstance(self._program, MatrixProgram)
+        self._sizes = [_block_sizes(slot) if over_blocks else None for slot, _ in pairs]
         # A launch may outlive the model and must not keep its dense weights alive.
         self._pairs = [(slot._replace(target=None), gradient) for slot, gradient in pairs]
 
@@ -94,27 +96,28 @@ class EagerLaunch:
         once[t] = torch.ones((), dtype=torch.float64, device="cpu") if slot.step is None else slot.step.double()
         values: Values = {symbol: compute(once).to(wide) for symbol, compute in self._scalars}
         inputs: tuple[sp.Symbol, ...] = (p, g, *(symbol for symbol, _ in rule.states))
-        if isinstance(self._program, MatrixProgram):
-            inputs = self._program.inputs
-            side = torch.tensor(slot.param.shape[-1], device=self.device)
-            values |= {
-                symbol: size.to(wide) for symbol, size in zip((height, width), sizes or (side, side), strict=True)
-            }
         given = (slot.param.to(wide), gradient.to(wide) * scale.to(wide), *(state.to(wide) for state in slot.states))
+        changes = skip == 0
+        if isinstance(self._program, MatrixProgram):
+            assert sizes is not None
+            inputs = self._program.inputs
+            inside = _inside(slot.param.shape[-1], *sizes)
+            given = tuple(torch.where(inside, value, 0) for value in given)
+            changes = changes & inside
+            values |= {symbol: size.to(wide) for symbol, size in zip((height, width), sizes, strict=True)}
         values |= dict(zip(inputs, given, strict=True))
         for run in self._statements:
             run(values)
-        # All new values are computed before any is stored: a result may be the old value of another tensor.
+        # All new values are computed before any is stored: one may be the old value of another tensor.
         held = (slot.param, *slot.states)
-        results = [
-            torch.where(skip == 0, values[symbol], old) for symbol, old in zip(self._program.results, held, strict=True)
-        ]
-        slot.param.copy_(results[0])
-        for number, (state, value) in enumerate(zip(slot.states, results[1:], strict=True)):
-            if self._stochastic and state.dtype == torch.bfloat16:
-                value = round_stochastically(value.float(), seed, once[t].long(), slot.order, number)
-                value = torch.where(skip == 0, value, state)
-            state.copy_(value)
+        results = []
+        for number, (symbol, old) in enumerate(zip(self._program.results, held, strict=True)):
+            value = values[symbol]
+            if self._stochastic and number > 0 and old.dtype == torch.bfloat16:
+                value = round_stochastically(value.float(), seed, once[t].long(), slot.order, number - 1)
+            results.append(torch.where(changes, value, old))
+        for tensor, value in zip(held, results, strict=True):
+            tensor.copy_(value)
 
 
 def round_stochastically(value: Tensor, seed: int, step: Tensor, index: int, number: int) -> Tensor:
@@ -149,16 +152,24 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _block_sizes(target: Target | None) -> tuple[Tensor, Tensor] | None:
-    """Return the rows and columns of each block inside its dense weight, `[nnz, 1, 1]` each."""
+def _block_sizes(slot: Slot) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of each block inside its dense weight, `[nnz, 1, 1]` each; b without a weight."""
+    b, target = slot.param.shape[-1], slot.target
     if target is None:
-        return None
-    b = target.block_size
+        whole = torch.full((1, 1, 1), b, device=slot.param.device)
+        return whole, whole
     rows, cols = (
         (size - at * b).clamp(max=b)[:, None, None]
         for size, at in zip(target.matrix.shape, target.positions, strict=True)
     )
     return rows, cols
+
+
+def _inside(b: int, rows: Tensor, cols: Tensor) -> Tensor:
+    """Return whether each element `[nnz, b, b]` of the blocks lies inside the dense weight."""
+    lane = torch.arange(b, device=rows.device)
+    inside: Tensor = (lane[:, None] < rows) & (lane < cols)
+    return inside
 
 
 def _elementwise(symbol: sp.Symbol, expression: sp.Expr) -> Run:

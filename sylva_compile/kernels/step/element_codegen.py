@@ -1,7 +1,7 @@
 """The generated functions of rules over elements."""
 
 from sylva_compile.kernels.step.lowering import Program
-from sylva_compile.kernels.step.printing import CppPrinter, TritonPrinter
+from sylva_compile.kernels.step.printing import CppPrinter, TritonPrinter, as_tuple
 
 TRITON_IMPORTS: tuple[str, ...] = ()
 
@@ -43,12 +43,12 @@ def triton_kernel(program: Program, width: int) -> list[str]:
         "    inside_ = parts.within_matrix(row_, start_, index_, TILE_)",
         f"    hyper_ += parts.column(row_, parts.HYPER) * {len(rule.hyperparameters)}",
         "    t = parts.load_step(row_)",
-        *([f"    {_tuple(scalars)} = scalars(hyper_, t)"] if scalars else []),
+        *([f"    {as_tuple(scalars)} = scalars(hyper_, t)"] if scalars else []),
         "    p = parts.load(parts.column(row_, parts.PARAM), parts.column(row_, parts.PARAM_TYPE), index_, inside_)",
         "    g = parts.load(gradient_, parts.column(row_, parts.GRAD_TYPE), index_, inside_)",
         "    g *= tl.load(scale_).to(tl.float32)",
         *(f"    {name} = parts.load_state(row_, {k}, index_, inside_)" for k, name in enumerate(states)),
-        f"    {_tuple(['p', *states])} = update({arguments})",
+        f"    {as_tuple(['p', *states])} = update({arguments})",
         "    parts.store_parameter(row_, start_, index_, inside_, p, TILE_)",
         *(f"    parts.store_state(row_, {k}, index_, inside_, {name}, seed_, t)" for k, name in enumerate(states)),
     ]
@@ -57,14 +57,10 @@ def triton_kernel(program: Program, width: int) -> list[str]:
         "@triton.jit",
         f"def update({arguments}):",
         *(f"    {symbol} = {printer.doprint(value)}" for symbol, value in program.statements),
-        f"    return {_tuple([symbol.name for symbol in program.results])}",
+        f"    return {as_tuple([symbol.name for symbol in program.results])}",
         "",
         "",
         "@triton.jit",
         "def step_kernel(table_, gradients_, hyper_, tiles_, scale_, skip_, seed_, TILE_: tl.constexpr):",
         *(f"    {line}" for line in body),
     ]
-
-
-def _tuple(names: list[str]) -> str:
-    return ", ".join(names) + ("," if len(names) == 1 else "")

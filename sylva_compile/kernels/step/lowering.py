@@ -10,10 +10,12 @@ are lowered by `matrix_lowering.py`. Lowering does three things to a rule over e
 """
 
 import itertools
+import keyword
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import sympy as sp
+from sympy.printing.cxx import reserved
 
 p, g, t = sp.symbols("p g t", real=True)
 """The parameter, its gradient, and the number of the step, which starts at 1."""
@@ -31,10 +33,20 @@ Equation = tuple[sp.Expr, sp.Expr]
 
 @dataclass(frozen=True)
 class Repeat:
-    """Equations that run `times` times in order, once or more. A value that they are first to assign ends with them."""
+    """Equations that run `times` times in order, once or more. A value that they are first to assign ends with them.
+
+    Raises:
+        ValueError: `times` is below 1, or one of the equations is a Repeat.
+    """
 
     times: int
     equations: tuple[Equation, ...]
+
+    def __post_init__(self) -> None:
+        if self.times < 1:
+            raise ValueError(f"Equations repeat {self.times} times; repeat them once or more.")
+        if any(isinstance(each, Repeat) for each in self.equations):
+            raise ValueError("Equations of a Repeat hold no other Repeat; write them out.")
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,7 @@ def lower(rule: Rule) -> Program:
         if unknown:
             raise ValueError(f"{rule.name}: {left} reads {unknown}, which no equation before it assigns.")
         value = hoist(right.xreplace(newest), constants, scalars)
-        newest[left] = sp.Symbol(f"{left.name}{len(statements)}_", real=True)
+        newest[left] = numbered(left.name, len(statements))
         statements.append((newest[left], value))
     still = [symbol.name for symbol in (p, *states) if newest[symbol] is symbol]
     if still:
@@ -135,6 +147,20 @@ def lower(rule: Rule) -> Program:
     )
 
 
+_OF_KERNELS = "T t std tl triton parts blocks maximum power sign scalars update step_kernel height width"
+_TAKEN = frozenset([*keyword.kwlist, *reserved["C++17"], *_OF_KERNELS.split()])
+"""Words of Python and C++, and names that kernels use themselves."""
+
+
+def numbered(name: str, number: int) -> sp.Symbol:
+    """Return the symbol of a value of the rule's symbol `name`.
+
+    No other symbol has its name: a rule's own names do not end with _, and no other generated name ends with _, digits
+    and _.
+    """
+    return sp.Symbol(f"{name}_{number}_", real=True)
+
+
 def check_names(rule: Rule) -> None:
     """Raise ValueError if generated code cannot use the name of one of the rule's symbols."""
     assigned = [left for left, _ in rule.each_equation()]
@@ -142,6 +168,8 @@ def check_names(rule: Rule) -> None:
         name = symbol.name
         if not name.isidentifier() or not name.isascii() or name.endswith("_"):
             raise ValueError(f"{rule.name}: name {symbol} in ASCII letters, digits and _, without _ at the end.")
+        if name in _TAKEN:
+            raise ValueError(f"{rule.name}: {symbol} means something else in generated code; use another name.")
 
 
 def hoist(
@@ -152,7 +180,7 @@ def hoist(
     if not expression.free_symbols & constants:
         return expression
     if expression.free_symbols <= constants:
-        return scalars.setdefault(expression, sp.Symbol(f"{prefix}_{len(scalars)}_", real=True))
+        return scalars.setdefault(expression, sp.Symbol(f"{prefix}{len(scalars)}_", real=True))
     parts = list(expression.args)
     if isinstance(expression, sp.Add | sp.Mul):
         apart = [part for part in parts if part.free_symbols <= constants]
@@ -162,7 +190,7 @@ def hoist(
 
 
 def _names() -> Iterator[sp.Symbol]:
-    return (sp.Symbol(f"x_{index}_", real=True) for index in itertools.count())
+    return (sp.Symbol(f"x{index}_", real=True) for index in itertools.count())
 
 
 def _without_common_subexpressions(

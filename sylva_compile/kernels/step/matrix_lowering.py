@@ -6,8 +6,8 @@ elementwise products (`HadamardProduct`) and traces. Lowering does four things t
 1. It hoists expressions of hyperparameters and `t`: kernels compute them once a parameter and step, in float64.
 2. It names every product and trace. What is left of an equation acts on each element alone, and becomes one statement
    in which a symbol stands for the element of a matrix.
-3. It marks products that are symmetric, of which a kernel computes one half: `X.T * X`, and the product of two powers
-   of one symmetric matrix.
+3. It marks products that are symmetric, of which a kernel computes one half: `X.T * X`, and the product of two
+   polynomials in one symmetric matrix.
 4. It computes numbers of a block (norms, functions of its size) once a block.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import sympy as sp
 
-from sylva_compile.kernels.step.lowering import G, P, Repeat, Rule, check_names, height, hoist, t, width
+from sylva_compile.kernels.step.lowering import G, P, Repeat, Rule, check_names, height, hoist, numbered, t, width
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class MatrixProgram:
                 continue
             for turn in range(each.times):
                 for statement in each.statements:
-                    add(statement, f"{turn}_")
+                    add(statement, f"r{turn}_")
                 # All at once: a variable may take what another one held.
                 newest.update({variable: newest.get(value, value) for variable, value in each.carried})
         return replace(
@@ -148,6 +148,9 @@ def lower_matrices(rule: Rule) -> MatrixProgram:
             operation that is none of those named above.
     """
     check_names(rule)
+    for state, _ in rule.states:
+        if not isinstance(state, sp.MatrixSymbol) or state.shape != P.shape:
+            raise ValueError(f"{rule.name}: {state} is no matrix of height x width; a state is laid out as the blocks.")
     return _Lowering(rule).program()
 
 
@@ -164,8 +167,8 @@ class _Lowering:
         # The symbol that holds the newest value of each name of the rule.
         self._newest = {symbol: _named(symbol) for symbol in (P, G, *(state for state, _ in rule.states))}
         self._block_numbers = {height, width}
-        # For each symmetric matrix the matrix of which it is a power; powers of one matrix commute.
-        self._power_of: dict[sp.Symbol, sp.Symbol] = {}
+        # For each symmetric matrix the one of which it is a polynomial; polynomials in one matrix commute.
+        self._polynomial_in: dict[sp.Symbol, sp.Symbol] = {}
 
     def program(self) -> MatrixProgram:
         kept = [P, *(state for state, _ in self._rule.states)]
@@ -185,6 +188,8 @@ class _Lowering:
         )
 
     def _equation(self, left: sp.Expr, right: sp.Expr) -> None:
+        if left in self._constants | {height, width, G}:
+            raise ValueError(f"{self._rule.name}: {left} is given; assign to a symbol of another name.")
         unknown = right.free_symbols - self._newest.keys() - self._constants - {height, width}
         if unknown:
             raise ValueError(f"{self._rule.name}: {left} reads {unknown}, which no equation before it assigns.")
@@ -196,15 +201,13 @@ class _Lowering:
         self._newest[left] = value if named else self._assign(left.name, value, is_matrix=is_matrix)
 
     def _loop(self, repeat: Repeat) -> None:
-        if repeat.times < 1:
-            raise ValueError(f"{self._rule.name}: equations repeat {repeat.times} times; repeat them once or more.")
         known = [left for left, _ in repeat.equations if left in self._newest]
         variables: dict[sp.Expr, sp.Symbol] = {}
         for left in dict.fromkeys(known):
             # A variable of its own: other names may stand for the same value.
             is_matrix = isinstance(left, sp.MatrixSymbol)
             variables[left] = self._assign(left.name, self._newest[left], is_matrix=is_matrix)
-            self._power_of.pop(variables[left], None)
+            self._polynomial_in.pop(variables[left], None)
         before, outside, numbers = dict(self._newest), self._statements, self._numbers
         self._newest.update(variables)
         self._statements, self._numbers = [], {}
@@ -224,20 +227,26 @@ class _Lowering:
             self._block_numbers.add(target)
             return target
         value = self._hoist_numbers(value)
+        if value.free_symbols <= self._block_numbers | set(self._scalars.values()):
+            raise ValueError(f"{self._rule.name}: all elements of {name} are {value}; leave that matrix out.")
         target = self._new(name)
         self._note_symmetry(target, value)
         self._statements.append(Elementwise(target, value))
         return target
 
     def _new(self, name: str) -> sp.Symbol:
-        """Return a symbol that no other statement has as its target."""
-        return sp.Symbol(f"{name}{next(self._count)}_", real=True)
+        """Return a symbol for the next value of the rule's symbol `name`."""
+        return numbered(name, next(self._count))
+
+    def _made(self, kind: str) -> sp.Symbol:
+        """Return a symbol for a value that the rule has no symbol for: a matrix "x" or a number "n"."""
+        return sp.Symbol(f"{kind}{next(self._count)}_", real=True)
 
     def _hoist_numbers(self, value: sp.Expr) -> sp.Expr:
         """Take out of an elementwise expression what is one number for the whole block."""
         numbers = self._block_numbers | set(self._scalars.values())
         known = len(self._numbers)
-        value = hoist(value, numbers, self._numbers, prefix=f"n{next(self._count)}")
+        value = hoist(value, numbers, self._numbers, prefix=f"n{next(self._count)}x")
         for expression, symbol in list(self._numbers.items())[known:]:
             if not expression.is_Symbol:
                 self._statements.append(Number(symbol, expression))
@@ -268,6 +277,8 @@ class _Lowering:
                 )
             case sp.Symbol():
                 return self._newest.get(expression, expression)
+        if any(isinstance(part, sp.MatrixExpr) for part in expression.args):
+            raise ValueError(f"{self._rule.name}: {expression} is a number of a matrix that is no trace.")
         return expression.func(*map(self._elements, expression.args)) if expression.args else expression
 
     def _matrix(self, expression: sp.MatrixExpr) -> sp.Symbol:
@@ -280,7 +291,7 @@ class _Lowering:
         first, *rest = factors
         if isinstance(first, sp.Transpose):
             left = self._matrix(first.arg)
-            product = self._multiply(left, self._matrix(rest[0]), transposed=left not in self._power_of)
+            product = self._multiply(left, self._matrix(rest[0]), transposed=left not in self._polynomial_in)
             rest = rest[1:]
         else:
             product = self._matrix(first)
@@ -297,33 +308,33 @@ class _Lowering:
         return product
 
     def _multiply(self, left: sp.Symbol, right: sp.Symbol, *, transposed: bool) -> sp.Symbol:
-        target = self._new("x")
-        root = self._power_of.get(left)
-        commute = root is not None and root is self._power_of.get(right)
+        target = self._made("x")
+        root = self._polynomial_in.get(left)
+        commute = root is not None and root is self._polynomial_in.get(right)
         symmetric = commute or (transposed and left is right)
         if symmetric:
-            self._power_of[target] = root if commute else target
+            self._polynomial_in[target] = root if commute else target
         self._statements.append(Product(target, left, right, transposed, symmetric))
         return target
 
     def _transposed(self, matrix: sp.Symbol) -> sp.Symbol:
-        if matrix in self._power_of:
+        if matrix in self._polynomial_in:
             return matrix
-        target = self._new("x")
+        target = self._made("x")
         self._statements.append(Transpose(target, matrix))
         return target
 
     def _trace(self, expression: sp.MatrixExpr) -> sp.Symbol:
         """Return the number `trace(Aᵀ·B)`, the sum of the elementwise product of A and B."""
         factors = expression.args if isinstance(expression, sp.MatMul) else ()
-        if len(factors) != 2 or not any(isinstance(factor, sp.Transpose) for factor in factors):
+        if len(factors) != 2 or sum(isinstance(factor, sp.Transpose) for factor in factors) != 1:
             raise ValueError(f"{self._rule.name}: write a trace as Trace(A.T * B), not {sp.Trace(expression)}.")
         # trace(A·Bᵀ) is the same sum.
         one, other = (each.arg if isinstance(each, sp.Transpose) else each for each in factors)
         if one.shape != other.shape:
             raise ValueError(f"{self._rule.name}: the factors of {sp.Trace(expression)} have different shapes.")
         value = hoist(self._elements(one) * self._elements(other), self._constants, self._scalars)
-        target = self._new("n")
+        target = self._made("n")
         self._statements.append(Sum(target, self._hoist_numbers(value)))
         self._block_numbers.add(target)
         return target
@@ -331,11 +342,11 @@ class _Lowering:
     def _note_symmetry(self, target: sp.Symbol, value: sp.Expr) -> None:
         """Note that `target` is a polynomial in one symmetric matrix, if `value` shows it."""
         read = value.free_symbols - self._block_numbers - set(self._scalars.values())
-        roots = {self._power_of.get(symbol) for symbol in read}
+        roots = {self._polynomial_in.get(symbol) for symbol in read}
         # A sum of multiples commutes with the matrix; an elementwise product does not.
         linear = value.is_polynomial(*read) and sp.Poly(value, *read).total_degree() <= 1 if read else False
         if linear and len(roots) == 1 and None not in roots and not sp.Poly(value, *read).eval(dict.fromkeys(read, 0)):
-            self._power_of[target] = roots.pop()
+            self._polynomial_in[target] = roots.pop()
 
 
 def _named(symbol: sp.MatrixSymbol) -> sp.Symbol:

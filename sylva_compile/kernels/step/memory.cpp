@@ -2,12 +2,6 @@
 //
 // A row of the table describes one parameter.
 
-#include <algorithm>
-#include <cstring>
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
 namespace {
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, BFLOAT16_STOCHASTIC };

@@ -1,5 +1,6 @@
 """Expressions in C++, Triton and torch: sympy's printers, adjusted to what the generated kernels use."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy as sp
@@ -118,3 +119,8 @@ class _TorchPrinter(_PythonPrinter):
 def torch_expression(expression: sp.Expr) -> str:
     """Return `expression` in Python, over tensors that have its symbols' names."""
     return str(_TorchPrinter().doprint(expression))
+
+
+def as_tuple(names: Sequence[str]) -> str:
+    """Return a Python tuple of variables, without brackets."""
+    return ", ".join(names) + ("," if len(names) == 1 else "")

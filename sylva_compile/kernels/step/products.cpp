@@ -56,7 +56,7 @@ void multiply(int64_t n, int64_t side, const T* a, const T* b, T* c) {
   constexpr int64_t WIDEST = TILE_VECTORS * Vectors<T>::LANES;
   for (int64_t row = 0; row < side; row += TILE_ROWS) {
     int64_t col = 0;
-    // Tiles of two vectors beside wider ones would leave a narrow rest.
+    // Use the widest tiles only where they fill the row; else a narrow tile would remain at its end.
     if (side % WIDEST == 0) col = multiply_row<T, TRANSPOSED, TILE_ROWS, TILE_VECTORS>(n, side, row, col, a, b, c);
     col = multiply_row<T, TRANSPOSED, TILE_ROWS, 2>(n, side, row, col, a, b, c);
     multiply_row<T, TRANSPOSED, TILE_ROWS, 1>(n, side, row, col, a, b, c);

@@ -1,7 +1,7 @@
 """The parts that all generated Triton kernels share: tiles, loads and stores of any dtype, write-through, rounding.
 
-`step.cpp` holds the same parts in C++. The Triton source runs on the CPU under `TRITON_INTERPRET=1`, which must be set
-before this module is imported.
+`memory.cpp` and `launch.cpp` hold the same parts in C++. The Triton source runs on the CPU under `TRITON_INTERPRET=1`,
+which must be set before this module is imported.
 """
 
 import triton

@@ -47,6 +47,7 @@ def test_common_parts_are_named_before_their_first_use() -> None:
         (((p, p - sp.Symbol("q", real=True)), (M, g)), "q"),
         (((p, p - g),), "no equation assigns m"),
         (((M, g),), "no equation assigns p"),
+        (((sp.Symbol("double", real=True), g), (p, p - g), (M, g)), "double"),
         (((sp.Symbol("x_", real=True), g), (p, p - g), (M, g)), "x_"),
         (((sp.Symbol("β", real=True), g), (p, p - g), (M, g)), "β"),
     ],
@@ -54,3 +55,11 @@ def test_common_parts_are_named_before_their_first_use() -> None:
 def test_refuses(equations: tuple[tuple[sp.Symbol, sp.Expr], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lower(rule(*equations))
+
+
+def test_no_two_values_have_one_name() -> None:
+    m1, s, x = sp.symbols("m1 s x", real=True)
+    equations = [(M, g), (m1, g), (s, BETA * g), (x, LR * g)] * 3 + [(p, sp.sqrt(M + m1) * (s + x) + sp.sqrt(M + m1))]
+    program = lower(rule(*equations))
+    names = [symbol for symbol, _ in (*program.scalars, *program.statements)]
+    assert len(set(names)) == len(names)

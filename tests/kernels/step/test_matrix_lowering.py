@@ -86,6 +86,31 @@ class TestNumbers:
         assert {symbol.name for symbol in total.expression.free_symbols} == {"G", "P"}
 
 
+@pytest.mark.parametrize(
+    ("times", "equations", "message"),
+    [(0, ((P, G),), "once or more"), (2, (Repeat(2, ((P, 2 * P),)),), "no other Repeat")],
+    ids=["never", "nested"],
+)
+def test_loops_that_are_refused(times: int, equations: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Repeat(times, equations)
+
+
+class TestNames:
+    def test_no_two_values_have_one_name(self) -> None:
+        m1, x1, n1 = (sp.MatrixSymbol(name, height, width) for name in ("M1", "x1", "n1"))
+        equations: list[Any] = [(M, G), (m1, P), (x1, G), (n1, P)]
+        equations += [(value, value + G * m1.T * P / sp.sqrt(sp.Trace(n1.T * x1))) for value in (M, m1, x1, n1) * 4]
+        program = lowered(*equations, Repeat(12, ((M, M + m1), (m1, 2 * M))), (P, M + m1 + x1 + n1)).unrolled()
+        targets = [each.target for each in program.statements] + [symbol for symbol, _ in program.scalars]  # type: ignore[union-attr]
+        assert len(set(targets)) == len(targets)
+
+    @pytest.mark.parametrize("state", [A, sp.Symbol("k", real=True)])
+    def test_a_state_is_laid_out_as_the_blocks(self, state: Any) -> None:
+        with pytest.raises(ValueError, match="laid out"):
+            lowered((state, G.T * G), (P, P), states=[(state, "s")])
+
+
 class TestOrder:
     def test_a_state_has_its_old_value_until_it_is_assigned(self) -> None:
         first = lowered((P, P - M), (M, G), states=[(M, "m")])
@@ -144,13 +169,19 @@ class TestLoops:
         ([(X, G)], "no equation assigns P"),
         ([(M, G), (P, P.T)], "another shape"),
         ([(A, G), (P, P)], "another shape"),
-        ([(LR, G), (P, P)], "another shape"),
         ([(P, P - (G.T * G).inverse() * 0 * 0 - G * (G.T * G).inverse())], "whole positive exponent"),
         ([(P, P.applyfunc(sp.exp))], "elementwise product"),
         ([(P, sp.Trace(A) * P), (A, A)], "reads {A}"),
         ([(A, G.T * G), (P, sp.Trace(A) * P)], "Trace"),
+        ([(A, G.T * G), (P, sp.Trace(A.T * A.T) * P)], "Trace"),
+        ([(A, G.T * G), (P, sp.Determinant(A) * P)], "no trace"),
+        ([(P, G[0, 0] * P)], "no trace"),
+        ([(X, G), (M, X), (X, X - M), (P, P - X)], "leave that matrix out"),
+        ([(LR, LR / 2), (P, LR * P)], "is given"),
+        ([Repeat(2, ((LR, LR / 2), (P, LR * P)))], "is given"),
+        ([(sp.Symbol("double", real=True), LR), (P, P)], "means something else"),
+        ([(sp.Symbol("lambda", real=True), LR), (P, P)], "means something else"),
         ([Repeat(2, ((X, G),)), (P, X)], "reads {X}"),
-        ([Repeat(0, ((P, G),))], "once or more"),
         ([(sp.MatrixSymbol("X_", height, width), G), (P, P)], "X_"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
