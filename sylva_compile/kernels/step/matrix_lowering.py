@@ -12,7 +12,7 @@ elementwise products (`HadamardProduct`) and traces. Lowering does four things t
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy as sp
@@ -106,12 +106,6 @@ class MatrixProgram:
     def inputs(self) -> tuple[sp.Symbol, ...]:
         """The symbols of `P`, `G` and the states, in the rule's order."""
         return tuple(map(_named, (P, G, *(state for state, _ in self.rule.states))))
-
-    @property
-    def matrices(self) -> frozenset[sp.Symbol]:
-        """The symbols that stand for matrices; all others are numbers."""
-        made = {each.target for each in _flat(self.statements) if isinstance(each, Product | Transpose | Elementwise)}
-        return frozenset({*self.inputs, *made})
 
     def unrolled(self) -> "MatrixProgram":
         """Return the same program without loops, in which each target is assigned once."""
@@ -310,8 +304,8 @@ class _Lowering:
     def _multiply(self, left: sp.Symbol, right: sp.Symbol, *, transposed: bool) -> sp.Symbol:
         target = self._made("x")
         root = self._polynomial_in.get(left)
-        commute = root is not None and root is self._polynomial_in.get(right)
-        symmetric = commute or (transposed and left is right)
+        commute = root is not None and root == self._polynomial_in.get(right)
+        symmetric = commute or (transposed and left == right)
         if symmetric:
             self._polynomial_in[target] = root if commute else target
         self._statements.append(Product(target, left, right, transposed, symmetric))
@@ -351,11 +345,6 @@ class _Lowering:
 
 def _named(symbol: sp.MatrixSymbol) -> sp.Symbol:
     return sp.Symbol(symbol.name, real=True)
-
-
-def _flat(statements: Sequence[Statement]) -> Iterator[Plain]:
-    for each in statements:
-        yield from each.statements if isinstance(each, Loop) else (each,)
 
 
 def _renamed(statement: Plain, names: Mapping[sp.Symbol, sp.Symbol], suffix: str) -> Plain:
