@@ -25,6 +25,7 @@ def cpp_source(program: Program | MatrixProgram) -> str:
         "#include <cmath>",
         "#include <cstdint>",
         "#include <cstring>",
+        "#include <utility>",
         "#include <vector>",
         "#ifdef __SSE2__",
         "#include <emmintrin.h>",

@@ -63,23 +63,64 @@ void multiply(int64_t n, int64_t side, const T* a, const T* b, T* c) {
   }
 }
 
-// The same for a product that is symmetric: computes the panels on and above the diagonal, and copies the others.
+#if defined(__clang__) || __GNUC__ >= 12
+// Swaps elements of two rows, one of the log2(LANES) stages of a transpose: the row numbers differ in the bit STEP, and
+// an element whose lane has this bit in the upper row changes places with one whose lane lacks it in the lower row.
+template <typename T, int64_t STEP, size_t... LANE>
+inline void exchange(typename Vectors<T>::Vector& a, typename Vectors<T>::Vector& b, std::index_sequence<LANE...>) {
+  constexpr int64_t LANES = sizeof...(LANE);
+  const auto upper = __builtin_shufflevector(a, b, int(LANE & STEP ? LANES + LANE - STEP : LANE)...);
+  b = __builtin_shufflevector(a, b, int(LANE & STEP ? LANES + LANE : LANE + STEP)...);
+  a = upper;
+}
+
+template <typename T, int64_t STEP = 1>
+inline void transpose_rows(typename Vectors<T>::Vector (&rows)[Vectors<T>::LANES]) {
+  constexpr int64_t LANES = Vectors<T>::LANES;
+  if constexpr (STEP < LANES) {
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < LANES; ++r)
+      if (!(r & STEP)) exchange<T, STEP>(rows[r], rows[r + STEP], std::make_index_sequence<LANES>());
+    transpose_rows<T, 2 * STEP>(rows);
+  }
+}
+
+// Writes the transpose of the panel of `a` at (row, col) to the panel of `c` at (col, row).
+template <typename T>
+void transpose_panel(int64_t side, int64_t row, int64_t col, const T* a, T* c) {
+  using Vector = typename Vectors<T>::Vector;
+  constexpr int64_t LANES = Vectors<T>::LANES;
+  for (int64_t r = row; r < row + PANEL; r += LANES)
+    for (int64_t k = col; k < col + PANEL; k += LANES) {
+      Vector rows[LANES];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) rows[i] = *reinterpret_cast<const Vector*>(a + (r + i) * side + k);
+      transpose_rows<T>(rows);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) *reinterpret_cast<Vector*>(c + (k + i) * side + r) = rows[i];
+    }
+}
+#else
+template <typename T>
+void transpose_panel(int64_t side, int64_t row, int64_t col, const T* a, T* c) {
+  for (int64_t r = row; r < row + PANEL; ++r)
+    for (int64_t k = col; k < col + PANEL; ++k) c[k * side + r] = a[r * side + k];
+}
+#endif
+
+// The same for a product that is symmetric: computes the panels on and above the diagonal, and transposes them.
 template <typename T, bool TRANSPOSED>
 void multiply_symmetric(int64_t n, int64_t side, const T* a, const T* b, T* c) {
   for (int64_t row = 0; row < side; row += 2 * TILE_ROWS)
     multiply_row<T, TRANSPOSED, 2 * TILE_ROWS, 1>(n, side, row, row / PANEL * PANEL, a, b, c);
-  for (int64_t top = PANEL; top < side; top += PANEL)
-    for (int64_t left = 0; left < top; left += PANEL)
-      for (int64_t r = top; r < top + PANEL; ++r)
-        for (int64_t k = left; k < left + PANEL; ++k) c[r * side + k] = c[k * side + r];
+  for (int64_t row = 0; row < side; row += PANEL)
+    for (int64_t col = row + PANEL; col < side; col += PANEL) transpose_panel(side, row, col, c, c);
 }
 
 template <typename T>
 void transpose(int64_t side, const T* a, T* c) {
-  for (int64_t top = 0; top < side; top += PANEL)
-    for (int64_t left = 0; left < side; left += PANEL)
-      for (int64_t r = top; r < top + PANEL; ++r)
-        for (int64_t k = left; k < left + PANEL; ++k) c[r * side + k] = a[k * side + r];
+  for (int64_t row = 0; row < side; row += PANEL)
+    for (int64_t col = 0; col < side; col += PANEL) transpose_panel(side, row, col, a, c);
 }
 
 }  // namespace
