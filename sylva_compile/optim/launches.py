@@ -12,7 +12,8 @@ from sylva_compile.errors import NativeCompilerError
 from sylva_compile.kernels.step.cpu import CpuLaunch
 from sylva_compile.kernels.step.eager import EagerLaunch
 from sylva_compile.kernels.step.lowering import Program, Rule, lower
-from sylva_compile.kernels.step.matrix_lowering import MatrixProgram, lower_matrices
+from sylva_compile.kernels.step.matrix_lowering import lower_matrices
+from sylva_compile.kernels.step.matrix_program import MatrixProgram
 from sylva_compile.kernels.step.table import Launch, Products, Slot, send
 from sylva_compile.kernels.step.triton_launch import TritonLaunch
 from sylva_compile.optim.state import lies_dense

@@ -2,7 +2,7 @@
 
 import sympy as sp
 
-from sylva_compile.kernels.step.matrix_lowering import (
+from sylva_compile.kernels.step.matrix_program import (
     Elementwise,
     Loop,
     MatrixProgram,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sylva_compile.kernels.step import block_codegen, element_codegen
 from sylva_compile.kernels.step.lowering import Program, Rule
-from sylva_compile.kernels.step.matrix_lowering import MatrixProgram
+from sylva_compile.kernels.step.matrix_program import MatrixProgram
 from sylva_compile.kernels.step.printing import CppPrinter, TritonPrinter, as_tuple
 from sylva_compile.kernels.step.table import COLUMNS, STATE_COLUMNS
 

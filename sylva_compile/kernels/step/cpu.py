@@ -10,7 +10,7 @@ from torch.autograd.profiler import record_function
 from sylva_compile.kernels.build import native
 from sylva_compile.kernels.step.codegen import cpp_source
 from sylva_compile.kernels.step.lowering import Program
-from sylva_compile.kernels.step.matrix_lowering import MatrixProgram
+from sylva_compile.kernels.step.matrix_program import MatrixProgram
 from sylva_compile.kernels.step.table import Products, Slot, StepTable
 
 TILE = 4096

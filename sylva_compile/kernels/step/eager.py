@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.step.lowering import Program, g, height, p, t, width
-from sylva_compile.kernels.step.matrix_lowering import Loop, MatrixProgram, Plain, Product, Sum, Transpose
+from sylva_compile.kernels.step.matrix_program import Loop, MatrixProgram, Plain, Product, Sum, Transpose
 from sylva_compile.kernels.step.printing import torch_expression
 from sylva_compile.kernels.step.table import Products, Slot
 

@@ -12,125 +12,22 @@ elementwise products (`HadamardProduct`) and traces. Lowering does four things t
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import sympy as sp
 
 from sylva_compile.kernels.step.lowering import G, P, Repeat, Rule, check_names, height, hoist, numbered, t, width
-
-
-@dataclass(frozen=True)
-class Product:
-    """`target = left · right`, or `leftᵀ · right` if `transposed`; `symmetric` if the product is known to be so."""
-
-    target: sp.Symbol
-    left: sp.Symbol
-    right: sp.Symbol
-    transposed: bool
-    symmetric: bool
-
-
-@dataclass(frozen=True)
-class Transpose:
-    """`target = sourceᵀ`."""
-
-    target: sp.Symbol
-    source: sp.Symbol
-
-
-@dataclass(frozen=True)
-class Elementwise:
-    """`target = expression`, element by element; symbols stand for elements of matrices and for numbers."""
-
-    target: sp.Symbol
-    expression: sp.Expr
-
-
-@dataclass(frozen=True)
-class Sum:
-    """`target =` the sum of `expression` over the elements of a block; a number for each block."""
-
-    target: sp.Symbol
-    expression: sp.Expr
-
-
-@dataclass(frozen=True)
-class Number:
-    """`target = expression`, a number for each block, of other such numbers, `height` and `width`."""
-
-    target: sp.Symbol
-    expression: sp.Expr
-
-
-Plain = Product | Transpose | Elementwise | Sum | Number
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Statements that run `times` times.
-
-    Attributes:
-        times: the number of iterations, at least 1.
-        statements: the statements of one iteration.
-        carried: `(variable, next)`: an iteration reads `variable`, and the next one finds there what `next` held at the
-            end of this one. All variables change at once. They hold the last values after the loop.
-    """
-
-    times: int
-    statements: tuple[Plain, ...]
-    carried: tuple[tuple[sp.Symbol, sp.Symbol], ...]
-
-
-Statement = Plain | Loop
-
-
-@dataclass(frozen=True)
-class MatrixProgram:
-    """A lowered rule over blocks.
-
-    Attributes:
-        rule: the rule it was lowered from.
-        scalars: `(symbol, expression)` over hyperparameters and `t`, computed once a parameter and step.
-        statements: in order, over `P`, `G`, states, scalars, `height`, `width` and earlier targets. A matrix goes by a
-            symbol of its name. Each target is assigned once, and changed by loops alone.
-        results: the symbols of the new values of `P` and of the states, in the rule's order.
-    """
-
-    rule: Rule
-    scalars: tuple[tuple[sp.Symbol, sp.Expr], ...]
-    statements: tuple[Statement, ...]
-    results: tuple[sp.Symbol, ...]
-
-    @property
-    def inputs(self) -> tuple[sp.Symbol, ...]:
-        """The symbols of `P`, `G` and the states, in the rule's order."""
-        return tuple(map(_named, (P, G, *(state for state, _ in self.rule.states))))
-
-    def unrolled(self) -> "MatrixProgram":
-        """Return the same program without loops, in which each target is assigned once."""
-        newest: dict[sp.Symbol, sp.Symbol] = {}
-        statements: list[Statement] = []
-
-        def add(statement: Plain, suffix: str) -> None:
-            renamed = _renamed(statement, newest, suffix)
-            newest[statement.target] = renamed.target
-            statements.append(renamed)
-
-        for each in self.statements:
-            if not isinstance(each, Loop):
-                add(each, "")
-                continue
-            for turn in range(each.times):
-                for statement in each.statements:
-                    add(statement, f"r{turn}_")
-                # All at once: a variable may take what another one held.
-                newest.update({variable: newest.get(value, value) for variable, value in each.carried})
-        return replace(
-            self,
-            statements=tuple(statements),
-            results=tuple(newest.get(symbol, symbol) for symbol in self.results),
-        )
+from sylva_compile.kernels.step.matrix_program import (
+    Elementwise,
+    Loop,
+    MatrixProgram,
+    Number,
+    Product,
+    Statement,
+    Sum,
+    Transpose,
+    named,
+)
 
 
 def lower_matrices(rule: Rule) -> MatrixProgram:
@@ -159,7 +56,7 @@ class _Lowering:
         self._statements: list[Statement] = []
         self._count = itertools.count()
         # The symbol that holds the newest value of each name of the rule.
-        self._newest = {symbol: _named(symbol) for symbol in (P, G, *(state for state, _ in rule.states))}
+        self._newest = {symbol: named(symbol) for symbol in (P, G, *(state for state, _ in rule.states))}
         self._block_numbers = {height, width}
         # For each symmetric matrix the one of which it is a polynomial; polynomials in one matrix commute.
         self._polynomial_in: dict[sp.Symbol, sp.Symbol] = {}
@@ -191,8 +88,8 @@ class _Lowering:
         if is_matrix != isinstance(right, sp.MatrixExpr) or (is_matrix and left.shape != right.shape):
             raise ValueError(f"{self._rule.name}: {left} = {right} assigns a value of another shape.")
         value = self._elements(right)
-        named = is_matrix and isinstance(value, sp.Symbol)
-        self._newest[left] = value if named else self._assign(left.name, value, is_matrix=is_matrix)
+        has_symbol = is_matrix and isinstance(value, sp.Symbol)
+        self._newest[left] = value if has_symbol else self._assign(left.name, value, is_matrix=is_matrix)
 
     def _loop(self, repeat: Repeat) -> None:
         known = [left for left, _ in repeat.equations if left in self._newest]
@@ -341,19 +238,3 @@ class _Lowering:
         linear = value.is_polynomial(*read) and sp.Poly(value, *read).total_degree() <= 1 if read else False
         if linear and len(roots) == 1 and None not in roots and not sp.Poly(value, *read).eval(dict.fromkeys(read, 0)):
             self._polynomial_in[target] = roots.pop()
-
-
-def _named(symbol: sp.MatrixSymbol) -> sp.Symbol:
-    return sp.Symbol(symbol.name, real=True)
-
-
-def _renamed(statement: Plain, names: Mapping[sp.Symbol, sp.Symbol], suffix: str) -> Plain:
-    """Return `statement` with the symbols that it reads renamed, and with `suffix` at the end of its target's name."""
-    target = sp.Symbol(f"{statement.target.name}{suffix}", real=True)
-    match statement:
-        case Product(_, left, right):
-            return replace(statement, target=target, left=names.get(left, left), right=names.get(right, right))
-        case Transpose(_, source):
-            return Transpose(target, names.get(source, source))
-        case _:
-            return replace(statement, target=target, expression=statement.expression.xreplace(names))

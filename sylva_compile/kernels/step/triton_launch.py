@@ -18,7 +18,7 @@ from sylva_compile.kernels.build.code_cache import cached
 from sylva_compile.kernels.devices import current
 from sylva_compile.kernels.step.codegen import table_width, triton_source
 from sylva_compile.kernels.step.lowering import Program
-from sylva_compile.kernels.step.matrix_lowering import MatrixProgram
+from sylva_compile.kernels.step.matrix_program import MatrixProgram
 from sylva_compile.kernels.step.table import Products, Slot, StepTable
 
 TILE = 4096

@@ -16,7 +16,8 @@ from torch import nn
 from sylva_compile.kernels.step.block_codegen import _places, _reads
 from sylva_compile.kernels.step.eager import EagerLaunch
 from sylva_compile.kernels.step.lowering import G, P, Repeat, Rule, height, t, width
-from sylva_compile.kernels.step.matrix_lowering import Elementwise, Product, Transpose, lower_matrices
+from sylva_compile.kernels.step.matrix_lowering import lower_matrices
+from sylva_compile.kernels.step.matrix_program import Elementwise, Product, Transpose
 from sylva_compile.optim import GeneratedOptimizer, launches, rules
 
 M, X, Y = (sp.MatrixSymbol(name, height, width) for name in "MXY")

@@ -7,7 +7,8 @@ import pytest
 import sympy as sp
 
 from sylva_compile.kernels.step.lowering import G, P, Repeat, Rule, height, width
-from sylva_compile.kernels.step.matrix_lowering import (
+from sylva_compile.kernels.step.matrix_lowering import lower_matrices
+from sylva_compile.kernels.step.matrix_program import (
     Elementwise,
     Loop,
     MatrixProgram,
@@ -15,7 +16,6 @@ from sylva_compile.kernels.step.matrix_lowering import (
     Product,
     Sum,
     Transpose,
-    lower_matrices,
 )
 
 LR, BETA = sp.symbols("lr beta", real=True)
