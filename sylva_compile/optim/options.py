@@ -23,7 +23,7 @@ class StepOptions:
             same way on any device and number of threads. None makes them in the parameter's dtype, as torch does.
         seed: of the stochastic rounding, 0 to 2³² - 1.
         products: the precision of the factors of matrix products on a GPU, for rules over blocks. "tf32" and "bfloat16"
-            are faster on its tensor cores. Sums are float32 in any case. Blocks larger than 128 are multiplied by
+            keep fewer digits. Sums are float32 in any case. Blocks larger than 128 are multiplied by
             torch, whose own settings say whether float32 is TF32. The CPU always multiplies in float32.
     """
 

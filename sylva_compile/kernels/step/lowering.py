@@ -9,6 +9,7 @@ are lowered by `matrix_lowering.py`. Lowering does three things to a rule over e
 3. It names subexpressions that occur twice (`sympy.cse`).
 """
 
+import functools
 import itertools
 import keyword
 from collections.abc import Collection, Iterator, Sequence
@@ -74,12 +75,12 @@ class Rule:
         for each in self.equations:
             yield from each.equations if isinstance(each, Repeat) else (each,)
 
-    @property
+    @functools.cached_property
     def counts_steps(self) -> bool:
         """Whether the equations read `t`, the number of the step."""
         return any(right.has(t) for _, right in self.each_equation())
 
-    @property
+    @functools.cached_property
     def is_over_blocks(self) -> bool:
         """Whether the equations assign `P`, a block as a matrix; such a rule steps parameters `[nnz, b, b]` alone."""
         return any(left == P for left, _ in self.each_equation())
