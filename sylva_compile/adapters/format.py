@@ -2,6 +2,17 @@
 
 The JSON file is written last and renamed into place, so that at every moment the directory holds a whole adapter, the
 old one or the new one.
+
+For every weight `name`, the tensors are:
+
+| tensor                    | what it holds                                                                              |
+| ------------------------- | ------------------------------------------------------------------------------------------ |
+| `name/positions`          | `int32[2, nnz]`, where the blocks are                                                      |
+| `name/blocks`             | `[nnz, b, b]`, their values, float32 or wider                                              |
+| `name/left_positions`     | `int32[2, k]`, where blocks have been and are no more; missing where none have moved       |
+| `name/left`               | `[k, b, b]`, the values there, in the weight's dtype; zeros beyond its edge                |
+
+Format 1, of versions before blocks could move, lacks the last two and is read as well.
 """
 
 import hashlib
@@ -20,7 +31,8 @@ from sylva_compile.errors import AdapterError, SylvaError
 from sylva_compile.files import to_json, write_file
 
 CONFIG_NAME = "sylva_adapter.json"
-_FORMAT = "sylva-adapter-1"
+_FORMAT = "sylva-adapter-2"
+_READ = ("sylva-adapter-1", _FORMAT)
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
@@ -58,7 +70,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = directory / CONFIG_NAME
     try:
         config = json.loads(path.read_text())
-        if config["format"] != _FORMAT:
+        if config["format"] not in _READ:
             raise AdapterError(
                 f"{path} has format {config['format']!r}, not {_FORMAT!r}; use the version that wrote it."
             )

@@ -62,8 +62,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     with torch.no_grad():
         for name, state in block_states(model).items():
             state.masks_config = dict(masks.config)
-            state.blocks.copy_(tensors[f"{name}/blocks"])
-            state.push()
+            left = tensors.get(f"{name}/left_positions", torch.empty(2, 0, dtype=torch.int64)).to(torch.int64)
+            state.take_trained(tensors[f"{name}/blocks"], left, tensors.get(f"{name}/left"))
         replaced = model.__dict__.setdefault(_REPLACED, {})
         for name in replaced.keys() - values.keys():
             # An adapter that was loaded before replaced this tensor; this adapter was trained beside the base's.

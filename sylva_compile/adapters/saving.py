@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules_to_save: Sequence[str] = ()) -> None:
     """Write the trained blocks of `model` to `directory`, with the settings that chose them.
 
+    Where blocks have moved, the adapter holds what they learnt at every place.
+
     Args:
         model: an embedded model.
         directory: made if missing; an adapter that is there already is replaced in one step.
@@ -49,6 +51,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
         state.check_base_known()
         tensors[f"{name}/blocks"] = blocks.cpu().contiguous()
         tensors[f"{name}/positions"] = state.mask.positions.to(torch.int32)
+        left, values = state.left_behind()
+        if left.shape[1]:
+            _check_finite(name, values)
+            tensors[f"{name}/left_positions"] = left.to(torch.int32).contiguous()
+            tensors[f"{name}/left"] = values.contiguous()
         weights[name] = {
             "shape": list(state.mask.shape),
             "block_size": state.mask.block_size,

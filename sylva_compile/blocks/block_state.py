@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.layout import BlockLayout
+from sylva_compile.blocks.originals import Originals
 from sylva_compile.errors import EmbedError
-from sylva_compile.kernels.blocks import BlockWriter, block_dtype, read_blocks
+from sylva_compile.kernels.blocks import BlockWriter, block_dtype, grid_shape, read_blocks
 from sylva_compile.kernels.step.table import TYPES, Target
 
 log = logging.getLogger(__name__)
@@ -37,15 +38,17 @@ class BlockState:
 
     Attributes:
         name: the weight's name in the masks.
-        mask: the chosen blocks.
+        mask: the blocks, where they are now.
         weight: the dense Parameter `[m, n]`, frozen.
         blocks: the trainable Parameter `[nnz, b, b]`, float32 or wider.
         layout: index tensors on the weight's device.
         writer: writes blocks at the mask's positions into a dense weight.
-        base: `[nnz, b, b]` on the CPU, in the weight's dtype: the blocks before training.
-        base_known: whether `base` still belongs to the weight; an edit in place of the dense weight ends that.
+        originals: the values from before training of every place where blocks have been.
+        base_known: whether `originals` still belong to the weight; an edit in place of the dense weight ends that.
+        moves: the number of times that blocks have moved.
         was_trainable: `requires_grad` of the dense weight before it was embedded.
         had_gradient: whether the blocks had a gradient when the optimizer's step began.
+        stepped_by: the optimizer that stepped the blocks last; None before the first step.
         masks_config: `Masks.config` of the masks that the weight was embedded with.
     """
 
@@ -59,16 +62,18 @@ class BlockState:
         self.layout = BlockLayout(mask, axis, weight.device)
         self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
         values = self._dense_blocks()
-        self.base = values.to("cpu", copy=True)
+        self.originals = Originals(weight, mask.positions, mask.block_size)
         self.base_known = True
+        self.moves = 0
         self.had_gradient = False
+        self.stepped_by: weakref.ref[torch.optim.Optimizer] | None = None
         self._owners: list[tuple[weakref.ref[nn.Module], str]] = []
         self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
         self.mark_synced()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the owners: a copy of the model has other modules, which add themselves."""
-        return self.__dict__ | {"_owners": []}
+        """Return everything but the owners and the optimizer: a copy of the model has others."""
+        return self.__dict__ | {"_owners": [], "stepped_by": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -143,15 +148,15 @@ class BlockState:
     def follow_assignment(self, old: Tensor) -> None:
         """Follow a dense weight that was loaded or assigned; `old [m, n]` is a copy of the values before.
 
-        A weight that differs outside of the blocks is another base: `unload_adapter` restores its blocks from now on.
-        A weight that is equal there resumes a training of this base.
+        A weight that differs where no block has ever been is another base: `unload_adapter` restores its values from
+        now on. A weight that is equal there resumes a training of this base.
         """
-        new, nothing = self.weight.detach().clone(), torch.zeros_like(self.blocks)
-        self.writer.write(new, nothing)
-        self.writer.write(old, nothing)
+        new = self.weight.detach().clone()
+        for values in (new, old):
+            self.originals.fill(values, 0.0)
         if not torch.equal(new, old):
             _warn_of_another_base()
-            self.base = self._dense_blocks().to("cpu", copy=True)
+            self.originals = Originals(self.weight, self.mask.positions, self.mask.block_size)
             self.base_known = True
         self.pull()
 
@@ -168,15 +173,78 @@ class BlockState:
             self.writer = BlockWriter(self.mask.shape, self.layout.positions, self.mask.block_size)
             self.push()
 
+    def move(self, mask: BlockMask, generator: torch.Generator | None = None) -> Tensor:
+        """Put the blocks at the places of `mask`, as many as before, in place.
+
+        Blocks that stay keep their float32 values. Those of a place that blocks leave stay in the dense weight, rounded
+        to its dtype. Blocks that arrive are read from the dense weight.
+
+        Args:
+            mask: the new places.
+            generator: of the CPU; rounds the values of a bfloat16 weight stochastically. None rounds to nearest.
+
+        Returns:
+            The index that each block had before, or -1 where a block has arrived: `int64[nnz]` on the CPU.
+        """
+        self.sync()
+        before = _where(self.mask.positions, mask.positions, grid_shape(mask.shape, mask.block_size))
+        leave = _where(mask.positions, self.mask.positions, grid_shape(mask.shape, mask.block_size)) < 0
+        if generator is not None and self.weight.dtype == torch.bfloat16 and bool(leave.any()):
+            values = self.blocks.detach()[leave.to(self.blocks.device)]
+            positions = self.mask.positions[:, leave].to(self.weight.device)
+            writer = BlockWriter(self.mask.shape, positions, self.mask.block_size)
+            writer.write(self.weight, _rounded_stochastically(values, generator))
+        self.originals.add(self.weight, mask.positions)
+        self.mask = mask
+        self.layout.move(mask)
+        self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
+        with torch.no_grad():
+            values = self._dense_blocks().to(self.blocks.dtype)
+            stay = (before >= 0).to(values.device)
+            values[stay] = self.blocks.detach()[before[before >= 0].to(values.device)]
+            self.blocks.copy_(values)
+        self.moves += 1
+        self.mark_synced()
+        return before
+
+    @property
+    def base(self) -> Tensor:
+        """The values from before training at the blocks' places: `[nnz, b, b]` on the CPU, in the weight's dtype."""
+        return self.originals.at(self.mask.positions)
+
     def base_weight(self) -> Tensor:
-        """Return a copy of the dense weight `[m, n]` with the blocks as they were before training."""
+        """Return a copy of the dense weight `[m, n]` as it was before training."""
         dense = self.weight.detach().clone()
-        self.writer.write(dense, self.base.to(dense.device))
+        self.originals.restore(dense)
         return dense
 
     def restore_base(self) -> None:
-        """Write the blocks from before training into the dense weight."""
-        self.writer.write(self.weight, self.base.to(self.weight.device))
+        """Make the dense weight what it was before training; the blocks stay as they are."""
+        self.originals.restore(self.weight)
+
+    def left_behind(self) -> tuple[Tensor, Tensor]:
+        """Return the places where blocks have been and are no more, and the weight's values there, on the CPU."""
+        places = self.originals.places
+        left = places[:, _where(self.mask.positions, places, grid_shape(self.mask.shape, self.mask.block_size)) < 0]
+        values = read_blocks(self.weight.detach(), left.to(self.weight.device), self.mask.block_size)
+        return left, values.cpu()
+
+    def take_trained(self, blocks: Tensor, left: Tensor, values: Tensor | None) -> None:
+        """Take the values of another training of this base.
+
+        Args:
+            blocks: `[nnz, b, b]`, the values of the blocks.
+            left: `int64[2, k]`, the other places that were trained, on the CPU.
+            values: `[k, b, b]`, the weight's values there; None if there are none.
+        """
+        with torch.no_grad():
+            self.restore_base()
+            self.originals.add(self.weight, left)
+            if values is not None:
+                writer = BlockWriter(self.mask.shape, left.to(self.weight.device), self.mask.block_size)
+                writer.write(self.weight, values.to(self.weight.device))
+            self.blocks.copy_(blocks)
+        self.push()
 
     def zero_outside(self, blocks: Tensor) -> Tensor:
         """Return `blocks [nnz, b, b]` with zeros where a block crosses the weight's edge."""
@@ -201,10 +269,26 @@ class BlockState:
         return read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)
 
 
+def _where(places: Tensor, wanted: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the index among `places int64[2, k]` of each place in `wanted int64[2, n]`, or -1: `int64[n]`."""
+    index = torch.full(grid, -1, dtype=torch.int64, device="cpu")
+    index[places[0], places[1]] = torch.arange(places.shape[1], device="cpu")
+    return index[wanted[0], wanted[1]]
+
+
+def _rounded_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Return float32 `values` rounded up or down to bfloat16, so that the expectation is exact; still float32."""
+    noise = torch.randint(0, 1 << 16, values.shape, generator=generator, dtype=torch.int32, device="cpu")
+    bits = values.float().view(torch.int32)
+    # The lower 16 bits of a float32 are those that bfloat16 lacks.
+    rounded = (bits + noise.to(bits.device)).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values)
+
+
 @functools.cache
 def _warn_of_another_base() -> None:
     """Warn once a process: a model has hundreds of weights."""
     log.warning(
         "The loaded weights differ from the base outside of the blocks too and are the base from now on. If they come "
-        "from a training with other masks, load those masks first (Masks.load)."
+        "from a training with other masks or blocks that moved, load those masks or the schedule's state first."
     )

@@ -32,6 +32,18 @@ def check_averaged(states: Iterable[BlockState]) -> None:
         _averaged_by[state] = weakref.ref(ddp)
 
 
+def group_that_averages(states: Iterable[BlockState]) -> Any:
+    """Return the process group of the DistributedDataParallel that averages gradients of `states`, or None.
+
+    It is known from the first training pass on.
+    """
+    for state in states:
+        ddp = known() if (known := _averaged_by.get(state)) is not None else None
+        if ddp is not None:
+            return ddp.process_group
+    return None
+
+
 def check_not_wrapped(model: nn.Module, name: str) -> None:
     """Raise EmbedError, about the weight `name`, if DistributedDataParallel has wrapped `model` already."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):

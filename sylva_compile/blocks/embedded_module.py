@@ -4,7 +4,8 @@
 whose gradient flows to the blocks: `nn.Linear`, the transposed Conv1D of GPT-2, a user's own module.
 """
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def _weight_property(attribute: str) -> property:
             # `model.get_parameter(name)` asks for a Parameter. Callers may read the value; to write, they write the
             # blocks, or this weight under torch.no_grad().
             mark_as_parameter(value)
+            refuse_moves_before_backward(value, [state])
             DenseView.of(value, state)
         return value
 
@@ -92,6 +94,30 @@ def swapped(state: BlockState) -> EmbedError:
         f"{state.name} or its blocks were swapped past the module (torch.func.functional_call, `_parameters[...]`), so "
         "the gradient would be lost; assign a Parameter to the module, or unload the adapter first."
     )
+
+
+def refuse_moves_before_backward(output: Tensor, states: Iterable[BlockState]) -> None:
+    """Let the backward pass through `output` raise EmbedError if blocks of `states` have moved since.
+
+    Their gradients would belong to the places of before. Autograd would refuse as well, in words about tensors.
+    """
+    if output.grad_fn is None:
+        return
+    then = [(weakref.ref(state), state.moves) for state in states]
+
+    def check(gradients: Any) -> None:
+        for ref, moves in then:
+            state = ref()
+            if state is not None and state.moves != moves:
+                raise EmbedError(
+                    f"The blocks of {state.name} have moved between a forward pass and its backward pass; move them "
+                    "after optimizer.step()."
+                )
+
+    output.grad_fn.register_prehook(check)
+
+
+skip_code(refuse_moves_before_backward.__code__)
 
 
 class EmbeddedModule:

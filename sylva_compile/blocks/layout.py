@@ -1,16 +1,18 @@
 """`BlockLayout`: the index tensors of one weight's blocks, which compiled graphs take as inputs.
 
 They are inputs and not constants of the graph, so that layers of one shape share a compiled graph although each has a
-mask of its own.
+mask of its own, and so that blocks can move while graphs stay. A move writes into the tensors in place. Only the number
+of input channels could change then; `reserve` fixes it beforehand, and unused channels fill up the list.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sylva_compile._torch import axes_marked_dynamic, maybe_mark_dynamic
 from sylva_compile.blocks.block_mask import BlockMask
+from sylva_compile.kernels.blocks import grid_shape
 
 
 class BlockLayout:
@@ -20,7 +22,7 @@ class BlockLayout:
         positions: `int64[2, nnz]`, block rows and block columns. Kernels, the optimizer and compiled graphs all read
             this tensor.
         input_channels: `int64[k]`, ascending: the channels of the layer's input that the blocks of this weight read, or
-            the union of these channels for all weights that share this tensor.
+            the union of these channels for all weights that share this tensor; and others, where more are reserved.
         narrow_positions: `int64[2, nnz]`, the positions once the input axis is restricted to `input_channels`.
         block_size: b.
         input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 for Conv1D.
@@ -31,7 +33,8 @@ class BlockLayout:
         self.block_size, self.input_axis = mask.block_size, axis
         self.input_channels: Tensor
         self.narrow_positions: Tensor
-        self._width = mask.shape[axis]
+        self._width, self._across = mask.shape[axis], grid_shape(mask.shape, mask.block_size)[axis]
+        self._mask, self._reserved = mask, 0
         # A copy even on the CPU: compiled graphs and look-ups know a weight by the identity of this tensor.
         self.positions = mask.positions.to(device, copy=True)
         share_input_channels([self])
@@ -46,6 +49,19 @@ class BlockLayout:
         self.positions = self.positions.to(device)
         self.input_channels = self.input_channels.to(device)
         self.narrow_positions = self.narrow_positions.to(device)
+
+    def move(self, mask: BlockMask) -> None:
+        """Follow the blocks to the places of `mask`, in place; `update_input_channels` does the rest."""
+        self._mask = mask
+        self.positions.copy_(mask.positions)
+
+    def reserve(self, columns: int) -> None:
+        """Keep room for `columns` block columns, so that moves within them leave the number of channels as it is.
+
+        It takes effect with the next `update_input_channels`.
+        """
+        # Where b does not divide the width, the last column has fewer channels. It is always in the list then.
+        self._reserved = min(columns + (self._width % self.block_size > 0), self._across)
 
     def mark_sizes_dynamic(self) -> bool:
         """Ask Dynamo to compile for any number of blocks and input channels; return whether that is new."""
@@ -67,15 +83,54 @@ def share_input_channels(layouts: Iterable[BlockLayout]) -> bool:
     current = getattr(first, "input_channels", None)
     if current is not None and all(layout.input_channels is current for layout in same):
         return False
-    used = torch.cat([layout.positions[layout.input_axis] for layout in same]).unique()
-    b, device = first.block_size, first.positions.device
-    channels = (used[:, None] * b + torch.arange(b, device=device)).flatten()
-    shared = channels[channels < first._width]
+    columns = _columns(same)
+    channels = _channels(columns, first).to(first.positions.device)
     for layout in same:
-        narrow = layout.positions.clone()
-        narrow[layout.input_axis] = torch.searchsorted(used, layout.positions[layout.input_axis])
-        layout.input_channels, layout.narrow_positions = shared, narrow
+        layout.input_channels = channels
+        layout.narrow_positions = _narrow(columns, layout).to(channels.device)
     return True
+
+
+def update_input_channels(layouts: Iterable[BlockLayout]) -> None:
+    """Follow the moves of `layouts`, in place; layouts that share one tensor of input channels all are among them."""
+    groups: dict[int, list[BlockLayout]] = {}
+    for layout in layouts:
+        groups.setdefault(id(layout.input_channels), []).append(layout)
+    for group in groups.values():
+        columns = _columns(group)
+        channels = _channels(columns, group[0])
+        # One tensor for good: all layouts hold it, with the marks that Dynamo has read from it.
+        group[0].input_channels.resize_(channels.shape).copy_(channels)
+        for layout in group:
+            layout.narrow_positions.copy_(_narrow(columns, layout))
+
+
+def _columns(layouts: Sequence[BlockLayout]) -> Tensor:
+    """Return the block columns of the input that the blocks of `layouts` read, and others up to the number reserved."""
+    across, wanted = layouts[0]._across, max(layout._reserved for layout in layouts)
+    taken = torch.zeros(across, dtype=torch.bool, device="cpu")
+    for layout in layouts:
+        taken[layout._mask.positions[layout.input_axis]] = True
+    if wanted:
+        # The last column first; see `reserve`.
+        taken[-1] |= layouts[0]._width % layouts[0].block_size > 0
+        free = (~taken).nonzero().squeeze(1)
+        taken[free[: max(wanted - int(taken.sum()), 0)]] = True
+    return taken.nonzero().squeeze(1)
+
+
+def _channels(columns: Tensor, layout: BlockLayout) -> Tensor:
+    """Return the input channels of block `columns`."""
+    b = layout.block_size
+    channels = (columns[:, None] * b + torch.arange(b, device="cpu")).flatten()
+    return channels[channels < layout._width]
+
+
+def _narrow(columns: Tensor, layout: BlockLayout) -> Tensor:
+    """Return the positions of the layout's blocks once its input axis is restricted to block `columns`."""
+    narrow = layout._mask.positions.clone()
+    narrow[layout.input_axis] = torch.searchsorted(columns, narrow[layout.input_axis])
+    return narrow
 
 
 def _input_space(layout: BlockLayout) -> tuple[object, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sylva_compile.blocks.block_mask import BlockMask, check_block_fits
 from sylva_compile.blocks.embed import block_states, embed
 from sylva_compile.blocks.fingerprint import base_fingerprint
+from sylva_compile.blocks.moving import Carry, move
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.config import check_block_size
 from sylva_compile.errors import MaskError
@@ -162,6 +163,37 @@ class Masks(Mapping[str, BlockMask]):
         """Return the trainable blocks `[nnz, b, b]` of the bound model in the order of the masks; embed if need be."""
         states = block_states(self.embed())
         return [states[name].blocks for name in self]
+
+    def move(
+        self,
+        new: Mapping[str, BlockMask],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        carry: Carry = "none",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Put the blocks of the weights in `new` at other places, as many as before, in place.
+
+        Compiled graphs stay as they are. What blocks have learnt stays in the dense weights, rounded to their dtype,
+        wherever blocks go; `unload_adapter` still restores the base. Call it after a step, without gradients.
+
+        Args:
+            new: weight name to its new blocks.
+            optimizer: the optimizer of the blocks. The one that stepped them last is found without it.
+            carry: "none": all blocks of these weights start with new optimizer states. "intersection": blocks that stay
+                keep theirs; optimizers of `sylva_compile` alone can do that.
+            generator: of the CPU; rounds what bfloat16 weights keep of leaving blocks stochastically.
+
+        Raises:
+            MaskError: the masks are not bound to a model, lack a name, or a weight would have another shape, block size
+                or number of blocks.
+            EmbedError: the blocks have gradients, or processes that train together would move blocks differently.
+            ArgumentError: `optimizer` does not step the blocks, or cannot keep the states of blocks that stay.
+                Nothing has moved in any of these cases.
+        """
+        move(self._require_model(), self, new, optimizer, carry, generator)
+        self._blocks |= new
+        self.config["moves"] = self.config.get("moves", 0) + 1
 
     def write_through(self) -> None:
         """Write the blocks into the dense weights now.

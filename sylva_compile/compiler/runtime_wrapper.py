@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sylva_compile._torch import FakeTensor
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import check_averaged
 from sylva_compile.blocks.dense_view import DenseView
-from sylva_compile.blocks.embedded_module import swapped
+from sylva_compile.blocks.embedded_module import refuse_moves_before_backward, swapped
 from sylva_compile.passes.sample_weight_gradients import RewriteResult
 
 _MOST_KNOWN = 256
@@ -62,21 +62,29 @@ class RuntimeWrapper:
             EmbedError: gradients would be lost, because an argument is not the weight or the blocks of the state that
                 its positions belong to, or because DistributedDataParallel does not average the blocks.
         """
-        self._before_run(args)
-        return self._compiled(*args)
+        trained = self._before_run(args)
+        outputs = self._compiled(*args)
+        if trained:
+            for output in outputs if isinstance(outputs, list | tuple) else [outputs]:
+                if isinstance(output, Tensor) and output.requires_grad:
+                    # All outputs that require grad lead to one node, the graph's backward pass.
+                    refuse_moves_before_backward(output, trained)
+                    break
+        return outputs
 
-    def _before_run(self, args: tuple[Any, ...]) -> None:
+    def _before_run(self, args: tuple[Any, ...]) -> "Sequence[BlockState]":
+        """Check and sync the states of `args`; return those whose blocks get a gradient."""
         if self._held is not None:
             for state in self._held:
                 state.sync()
         if self._where is None:
             if any(isinstance(value, FakeTensor) for value in args):
-                return
+                return ()
             # Guards fix which arguments are Parameters, not which Parameter: one graph serves several layers.
             positions = {at for at, _ in self._results}
             self._where = [at for at, value in enumerate(args) if at in positions or _may_be_embedded(value)]
         if not self._where:
-            return
+            return ()
         changes = registry.changes()
         if self._changes != changes or len(self._known) > _MOST_KNOWN:
             self._known.clear()
@@ -88,6 +96,7 @@ class RuntimeWrapper:
         check_averaged(known.trained)
         for state in known.states:
             state.sync()
+        return list(known.trained)
 
     def _look_up(self, args: tuple[Any, ...]) -> _Known:
         given = {id(value) for value in args}

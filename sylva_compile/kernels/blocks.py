@@ -38,15 +38,18 @@ class BlockWriter:
     """
 
     def __init__(self, shape: tuple[int, int] | torch.Size, positions: Tensor, block_size: int) -> None:
-        """Sort the blocks at `positions int64[2, nnz]`, which may be on any device; this waits for that device.
+        """Sort the blocks at `positions int64[2, nnz]`, which may be on any device.
 
-        The writer keeps `positions` itself and no copy: `write` reads the rows and columns there.
+        This waits for that device if blocks may reach over an edge. The writer keeps `positions` itself and no copy: `write` reads the rows and columns there.
         """
         self.shape, self.block_size, self.positions = (int(shape[0]), int(shape[1])), block_size, positions
         self._inner_rows, self._inner_cols = (size // block_size for size in self.shape)
+        self._parts: list[tuple[bool, bool, Tensor | None]] = []
+        if not any(size % block_size for size in self.shape):
+            self._parts = [(False, False, None)] if positions.shape[1] else []
+            return
         over_right = positions[1] >= self._inner_cols
         over_bottom = positions[0] >= self._inner_rows
-        self._parts: list[tuple[bool, bool, Tensor | None]] = []
         for below, right in ((False, False), (False, True), (True, False), (True, True)):
             chosen = (over_bottom == below) & (over_right == right)
             if bool(chosen.any()):

@@ -1,0 +1,126 @@
+"""`move`: put the blocks of a model at other places, with everything that depends on where they are."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import all_gather_object, get_world_size
+
+from sylva_compile.blocks.block_mask import BlockMask
+from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.ddp import group_that_averages
+from sylva_compile.blocks.embed import block_states
+from sylva_compile.blocks.layout import update_input_channels
+from sylva_compile.errors import ArgumentError, EmbedError, MaskError
+
+Carry = Literal["none", "intersection"]
+"""Which blocks keep their optimizer states at a move: none, or those that stay where they are."""
+
+
+def move(
+    model: nn.Module,
+    old: Mapping[str, BlockMask],
+    new: Mapping[str, BlockMask],
+    optimizer: torch.optim.Optimizer | None,
+    carry: Carry,
+    generator: torch.Generator | None,
+) -> None:
+    """Put the blocks of the weights in `new` at other places; see `Masks.move`. `old` are the masks of the model."""
+    states = block_states(model)
+    _check_masks(states, old, new)
+    moved = {states[name]: mask for name, mask in new.items() if states[name].mask != mask}
+    _check_same_on_all_ranks(states.values(), new)
+    optimizers = _optimizers_of(moved, optimizer)
+    _check_carry(optimizers.values(), carry)
+    for state, mask in moved.items():
+        before = state.move(mask, generator)
+        if state in optimizers:
+            _move_states(optimizers[state], state.blocks, before, carry)
+        state.masks_config["moves"] = state.masks_config.get("moves", 0) + 1
+    update_input_channels(state.layout for state in states.values())
+
+
+def _check_masks(states: Mapping[str, BlockState], old: Mapping[str, BlockMask], new: Mapping[str, BlockMask]) -> None:
+    """Raise MaskError or EmbedError unless the blocks of every weight in `new` can move."""
+    for name, mask in new.items():
+        if name not in old:
+            raise MaskError(f"These masks have no weight {name!r}; move the blocks of weights that carry some.")
+        if name not in states or states[name].mask != old[name]:
+            raise EmbedError(f"{name} does not carry the blocks of these masks; move by the masks that were embedded.")
+        before = old[name]
+        if (mask.shape, mask.block_size, mask.nnz) != (before.shape, before.block_size, before.nnz):
+            raise MaskError(
+                f"{name} has {before.nnz} blocks of {before.block_size} in a weight of {before.shape} and would get "
+                f"{mask.nnz} of {mask.block_size} in {mask.shape}; blocks move, and their number and size stay."
+            )
+        if states[name].blocks.grad is not None:
+            raise EmbedError(
+                f"The blocks of {name} have gradients, which belong to where they are; step the optimizer and call "
+                "zero_grad() before moving them."
+            )
+
+
+def _check_same_on_all_ranks(states: Iterable[BlockState], new: Mapping[str, BlockMask]) -> None:
+    """Raise EmbedError if processes whose gradients are averaged would move blocks to different places."""
+    group = group_that_averages(states)
+    if group is None:
+        return
+    digest = hashlib.sha256()
+    for name in sorted(new):
+        digest.update(name.encode() + new[name].positions.numpy().tobytes())
+    digests: list[str | None] = [None] * get_world_size(group)
+    all_gather_object(digests, digest.hexdigest(), group=group)
+    if len(set(digests)) > 1:
+        raise EmbedError(
+            "The processes would move blocks to different places, and their gradients would be averaged across them; "
+            "choose the places with one seed, or on one process for all."
+        )
+
+
+def _optimizers_of(
+    states: Iterable[BlockState], given: torch.optim.Optimizer | None
+) -> dict[BlockState, torch.optim.Optimizer]:
+    """Return the optimizer of each state's blocks, where there is one."""
+    known = None if given is None else {id(each) for group in given.param_groups for each in group["params"]}
+    found: dict[BlockState, torch.optim.Optimizer] = {}
+    for state in states:
+        last = None if state.stepped_by is None else state.stepped_by()
+        if known is not None and id(state.blocks) not in known:
+            raise ArgumentError(
+                f"The optimizer does not step the blocks of {state.name}; give the one that has masks.parameters()."
+            )
+        if (optimizer := given or last) is not None:
+            found[state] = optimizer
+    return found
+
+
+def _check_carry(optimizers: Iterable[torch.optim.Optimizer], carry: Carry) -> None:
+    """Raise ArgumentError if an optimizer cannot keep the states of blocks that stay."""
+    if carry not in get_args(Carry):
+        raise ArgumentError(f"carry={carry!r}; use 'none' or 'intersection'.")
+    for optimizer in optimizers:
+        if carry == "intersection" and not hasattr(_unwrapped(optimizer), "move_state"):
+            raise ArgumentError(
+                f"{type(optimizer).__name__} counts steps for all blocks of a weight together, so new ones would take "
+                "too large steps; use carry='none', or an optimizer of sylva_compile."
+            )
+
+
+def _move_states(optimizer: torch.optim.Optimizer, blocks: nn.Parameter, before: Tensor, carry: Carry) -> None:
+    """Let the optimizer's states follow the blocks; those of any optimizer but ours start anew."""
+    optimizer = _unwrapped(optimizer)
+    move_state = getattr(optimizer, "move_state", None)
+    if move_state is not None:
+        move_state(blocks, before, carry)
+    elif blocks in optimizer.state:
+        # torch's optimizers make a parameter's states, step count included, when they find none.
+        del optimizer.state[blocks]
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer inside of wrappers such as accelerate's."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer  # type: ignore[no-any-return]

@@ -1,0 +1,34 @@
+"""One of two processes that train together and move blocks: `python move_two_ranks.py RANK DIRECTORY`."""
+
+import sys
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from two_ranks import process_group
+
+from sylva_compile import BlockMask, Masks
+from sylva_compile.errors import EmbedError
+
+
+def main(rank: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16))
+    masks = Masks.from_block_maps(model, {"0.weight": torch.tensor([[True, False], [False, False]])}, 8)
+    masks.embed()
+    together = DistributedDataParallel(model)
+    together(torch.randn(4, 16)).sum().backward()
+    model.zero_grad()
+    places = [torch.tensor([[False, True], [False, False]]), torch.tensor([[False, False], [True, False]])]
+    try:
+        masks.move({"0.weight": BlockMask.from_block_map(places[rank], (16, 16), 8)})
+    except EmbedError as error:
+        assert "different places" in str(error)
+        print("refused")
+    masks.move({"0.weight": BlockMask.from_block_map(places[0], (16, 16), 8)})
+    print("moved")
+
+
+if __name__ == "__main__":
+    with process_group(int(sys.argv[1]), f"{sys.argv[2]}/store"):
+        main(int(sys.argv[1]))
