@@ -40,7 +40,8 @@ class BlockWriter:
     def __init__(self, shape: tuple[int, int] | torch.Size, positions: Tensor, block_size: int) -> None:
         """Sort the blocks at `positions int64[2, nnz]`, which may be on any device.
 
-        This waits for that device if blocks may reach over an edge. The writer keeps `positions` itself and no copy: `write` reads the rows and columns there.
+        This waits for that device if blocks may reach over an edge. The writer keeps `positions` itself and no copy:
+        `write` reads the rows and columns there.
         """
         self.shape, self.block_size, self.positions = (int(shape[0]), int(shape[1])), block_size, positions
         self._inner_rows, self._inner_cols = (size // block_size for size in self.shape)

@@ -90,8 +90,9 @@ def _read(group: Mapping[str, Any], name: str | tuple[str, int]) -> Any:
 
 
 def _kind(slot: Slot, gradient: Tensor | None, over_blocks: bool) -> type[Launch]:
-    # Kernels of rules over blocks take the rows of a block one after another.
-    in_order = slot.param.is_contiguous() if over_blocks else lies_dense(slot.param)
+    # Kernels that look at blocks take the rows of a block one after another.
+    by_blocks = over_blocks or slot.born is not None
+    in_order = slot.param.is_contiguous() if by_blocks else lies_dense(slot.param)
     if not in_order or not (slot.target is None or slot.target.by_address):
         return EagerLaunch
     if slot.param.is_cpu:

@@ -11,13 +11,14 @@ from torch.optim.optimizer import ParamsT
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.moving import Carry
 from sylva_compile.errors import ArgumentError, GradientError
 from sylva_compile.kernels.step.codegen import cpp_source, triton_source
 from sylva_compile.kernels.step.lowering import Rule
 from sylva_compile.kernels.step.table import Launch, Slot
 from sylva_compile.optim.launches import Launches, lowered
 from sylva_compile.optim.options import StepOptions
-from sylva_compile.optim.state import check_parameter, laid_out_as, lies_dense, settle_state
+from sylva_compile.optim.state import check_parameter, laid_out_as, lies_dense, move_blocks, settle_state
 
 
 class _Member(NamedTuple):
@@ -106,18 +107,32 @@ class GeneratedOptimizer(torch.optim.Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but states keep the precision of `state_dtype`."""
+        """As torch's, but states keep the precision of `state_dtype`, and step counts of blocks keep float32."""
         super().load_state_dict(state_dict)
-        dtype = self.options.state_dtype
-        if dtype is None:
-            return
-        # torch has rounded the states to the parameters' dtype, which may be narrower.
+        # torch has rounded all of them to the parameters' dtype, which may be narrower.
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(saved, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                if name != "step" and isinstance(value, Tensor):
+                dtype = torch.float32 if name == "born" else self.options.state_dtype
+                if name != "step" and dtype is not None and isinstance(value, Tensor):
                     self.state[parameter][name] = value.to(parameter.device, dtype, copy=True)
+
+    def move_state(self, parameter: Tensor, order: Tensor, carry: Carry) -> None:
+        """Let the states of `parameter` follow its blocks, which have moved. Nothing happens if it has no state.
+
+        States of a block that has arrived start from zero, and so does its number of the step in the rule.
+
+        Args:
+            parameter: blocks `[nnz, b, b]`.
+            order: `int64[nnz]` on the CPU: the index that each block had before, or -1 for a block that has arrived.
+            carry: "intersection" keeps the states of blocks that stay; "none" starts all states anew.
+
+        Raises:
+            ArgumentError: `parameter` holds no blocks, `order` does not fit it, or `carry` is unknown; nothing is
+                changed then.
+        """
+        move_blocks(self.state.get(parameter, {}), parameter, order, carry)
 
     def kernel_source(self) -> str:
         """Return the source of every kernel that steps these parameters: C++ for the CPU, Triton for a GPU."""
@@ -187,10 +202,10 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                 if parameter.grad is None and parameter not in self.state and not keeps_nothing:
                     continue
                 state = {} if keeps_nothing else self.state[parameter]
-                states, count = settle_state(state, parameter, rule, self.options.state_dtype, counted=counted)
+                states, count, born = settle_state(state, parameter, rule, self.options.state_dtype, counted=counted)
                 block_state = registry.state_of_blocks(parameter)
                 target = None if block_state is None else block_state.step_target()
-                slot = Slot(parameter, states, count, number, index - 1, target)
+                slot = Slot(parameter, states, count, number, index - 1, target, born)
                 gradient = parameter.grad
                 if gradient is not None and lies_dense(parameter):
                     gradient = laid_out_as(gradient, parameter, gradient.dtype)

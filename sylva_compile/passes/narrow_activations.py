@@ -28,10 +28,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
+from sylva_compile._torch import operator_of
+from sylva_compile.kernels.block_norms import pool_squares
 from sylva_compile.passes.dataflow import backward_half, dataflow_of, tangent_dependents
 from sylva_compile.passes.match_weight_gradient import Operand
 from sylva_compile.passes.narrow_copy import CASTS, DEPTH, RESHAPES, VIEWS, is_pointwise, narrow_copy
 
+POOL = operator_of(pool_squares)
 WIDE = 0.9
 """Share of an activation's columns above which a narrow copy saves too little memory."""
 
@@ -80,7 +83,9 @@ def narrow_activations(graph: Graph, products: Sequence[SampledProduct]) -> dict
     """
     dataflow = dataflow_of(graph)
     gradients = tangent_dependents(dataflow)
-    backward = _Backward(backward_half(dataflow) - {product.node for product in products})
+    # The forward saves the pooled squares of a sketch, and not the activation, for which they are made.
+    pooled = graph.find_nodes(op="call_function", target=POOL)
+    backward = _Backward(backward_half(dataflow) - {product.node for product in products} - set(pooled))
     copies: dict[tuple[Operand, Node], Node] = {}
     whole_reasons: dict[SampledProduct, str] = {}
     reasons = {product: _why_whole(product, gradients, backward) for product in products}

@@ -14,7 +14,8 @@ A sum of products becomes a sum of sampled products. `narrow_activations.py` dec
 of their activation, and `merge_products.py` merges the products that read one activation.
 
 Refuses, and gives the reason in the result: a term that the matcher leaves opaque. That term stays dense, and
-`gather_blocks` samples it: correct and slow. The other terms of the gradient are rewritten.
+`gather_blocks` samples it: correct and slow. The other terms of the gradient are rewritten. A gradient whose blocks are
+all scored (`block_norms`) exists as a whole by intent, and is sampled; that is no miss.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import torch
 from torch.fx import Graph, Node
 
 from sylva_compile._torch import operator_of
+from sylva_compile.kernels.block_norms import block_norms
 from sylva_compile.kernels.gather_blocks import gather_blocks
 from sylva_compile.kernels.sddmm.op import sddmm
 from sylva_compile.passes.edit import apply_scales, call, materialize
@@ -33,6 +35,7 @@ from sylva_compile.passes.narrow_activations import SampledProduct, narrow_activ
 
 aten = torch.ops.aten
 GATHER = operator_of(gather_blocks)
+NORMS = operator_of(block_norms)
 SDDMM = operator_of(sddmm)
 
 
@@ -45,12 +48,14 @@ class RewriteResult:
         reason: why its gradient stayed dense, in full or in part; None if all of it was rewritten.
         whole_reason: why one of its products reads its whole activation; None if none does.
         activations: activation of each of its products.
+        scored: whether the dense gradient is there because all of its blocks are scored before a move.
     """
 
     positions: Node
     reason: str | None = None
     whole_reason: str | None = None
     activations: tuple[Node, ...] = ()
+    scored: bool = False
 
     @property
     def narrowed(self) -> bool:
@@ -69,10 +74,15 @@ def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[RewriteResul
     if not markers:
         return 0
     rewrites: list[tuple[Node, str | None, slice]] = []
+    scored = {norms.args[0] for norms in graph.find_nodes(op="call_function", target=NORMS)}
     products: list[SampledProduct] = []
     for marker in markers:
         gradient, positions = marker.args[:2]
         assert isinstance(gradient, Node) and isinstance(positions, Node)
+        if gradient in scored:
+            if report is not None:
+                report(RewriteResult(positions, scored=True))
+            continue
         terms = match_weight_gradient(gradient)
         dense_reasons = [term.reason for term in terms if term.reason is not None]
         first = len(products)

@@ -120,7 +120,7 @@ def triton_kernel(program: MatrixProgram, width: int) -> list[str]:
         "    index_, inside_ = blocks.elements(row_, start_, height, width, SIDE_)",
         f"    hyper_ += parts.column(row_, parts.HYPER) * {len(rule.hyperparameters)}",
         "    t = parts.load_step(row_)",
-        *([f"    {as_tuple(scalars)} = scalars(hyper_, t)"] if scalars else []),
+        *([f"    {as_tuple(scalars)} = scalars(hyper_, blocks.own_step(row_, start_, t, AGES_))"] if scalars else []),
         "    P = parts.load(parts.column(row_, parts.PARAM), parts.column(row_, parts.PARAM_TYPE), index_, inside_)",
         "    G = parts.load(gradient_, parts.column(row_, parts.GRAD_TYPE), index_, inside_)",
         "    G *= tl.load(scale_).to(tl.float32)",
@@ -140,7 +140,8 @@ def triton_kernel(program: MatrixProgram, width: int) -> list[str]:
         "",
         "@triton.jit",
         "def step_kernel(",
-        "    table_, gradients_, hyper_, tiles_, scale_, skip_, seed_, SIDE_: tl.constexpr, PRODUCTS_: tl.constexpr",
+        "    table_, gradients_, hyper_, tiles_, scale_, skip_, seed_,",
+        "    SIDE_: tl.constexpr, PRODUCTS_: tl.constexpr, AGES_: tl.constexpr,",
         "):",
         *(f"    {line}" for line in body),
     ]

@@ -40,11 +40,11 @@ void store_block(int64_t at, int64_t type, int64_t first, int64_t b, int64_t sid
 template <typename T>
 void step_tile(const int64_t* row, int64_t gradient, const double* hyper, double scale, uint32_t seed, int64_t first,
                int64_t) {
+  const int64_t b = row[BLOCK], side = (b + PANEL - 1) / PANEL * PANEL;
   double wide[SCALARS + 1];
   T s[SCALARS + 1];
-  scalars(hyper + row[HYPER] * HYPERPARAMETERS, step_number(row), wide);
+  scalars(hyper + row[HYPER] * HYPERPARAMETERS, step_of_block(row, first / (b * b)), wide);
   for (int k = 0; k < SCALARS; ++k) s[k] = T(wide[k]);
-  const int64_t b = row[BLOCK], side = (b + PANEL - 1) / PANEL * PANEL;
   int64_t top = 0, left = 0, height = b, width = b;
   if (row[DENSE]) {
     const int64_t *positions = address<int64_t>(row[POSITIONS]), block = first / (b * b);

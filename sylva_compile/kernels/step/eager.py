@@ -93,7 +93,8 @@ class EagerLaunch:
         rule = self._program.rule
         wide = block_dtype(slot.param.dtype)
         once: Values = dict(zip((symbol for symbol, _ in rule.hyperparameters), hyper, strict=True))
-        once[t] = torch.ones((), dtype=torch.float64, device="cpu") if slot.step is None else slot.step.double()
+        step = torch.ones((), dtype=torch.float64, device="cpu") if slot.step is None else slot.step.double()
+        once[t] = step if slot.born is None else step - slot.born.double()[:, None, None]
         values: Values = {symbol: compute(once).to(wide) for symbol, compute in self._scalars}
         inputs: tuple[sp.Symbol, ...] = (p, g, *(symbol for symbol, _ in rule.states))
         given = (slot.param.to(wide), gradient.to(wide) * scale.to(wide), *(state.to(wide) for state in slot.states))
@@ -114,7 +115,7 @@ class EagerLaunch:
         for number, (symbol, old) in enumerate(zip(self._program.results, held, strict=True)):
             value = values[symbol]
             if self._stochastic and number > 0 and old.dtype == torch.bfloat16:
-                value = round_stochastically(value.float(), seed, once[t].long(), slot.order, number - 1)
+                value = round_stochastically(value.float(), seed, step.long(), slot.order, number - 1)
             results.append(torch.where(changes, value, old))
         for tensor, value in zip(held, results, strict=True):
             tensor.copy_(value)

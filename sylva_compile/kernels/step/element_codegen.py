@@ -36,6 +36,7 @@ def triton_kernel(program: Program, width: int) -> list[str]:
     scalars = [symbol.name for symbol, _ in program.scalars]
     arguments = ", ".join(["p", "g", *states, *scalars])
     printer = TritonPrinter(wide=False)
+    own = "parts.own_steps(row_, start_, index_, t, TILE_, AGES_)"
     body = [
         f"row_, start_, index_ = parts.find_tile(table_, tiles_, {width}, TILE_)",
         "gradient_ = tl.load(gradients_ + tl.load(tiles_ + 2 * tl.program_id(0)))",
@@ -43,7 +44,7 @@ def triton_kernel(program: Program, width: int) -> list[str]:
         "    inside_ = parts.within_matrix(row_, start_, index_, TILE_)",
         f"    hyper_ += parts.column(row_, parts.HYPER) * {len(rule.hyperparameters)}",
         "    t = parts.load_step(row_)",
-        *([f"    {as_tuple(scalars)} = scalars(hyper_, t)"] if scalars else []),
+        *([f"    {as_tuple(scalars)} = scalars(hyper_, {own})"] if scalars else []),
         "    p = parts.load(parts.column(row_, parts.PARAM), parts.column(row_, parts.PARAM_TYPE), index_, inside_)",
         "    g = parts.load(gradient_, parts.column(row_, parts.GRAD_TYPE), index_, inside_)",
         "    g *= tl.load(scale_).to(tl.float32)",
@@ -61,6 +62,8 @@ def triton_kernel(program: Program, width: int) -> list[str]:
         "",
         "",
         "@triton.jit",
-        "def step_kernel(table_, gradients_, hyper_, tiles_, scale_, skip_, seed_, TILE_: tl.constexpr):",
+        "def step_kernel(",
+        "    table_, gradients_, hyper_, tiles_, scale_, skip_, seed_, TILE_: tl.constexpr, AGES_: tl.constexpr",
+        "):",
         *(f"    {line}" for line in body),
     ]

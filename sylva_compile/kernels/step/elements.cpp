@@ -24,18 +24,18 @@ void run(const int64_t* row, int64_t gradient, T scale, const T* s, uint32_t see
   }
 }
 
+// Steps elements [first, end) of one parameter, whole blocks of a dense weight, by the scalars of step `t`.
 template <typename T>
-void step_tile(const int64_t* row, int64_t gradient, const double* hyper, double scale, uint32_t seed, int64_t first,
-               int64_t tile) {
+void step_range(const int64_t* row, int64_t gradient, const double* hyper, double scale, uint32_t seed, int64_t first,
+                int64_t end, double t) {
   double wide[SCALARS + 1];
   T s[SCALARS + 1];
-  scalars(hyper + row[HYPER] * HYPERPARAMETERS, step_number(row), wide);
+  scalars(hyper + row[HYPER] * HYPERPARAMETERS, t, wide);
   for (int k = 0; k < SCALARS; ++k) s[k] = T(wide[k]);
-  if (!row[DENSE]) return run<T>(row, gradient, T(scale), s, seed, first, std::min(tile, row[COUNT] - first));
+  if (!row[DENSE]) return run<T>(row, gradient, T(scale), s, seed, first, end - first);
   const int64_t b = row[BLOCK], size = b * b;
   const int64_t* positions = address<int64_t>(row[POSITIONS]);
-  for (const int64_t end = std::min(first + std::max(tile / size, int64_t(1)) * size, row[COUNT]); first < end;
-       first += size) {
+  for (; first < end; first += size) {
     const int64_t top = positions[first / size] * b, left = positions[row[BLOCKS] + first / size] * b;
     const int64_t height = std::min(b, row[ROWS] - top), width = std::min(b, row[COLS] - left);
     // Whole cache lines are written as soon as they are computed, beside the next rows' arithmetic; single elements are
@@ -53,6 +53,22 @@ void step_tile(const int64_t* row, int64_t gradient, const double* hyper, double
       }
       write_through<T>(row, begin, top + r, left, n, width);
     }
+  }
+}
+
+template <typename T>
+void step_tile(const int64_t* row, int64_t gradient, const double* hyper, double scale, uint32_t seed, int64_t first,
+               int64_t tile) {
+  const int64_t size = row[BLOCK] * row[BLOCK], unit = size ? std::max(tile / size, int64_t(1)) * size : tile;
+  const int64_t end = std::min(first + unit, row[COUNT]);
+  if (!row[BORN]) return step_range<T>(row, gradient, hyper, scale, seed, first, end, step_number(row));
+  while (first < end) {
+    const double t = step_of_block(row, first / size);
+    int64_t next = first + size;
+    // Blocks of the same age have the same scalars.
+    while (next < end && step_of_block(row, next / size) == t) next += size;
+    step_range<T>(row, gradient, hyper, scale, seed, first, next, t);
+    first = next;
   }
 }
 

@@ -82,6 +82,11 @@ void store(int64_t at, int64_t type, int64_t first, int64_t n, const T* values, 
 
 double step_number(const int64_t* row) { return row[STEP] ? double(*address<float>(row[STEP])) + 1.0 : 1.0; }
 
+// The number of this step among the block's own, since its states started from zero.
+double step_of_block(const int64_t* row, int64_t block) {
+  return step_number(row) - (row[BORN] ? double(address<float>(row[BORN])[block]) : 0.0);
+}
+
 uint32_t state_key(const int64_t* row, uint32_t seed, int state) {
   return mix(mix(mix(seed ^ uint32_t(step_number(row))) + uint32_t(row[INDEX])) + uint32_t(state));
 }

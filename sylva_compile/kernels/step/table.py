@@ -18,6 +18,7 @@ COLUMNS = (
     "COUNT",
     "HYPER",
     "STEP",
+    "BORN",
     "INDEX",
     "DENSE",
     "DENSE_TYPE",
@@ -29,7 +30,8 @@ COLUMNS = (
     "POSITIONS",
     "BLOCKS",
 )
-"""An address is 0 where there is no tensor: `STEP` without a step count, `DENSE` of an ordinary parameter."""
+"""An address is 0 where there is no tensor: `STEP` without a step count, `BORN` where no block is younger than its
+parameter, `DENSE` of an ordinary parameter. `BLOCK` is 0 if the kernel need not know the blocks."""
 
 STATE_COLUMNS = ("STATE", "STATE_TYPE")
 """A row repeats these columns for every state."""
@@ -70,6 +72,8 @@ class Slot(NamedTuple):
         group: the index of its row of hyperparameters.
         order: its index among the optimizer's parameters, part of the seed of stochastic rounding.
         target: the dense weight of blocks; None for an ordinary parameter.
+        born: float32 `[nnz]`, the value of `step` when the states of each block of `param`, contiguous `[nnz, b, b]`,
+            started from zero: a rule's `t` is the step's number minus `born`. None if all started with the first step.
     """
 
     param: Tensor
@@ -78,6 +82,7 @@ class Slot(NamedTuple):
     group: int
     order: int
     target: Target | None
+    born: Tensor | None = None
 
 
 class StepTable:
@@ -101,6 +106,8 @@ class StepTable:
         self._addresses: list[int] = []
         self.rebuilt = 0
         """The number of times that the rows were copied to the device."""
+        self.has_ages = False
+        """Whether a row has the blocks' own step counts."""
         self.rows = self.tiles = self.gradients = torch.empty(0, dtype=torch.int64, device=device)
 
     def describe(self, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
@@ -108,6 +115,7 @@ class StepTable:
         rows = [self._row(slot, gradient) for slot, gradient in zip(slots, gradients, strict=True)]
         if rows != self._rows:
             self._rows = rows
+            self.has_ages = any(row[COLUMNS.index("BORN")] for row in rows)
             self.rows = self._send(rows)
             self.tiles = self._tiles(rows).to(self.device)
             self.rebuilt += 1
@@ -124,8 +132,9 @@ class StepTable:
 
     def _row(self, slot: Slot, gradient: Tensor | None) -> tuple[int, ...]:
         param, target = slot.param, slot.target
+        is_blocks = self._over_blocks or slot.born is not None
         # The table's columns from DENSE to BLOCKS.
-        dense: tuple[int, ...] = (0, 0, 0, 0, 0, 0, param.shape[-1] if self._over_blocks else 0, 0, 0)
+        dense: tuple[int, ...] = (0, 0, 0, 0, 0, 0, param.shape[-1] if is_blocks else 0, 0, 0)
         if target is not None:
             matrix, positions = target.matrix, target.positions
             dense = (
@@ -144,6 +153,7 @@ class StepTable:
             param.numel(),
             slot.group,
             0 if slot.step is None else slot.step.data_ptr(),
+            0 if slot.born is None else slot.born.data_ptr(),
             slot.order,
             *dense,
         )

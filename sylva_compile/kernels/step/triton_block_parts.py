@@ -32,6 +32,16 @@ def place(row, start):
 
 
 @triton.jit
+def own_step(row, start, t, AGES: tl.constexpr):
+    """Return the number of this step since the states of this program's block started from zero; `t` unless AGES."""
+    if AGES:
+        born = parts.column(row, parts.BORN)
+        block = start // (parts.column(row, parts.BLOCK) * parts.column(row, parts.BLOCK))
+        t = t - tl.load(born.to(tl.pointer_type(tl.float32)) + block, mask=born != 0, other=0.0).to(tl.float64)
+    return t
+
+
+@triton.jit
 def elements(row, start, height, width, SIDE: tl.constexpr):
     """Return the indices `[SIDE, SIDE]` of the block's elements in its parameter, and whether each is inside."""
     down, right = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]

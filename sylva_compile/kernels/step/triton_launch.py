@@ -81,6 +81,7 @@ class TritonLaunch:
                 # `tl.dot` takes powers of two from 16 on.
                 side = max(16, _power_of_two(table.largest_block))
                 options = {"SIDE_": side, "PRODUCTS_": self._products, "num_warps": warps_for(side)}
+            options["AGES_"] = table.has_ages
             with current(self.device):
                 self._module.step_kernel[(len(table.tiles),)](
                     table.rows, table.gradients, hyper, table.tiles, scale, skip, seed, **options

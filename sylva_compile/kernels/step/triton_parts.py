@@ -15,6 +15,7 @@ GRAD_TYPE = tl.constexpr(COLUMNS.index("GRAD_TYPE"))
 COUNT = tl.constexpr(COLUMNS.index("COUNT"))
 HYPER = tl.constexpr(COLUMNS.index("HYPER"))
 STEP = tl.constexpr(COLUMNS.index("STEP"))
+BORN = tl.constexpr(COLUMNS.index("BORN"))
 INDEX = tl.constexpr(COLUMNS.index("INDEX"))
 DENSE = tl.constexpr(COLUMNS.index("DENSE"))
 DENSE_TYPE = tl.constexpr(COLUMNS.index("DENSE_TYPE"))
@@ -134,6 +135,23 @@ def load_step(row):
     t = tl.full((), 1.0, tl.float64)
     if column(row, STEP) != 0:
         t = tl.load(column(row, STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return t
+
+
+@triton.jit
+def own_steps(row, start, index, t, TILE: tl.constexpr, AGES: tl.constexpr):
+    """Return the number of this step for the block of each element; it is `t`, one number, unless AGES.
+
+    The number counts from 1 since the states of the block started from zero.
+    """
+    if AGES:
+        area = tl.maximum(column(row, BLOCK) * column(row, BLOCK), 1)
+        block = start // area
+        # As in `_place`, divide in 32 bits.
+        further = ((start - block * area).to(tl.int32) + tl.arange(0, TILE)) // area.to(tl.int32)
+        born = column(row, BORN).to(tl.pointer_type(tl.float32)) + block
+        known = (index < column(row, COUNT)) & (column(row, BORN) != 0)
+        t = t - tl.load(born + further, mask=known, other=0.0).to(tl.float64)
     return t
 
 

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from sylva_compile import Masks
 from sylva_compile.kernels.step.codegen import triton_source
-from sylva_compile.kernels.step.lowering import G, P, Repeat, Rule, height, lower, width
+from sylva_compile.kernels.step.lowering import G, P, Repeat, Rule, height, lower, t, width
 from sylva_compile.kernels.step.triton_launch import TILE, TritonLaunch, _import, warps_for
 from sylva_compile.optim import SGD, Adam, AdamW, GeneratedOptimizer, Lion, Muon, RMSprop, launches, rules
 
@@ -199,6 +199,78 @@ def test_a_loop_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
 
 
+class Young(GeneratedOptimizer):
+    """A rule over blocks that reads the number of the step."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, **options: Any) -> None:
+        super().__init__(parameters, {"lr": lr}, **options)
+
+    def rule(self, group: Any) -> Rule:
+        m, (lr, norm) = sp.MatrixSymbol("M", height, width), sp.symbols("lr norm", real=True)
+        share = 1 / (1 - sp.Float(0.9) ** t)
+        equations = ((m, m + (G - m) / t), (norm, sp.sqrt(sp.Trace(m.T * m))), (P, P - lr * share / norm * m))
+        return Rule("Young", equations, ((m, "m"),), ((lr, "lr"),))
+
+
+def with_moves(
+    device: str, kind: type[GeneratedOptimizer], options: dict[str, Any]
+) -> tuple[list[nn.Parameter], GeneratedOptimizer]:
+    """Six steps. The blocks of weights, and of a parameter without a weight, move after the second and the fourth."""
+    torch.manual_seed(7)
+    model = Mixed()
+    masks = random_masks(model, WEIGHTS, 16, 0.6)
+    model.to(device)
+    masks = Masks(masks, model=model)
+    models.append((model, masks))
+    # Tiles begin and end inside of these blocks, and one of them holds several.
+    moving = [*masks.parameters(), *(nn.Parameter(torch.randn(9, b, b).to(device)) for b in (24, 80))]
+    others = [] if kind is Young else [model.bias, model.norm]
+    optimizer = kind([*moving, *others], lr=0.01, **options)
+    for turn in range(6):
+        if turn in (2, 4):
+            # The last blocks stay at first.
+            for blocks in moving[: len(moving) - (turn == 2)]:
+                order = torch.randperm(len(blocks))
+                optimizer.move_state(blocks, torch.where(torch.rand(len(blocks)) < 0.4, -1, order), "intersection")
+        for blocks in (*moving, *others):
+            blocks.grad = torch.randn(blocks.shape).to(blocks)
+        optimizer.step()
+    return [*moving, *others], optimizer
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AdamW, {"weight_decay": 0.1, "max_grad_norm": 1.0}),
+        (Adam, {"state_dtype": torch.bfloat16, "seed": 3}),
+        (SGD, {"momentum": 0.9, "dampening": 0.5}),
+        (Young, {}),
+        (Young, {"state_dtype": torch.bfloat16}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value) or "plain",
+)
+def test_blocks_that_move_are_stepped_as_by_the_cpu(
+    kind: type[GeneratedOptimizer], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, reference = with_moves("cpu", kind, options)
+    monkeypatch.setattr(launches, "CpuLaunch", TritonLaunch)
+    found, optimizer = with_moves(DEVICE, kind, options)
+    (launch,) = optimizer._launches
+    assert isinstance(launch, TritonLaunch)
+    assert launch.table.has_ages
+    for model, masks in models:
+        assert_invariant(model, masks)
+    models.clear()
+    for mine, other in zip(found, wanted, strict=True):
+        tolerance = 8e-3 if mine.dtype == torch.bfloat16 else 1e-6
+        for name, value in {"parameter": other.detach(), **reference.state[other]}.items():
+            of_triton = mine.detach() if name == "parameter" else optimizer.state[mine][name]
+            same = (of_triton.cpu().float() - value.float()).abs() <= tolerance * max(1.0, float(value.abs().max()))
+            # Stochastic rounding turns on the last bit now and then.
+            assert bool(same.all()) or ("state_dtype" in options and float(same.float().mean()) > 0.999), name
+
+
 @needs_triton
 @pytest.mark.parametrize("b", [24, 80])
 def test_tiles_begin_in_the_middle_of_blocks(b: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,14 +312,20 @@ def test_a_step_with_infinity_is_skipped(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize(("products", "side"), [("tf32x3", 16), ("tf32x3", 128), ("bfloat16", 64)])
-def test_blocks_compile_for_a_gpu_that_is_not_here(products: str, side: int) -> None:
-    kernel = _import(triton_source(launches.lowered(rules.muon(nesterov=True, ns_steps=5, scaled=True)))).step_kernel
+@pytest.mark.parametrize(
+    ("products", "side", "ages"),
+    [("tf32x3", 16, False), ("tf32x3", 128, False), ("bfloat16", 64, False), ("tf32x3", 16, True)],
+)
+def test_blocks_compile_for_a_gpu_that_is_not_here(products: str, side: int, ages: bool) -> None:
+    rule = rules.muon(nesterov=True, ns_steps=5, scaled=True)
+    if ages:
+        rule = Young([nn.Parameter(torch.ones(1, 8, 8))], 0.1).rule({})
+    kernel = _import(triton_source(launches.lowered(rule))).step_kernel
     signature = dict.fromkeys(("table_", "gradients_", "tiles_"), "*i64")
     signature |= dict.fromkeys(("hyper_", "scale_", "skip_"), "*fp64")
-    signature |= {"seed_": "i64", "SIDE_": "constexpr", "PRODUCTS_": "constexpr"}
+    signature |= {"seed_": "i64", "SIDE_": "constexpr", "PRODUCTS_": "constexpr", "AGES_": "constexpr"}
     signature = {name: signature[name] for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, {"SIDE_": side, "PRODUCTS_": products})
+    source = ASTSource(kernel, signature, {"SIDE_": side, "PRODUCTS_": products, "AGES_": ages})
     options = {"num_warps": warps_for(side)}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "cubin" in compiled.asm
@@ -256,13 +334,14 @@ def test_blocks_compile_for_a_gpu_that_is_not_here(products: str, side: int) -> 
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("ages", [False, True], ids=["as old as the parameter", "blocks that moved"])
 @pytest.mark.parametrize("seed", [1, None], ids=["constant seed", "any seed"])
-def test_compiles_for_a_gpu_that_is_not_here(seed: int | None) -> None:
-    kernel = _import(triton_source(lower(rules.lion()))).step_kernel
+def test_compiles_for_a_gpu_that_is_not_here(seed: int | None, ages: bool) -> None:
+    kernel = _import(triton_source(lower(rules.adam(decoupled=True)))).step_kernel
     signature = dict.fromkeys(("table_", "gradients_", "tiles_"), "*i64")
     signature |= dict.fromkeys(("hyper_", "scale_", "skip_"), "*fp64")
-    signature |= {"seed_": "i64" if seed is None else "constexpr", "TILE_": "constexpr"}
+    signature |= {"seed_": "i64" if seed is None else "constexpr", "TILE_": "constexpr", "AGES_": "constexpr"}
     signature = {name: signature[name] for name in kernel.arg_names}
-    constants = {"TILE_": TILE} | ({} if seed is None else {"seed_": seed})
+    constants = {"TILE_": TILE, "AGES_": ages} | ({} if seed is None else {"seed_": seed})
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert "cubin" in compiled.asm
