@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sylva_compile.version import __version__
 
 if TYPE_CHECKING:
-    from sylva_compile import errors, optim
+    from sylva_compile import errors, optim, schedules
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
     from sylva_compile.adapters.saving import save_adapter
     from sylva_compile.blocks.block_mask import BlockMask
@@ -36,6 +36,7 @@ __all__ = [
     "optim",
     "print_trainable_parameters",
     "save_adapter",
+    "schedules",
     "trace_and_mask",
     "unload_adapter",
 ]
@@ -58,7 +59,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "optim"):
+    if name in ("errors", "optim", "schedules"):
         return importlib.import_module(f"sylva_compile.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,14 +30,14 @@ def test_the_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.
         "dataset": Dataset.from_dict({key: value.tolist() for key, value in case.batch.items()}),
     }
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 12
     for block in blocks:
         # The sizes in README are for real models.
         small = block.replace("block_size=64", "block_size=8").replace("num_samples=256", "num_samples=12")
         # The parts on tracing need a new model.
         own = "checkpoint=" in block or "SylvaConfig(" in block
         exec(small, names | {"model": tiny("llama").model} if own else names)
-        if "report()" in block:
+        if "backend.report()" in block:
             assert names["backend"].report().rewritten == 14
     # Another part compiles each layer; these compiled layers run once the whole model is no longer compiled.
     case.model._compiled_call_impl = None

@@ -18,7 +18,7 @@ class Cost(NamedTuple):
 
     Attributes:
         floor_ms: a forward and backward pass of the frozen model; the backward pass goes down to the embeddings.
-        step_ms: a forward and backward pass and the optimizer's step of the method.
+        step_ms: a forward and backward pass the optimizer's step of the method, and a move where one is due.
     """
 
     floor_ms: float
@@ -48,6 +48,7 @@ def beside_floor(
     def step(batch: Batch) -> None:
         ready.model(**batch).loss.backward()
         optimizer.step()
+        ready.after_step()
         optimizer.zero_grad()
 
     device = device_of(floor)

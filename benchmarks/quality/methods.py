@@ -16,9 +16,12 @@ from benchmarks.quality import optimizers
 from benchmarks.quality.optimizers import Groups, MakeOptimizer
 from benchmarks.quality.tasks import head_of, heads_of
 from benchmarks.quality.traces import PATTERNS, Scores, budget_elements, choose_once
+from sylva_compile.blocks.moving import Carry
 from sylva_compile.blocks.scope import weights_in_scope
 from sylva_compile.config import Allocation, Score, SylvaConfig
 from sylva_compile.config import Method as TraceMethod
+from sylva_compile.schedules import MovingBlocks
+from sylva_compile.schedules.moving import Choose
 from sylva_compile.tracing.trace import weight_specs
 
 
@@ -34,6 +37,7 @@ class Ready:
         trace_seconds: the seconds that the choice of blocks took.
         trace_bytes: the peak bytes of this choice beside the model.
         masks: the masks of the trained blocks, for methods that train blocks.
+        after_step: called after every step of the optimizer; blocks that move do it there.
     """
 
     model: nn.Module
@@ -43,6 +47,7 @@ class Ready:
     trace_seconds: float = 0.0
     trace_bytes: int = 0
     masks: sylva_compile.Masks | None = None
+    after_step: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,10 @@ def prepare_adapter(model: nn.Module, options: Mapping[str, Any], budget: Budget
 
 
 def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
-    """Prepare trainable blocks inside frozen weights; with `prune`, set the rest of those weights to zero."""
+    """Prepare trainable blocks inside frozen weights, which move where the options have `every`.
+
+    With `prune`, the rest of those weights is set to zero.
+    """
     scores = traced(options)
     config = SylvaConfig(
         sparsity=budget.sparsity,
@@ -219,6 +227,8 @@ def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgete
                 model.get_parameter(name).mul_(mask.dense())
     _head_alone(model)
     masks.embed(model)
+    moving = {name: options[name] for name in _OF_MOVES if name in options}
+    schedule = MovingBlocks(masks, seed=seed, **moving) if "every" in options else None
     return Ready(
         model,
         masks.parameters(),
@@ -227,10 +237,12 @@ def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgete
         trace_seconds=scores.seconds + seconds,
         trace_bytes=scores.peak_bytes,
         masks=masks,
+        after_step=(lambda: None) if schedule is None else schedule.step,
     )
 
 
-_OF_BLOCKS = {"trace", "score", "damping", "pattern", "allocation", "column_budget", "prune"}
+_OF_MOVES = ("every", "choose", "temperature", "column_budget", "carry")
+_OF_BLOCKS = {"trace", "score", "damping", "pattern", "allocation", "prune", *_OF_MOVES}
 
 METHODS = {
     "full": Method(prepare_full, has_budget=False, options=optimizers.OPTIONS),
@@ -260,7 +272,11 @@ def check_options(options: Mapping[str, Any]) -> str | None:
             "score": get_args(Score),
             "pattern": PATTERNS,
             "allocation": get_args(Allocation),
+            "choose": get_args(Choose),
+            "carry": get_args(Carry),
         }
+        if "every" not in options and (strange := {"choose", "temperature", "carry"} & options.keys()):
+            return f"{min(strange)} is of blocks that move; give every, the number of steps between moves, too"
         if "trace" not in options:
             return f"no trace; use one of {allowed['trace']}"
         for name, values in allowed.items():

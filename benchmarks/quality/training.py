@@ -74,6 +74,7 @@ def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimiz
         if at == 0:
             _check_gradients(learning)
         optimizer.step()
+        ready.after_step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())

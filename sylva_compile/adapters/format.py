@@ -5,12 +5,12 @@ old one or the new one.
 
 For every weight `name`, the tensors are:
 
-| tensor                    | what it holds                                                                              |
-| ------------------------- | ------------------------------------------------------------------------------------------ |
-| `name/positions`          | `int32[2, nnz]`, where the blocks are                                                      |
-| `name/blocks`             | `[nnz, b, b]`, their values, float32 or wider                                              |
-| `name/left_positions`     | `int32[2, k]`, where blocks have been and are no more; missing where none have moved       |
-| `name/left`               | `[k, b, b]`, the values there, in the weight's dtype; zeros beyond its edge                |
+| tensor                    | what it holds                                                                          |
+| ------------------------- | ---------------------------------------------------------------------------------------- |
+| `name/positions`          | `int32[2, nnz]`, where the blocks are                                                  |
+| `name/blocks`             | `[nnz, b, b]`, their values, float32 or wider                                          |
+| `name/left_positions`     | `int32[2, k]`, where blocks have been and are no more; missing where none have moved   |
+| `name/left`               | `[k, b, b]`, the values there, in the weight's dtype; zeros beyond its edge            |
 
 Format 1, of versions before blocks could move, lacks the last two and is read as well.
 """

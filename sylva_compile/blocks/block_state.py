@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.layout import BlockLayout
 from sylva_compile.blocks.originals import Originals
+from sylva_compile.blocks.places import round_stochastically, where
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import BlockWriter, block_dtype, grid_shape, read_blocks
 from sylva_compile.kernels.step.table import TYPES, Target
@@ -187,13 +188,13 @@ class BlockState:
             The index that each block had before, or -1 where a block has arrived: `int64[nnz]` on the CPU.
         """
         self.sync()
-        before = _where(self.mask.positions, mask.positions, grid_shape(mask.shape, mask.block_size))
-        leave = _where(mask.positions, self.mask.positions, grid_shape(mask.shape, mask.block_size)) < 0
+        before = where(self.mask.positions, mask.positions, grid_shape(mask.shape, mask.block_size))
+        leave = where(mask.positions, self.mask.positions, grid_shape(mask.shape, mask.block_size)) < 0
         if generator is not None and self.weight.dtype == torch.bfloat16 and bool(leave.any()):
             values = self.blocks.detach()[leave.to(self.blocks.device)]
             positions = self.mask.positions[:, leave].to(self.weight.device)
             writer = BlockWriter(self.mask.shape, positions, self.mask.block_size)
-            writer.write(self.weight, _rounded_stochastically(values, generator))
+            writer.write(self.weight, round_stochastically(values, generator))
         self.originals.add(self.weight, mask.positions)
         self.mask = mask
         self.layout.move(mask)
@@ -225,7 +226,7 @@ class BlockState:
     def left_behind(self) -> tuple[Tensor, Tensor]:
         """Return the places where blocks have been and are no more, and the weight's values there, on the CPU."""
         places = self.originals.places
-        left = places[:, _where(self.mask.positions, places, grid_shape(self.mask.shape, self.mask.block_size)) < 0]
+        left = places[:, where(self.mask.positions, places, grid_shape(self.mask.shape, self.mask.block_size)) < 0]
         values = read_blocks(self.weight.detach(), left.to(self.weight.device), self.mask.block_size)
         return left, values.cpu()
 
@@ -244,6 +245,26 @@ class BlockState:
                 writer = BlockWriter(self.mask.shape, left.to(self.weight.device), self.mask.block_size)
                 writer.write(self.weight, values.to(self.weight.device))
             self.blocks.copy_(blocks)
+        self.push()
+
+    def resume(self, mask: BlockMask, blocks: Tensor, places: Tensor, originals: Tensor) -> None:
+        """Go on with a training that was interrupted: its blocks were at `mask` and had the values `blocks`.
+
+        Args:
+            mask: where the blocks were.
+            blocks: `[nnz, b, b]`.
+            places: `int64[2, k]`, every place where blocks had been, on the CPU.
+            originals: `[k, b, b]`, the values from before training there.
+        """
+        self.mask = mask
+        self.layout.move(mask)
+        self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
+        self.originals = Originals(self.weight, places[:, :0], mask.block_size)
+        self.originals.put(places, originals)
+        self.base_known = True
+        with torch.no_grad():
+            self.blocks.copy_(blocks)
+        self.moves += 1
         self.push()
 
     def zero_outside(self, blocks: Tensor) -> Tensor:
@@ -267,22 +288,6 @@ class BlockState:
 
     def _dense_blocks(self) -> Tensor:
         return read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)
-
-
-def _where(places: Tensor, wanted: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the index among `places int64[2, k]` of each place in `wanted int64[2, n]`, or -1: `int64[n]`."""
-    index = torch.full(grid, -1, dtype=torch.int64, device="cpu")
-    index[places[0], places[1]] = torch.arange(places.shape[1], device="cpu")
-    return index[wanted[0], wanted[1]]
-
-
-def _rounded_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Return float32 `values` rounded up or down to bfloat16, so that the expectation is exact; still float32."""
-    noise = torch.randint(0, 1 << 16, values.shape, generator=generator, dtype=torch.int32, device="cpu")
-    bits = values.float().view(torch.int32)
-    # The lower 16 bits of a float32 are those that bfloat16 lacks.
-    rounded = (bits + noise.to(bits.device)).bitwise_and_(-(1 << 16)).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values)
 
 
 @functools.cache

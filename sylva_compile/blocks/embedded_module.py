@@ -18,6 +18,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import check_averaged
 from sylva_compile.blocks.dense_view import DenseView
 from sylva_compile.errors import EmbedError
+from sylva_compile.kernels.block_norms import block_norms
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.gather_blocks import gather_blocks
 
@@ -35,10 +36,15 @@ class Embed(torch.autograd.Function):
         narrow_positions: Tensor,
         block_size: int,
         axis: int,
+        scores: Tensor | None,
+        sketch: bool,
     ) -> Tensor:
-        """Return a view of `weight [m, n]`; nothing is copied or added."""
+        """Return a view of `weight [m, n]`; nothing is copied or added.
+
+        `scores`, where all blocks are to be scored, is a leaf that requires grad: its gradient are the scores.
+        """
         ctx.save_for_backward(positions, input_channels, narrow_positions)
-        ctx.block_size, ctx.axis = block_size, axis
+        ctx.block_size, ctx.axis, ctx.scored, ctx.sketch = block_size, axis, scores is not None, sketch
         return weight.view_as(weight)
 
     @staticmethod
@@ -46,7 +52,8 @@ class Embed(torch.autograd.Function):
         """Sample the dense gradient `[m, n]` at the blocks; the dense weight gets none."""
         positions, input_channels, narrow_positions = ctx.saved_tensors
         blocks = gather_blocks(gradients[0], positions, input_channels, narrow_positions, ctx.block_size, ctx.axis)
-        return None, blocks, None, None, None, None, None
+        scores = block_norms(gradients[0], ctx.block_size, ctx.sketch) if ctx.scored else None
+        return None, blocks, None, None, None, None, None, scores, None
 
 
 def _weight_property(attribute: str) -> property:
@@ -69,7 +76,7 @@ def _weight_property(attribute: str) -> property:
         # Uncompiled code reads positions alone. The other two tensors may be replaced while a step is under way, when a
         # compiled layer updates them; a checkpointed layer that runs again must save the tensors it saved before.
         tensors = (at.positions,) * 3 if eager else (at.positions, at.input_channels, at.narrow_positions)
-        value: Tensor = Embed.apply(weight, blocks, *tensors, at.block_size, at.input_axis)
+        value: Tensor = Embed.apply(weight, blocks, *tensors, at.block_size, at.input_axis, at.scores, at.sketch)
         if eager:
             # `model.get_parameter(name)` asks for a Parameter. Callers may read the value; to write, they write the
             # blocks, or this weight under torch.no_grad().

@@ -26,6 +26,9 @@ class BlockLayout:
         narrow_positions: `int64[2, nnz]`, the positions once the input axis is restricted to `input_channels`.
         block_size: b.
         input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 for Conv1D.
+        scores: float32 over the grid of blocks. While it is there, backward passes add every block's squared norm of
+            the weight gradient to `scores.grad`.
+        sketch: whether a compiled graph may put a cheap estimate in place of that norm.
     """
 
     def __init__(self, mask: BlockMask, axis: int, device: torch.device) -> None:
@@ -35,6 +38,8 @@ class BlockLayout:
         self.narrow_positions: Tensor
         self._width, self._across = mask.shape[axis], grid_shape(mask.shape, mask.block_size)[axis]
         self._mask, self._reserved = mask, 0
+        self.scores: Tensor | None = None
+        self.sketch = False
         # A copy even on the CPU: compiled graphs and look-ups know a weight by the identity of this tensor.
         self.positions = mask.positions.to(device, copy=True)
         share_input_channels([self])
@@ -49,6 +54,7 @@ class BlockLayout:
         self.positions = self.positions.to(device)
         self.input_channels = self.input_channels.to(device)
         self.narrow_positions = self.narrow_positions.to(device)
+        self.scores = None if self.scores is None else self.scores.detach().to(device).requires_grad_(True)
 
     def move(self, mask: BlockMask) -> None:
         """Follow the blocks to the places of `mask`, in place; `update_input_channels` does the rest."""
@@ -62,6 +68,17 @@ class BlockLayout:
         """
         # Where b does not divide the width, the last column has fewer channels. It is always in the list then.
         self._reserved = min(columns + (self._width % self.block_size > 0), self._across)
+
+    def listen(self, sketch: bool) -> None:
+        """Let backward passes score all blocks from now on, from zero."""
+        self.sketch = sketch
+        grid = grid_shape(self._mask.shape, self.block_size)
+        self.scores = torch.zeros(grid, dtype=torch.float32, device=self.positions.device, requires_grad=True)
+
+    def heard(self) -> Tensor | None:
+        """Return the scores since `listen`, on the CPU, and listen no more; None where no backward pass scored."""
+        scores, self.scores = None if self.scores is None else self.scores.grad, None
+        return None if scores is None else scores.cpu()
 
     def mark_sizes_dynamic(self) -> bool:
         """Ask Dynamo to compile for any number of blocks and input channels; return whether that is new."""

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from sylva_compile.blocks.block_mask import BlockMask, check_block_fits
 from sylva_compile.blocks.embed import block_states, embed
 from sylva_compile.blocks.fingerprint import base_fingerprint
-from sylva_compile.blocks.moving import Carry, move
+from sylva_compile.blocks.mask_summary import summary_of
+from sylva_compile.blocks.moving import Carry, move, resume
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.config import check_block_size
 from sylva_compile.errors import MaskError
 from sylva_compile.files import to_json, write_file
-from sylva_compile.kernels.blocks import grid_shape
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +195,19 @@ class Masks(Mapping[str, BlockMask]):
         self._blocks |= new
         self.config["moves"] = self.config.get("moves", 0) + 1
 
+    def resume(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put the blocks to where they were when a training was interrupted; a schedule's `load_state_dict` calls it.
+
+        Args:
+            saved: for each weight `positions int[2, nnz]`, `blocks [nnz, b, b]`, and `places int[2, k]` with their
+                `originals [k, b, b]`: every place where blocks had been, and the values from before training there.
+
+        Raises:
+            ArgumentError: these are other weights, or other numbers of blocks; nothing has changed then.
+            EmbedError: the blocks have gradients; nothing has changed then.
+        """
+        self._blocks |= resume(self.embed(), self, saved)
+
     def write_through(self) -> None:
         """Write the blocks into the dense weights now.
 
@@ -206,26 +219,7 @@ class Masks(Mapping[str, BlockMask]):
 
     def summary(self) -> str:
         """Return a table with a line for each weight, and the totals."""
-        width = max((len(name) for name in self), default=6)
-        lines = [f"{'weight':<{width}}  {'shape':>14}  {'blocks':>13}  {'trained':>8}"]
-        total = trained = 0
-        for name, mask in self.items():
-            size = mask.shape[0] * mask.shape[1]
-            total, trained = total + size, trained + mask.trainable
-            grid = grid_shape(mask.shape, mask.block_size)
-            blocks = f"{mask.nnz}/{grid[0] * grid[1]}"
-            shape = f"{mask.shape[0]} x {mask.shape[1]}"
-            lines.append(f"{name:<{width}}  {shape:>14}  {blocks:>13}  {mask.trainable / max(size, 1):>8.2%}")
-        share = trained / max(total, 1)
-        lines.append(f"{len(self)} weights, {trained:,} of {total:,} elements trained ({share:.2%}).")
-        if self.model is not None:
-            masked = {id(parameter) for name, parameter in self.model.named_parameters() if name in self._blocks}
-            masked |= {id(state.blocks) for state in block_states(self.model).values()}
-            others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in masked]
-            if others:
-                count = sum(p.numel() for p in others)
-                lines.append(f"{count:,} elements outside the masks require grad (biases, norms, heads, embeddings).")
-        return "\n".join(lines)
+        return summary_of(self, self.model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks as one safetensors file, beside `path` first and then renamed onto it.

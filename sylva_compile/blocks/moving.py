@@ -124,3 +124,24 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer  # type: ignore[no-any-return]
+
+
+def resume(
+    model: nn.Module, old: Mapping[str, BlockMask], saved: Mapping[str, Mapping[str, Any]]
+) -> dict[str, BlockMask]:
+    """Put blocks to where they were when a training was interrupted, and return their masks; see `Masks.resume`."""
+    states = block_states(model)
+    if saved.keys() != old.keys():
+        strange = min(saved.keys() ^ old.keys())
+        raise ArgumentError(f"{strange} is in the state or in the masks, but not in both; use the masks of the state.")
+    new = {}
+    for name, known in saved.items():
+        found, wanted = tuple(known["blocks"].shape), (old[name].nnz, old[name].block_size, old[name].block_size)
+        if found != wanted:
+            raise ArgumentError(f"{name} has blocks {wanted}, and {found} in the state; use the masks of the state.")
+        new[name] = BlockMask(old[name].shape, old[name].block_size, known["positions"].to(torch.int64))
+    _check_masks(states, old, new)
+    for name, known in saved.items():
+        states[name].resume(new[name], known["blocks"], known["places"].to(torch.int64), known["originals"])
+    update_input_channels(state.layout for state in states.values())
+    return new

@@ -38,6 +38,7 @@ from sylva_compile.compiler.runtime_wrapper import RuntimeWrapper
 from sylva_compile.errors import ArgumentError, RewriteError
 from sylva_compile.passes.runner import run_passes
 from sylva_compile.passes.sample_weight_gradients import RewriteResult, sample_weight_gradients_pass
+from sylva_compile.passes.sketch_block_norms import sketch_block_norms_pass
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class _JointPass(CustomGraphPass):
         if self.before is not None:
             self.before(graph)
         sample = functools.partial(sample_weight_gradients_pass, report=self.results.append)
-        run_passes(graph, {"sample_weight_gradients": sample})
+        run_passes(graph, {"sketch_block_norms": sketch_block_norms_pass, "sample_weight_gradients": sample})
         self.update(self.results)
 
     def uuid(self) -> Any:
@@ -176,7 +177,9 @@ class Backend:
                 )
 
     def _note(self, state: BlockState, result: RewriteResult) -> None:
-        """Add `result` to the report of `state`."""
+        """Add `result` to the report of `state`; not that of a graph which runs only before moves."""
+        if result.scored:
+            return
         before = self._reports.get(state, WeightReport())
         self._reports[state] = WeightReport(
             uses=before.uses + 1,

@@ -54,7 +54,8 @@ class Muon(GeneratedOptimizer):
             params: blocks, or param groups.
             lr: the learning rate.
             weight_decay: decoupled weight decay.
-            momentum: the share of the old momentum in the new one.
+            momentum: the share of the old momentum in the new one. With 0 there is no momentum, and blocks have no
+                state at all.
             nesterov: look ahead along the momentum.
             ns_coefficients: a, b and c of the Newton–Schulz iteration `X ← aX + bXXᵀX + c(XXᵀ)²X`.
             eps: the least norm by which a momentum is divided.
@@ -97,6 +98,7 @@ class Muon(GeneratedOptimizer):
             return _for_elements(group["rule"]).rule(group)
         _check_options(group)
         return rules.muon(
+            momentum=group["momentum"] > 0,
             nesterov=bool(group["nesterov"]),
             ns_steps=group["ns_steps"],
             scaled=group["adjust_lr_fn"] == "match_rms_adamw",

@@ -167,7 +167,7 @@ _A, _B = (sp.MatrixSymbol(name, width, width) for name in ("A", "B"))
 
 
 @functools.cache
-def muon(*, nesterov: bool, ns_steps: int, scaled: bool) -> Rule:
+def muon(*, momentum: bool = True, nesterov: bool, ns_steps: int, scaled: bool) -> Rule:
     """Return Muon (Jordan et al., 2024) over blocks: momentum, then the nearest semi-orthogonal matrix, about.
 
     The quintic Newton–Schulz iteration moves the singular values of U to about 1. With torch's coefficients and five
@@ -175,20 +175,22 @@ def muon(*, nesterov: bool, ns_steps: int, scaled: bool) -> Rule:
     `X.T * X` where torch takes `X * X.T` of matrices that are not taller than wide; the results are equal.
 
     Args:
+        momentum: keep a momentum; without it U is the gradient, and the rule has no state.
         nesterov: look ahead along the momentum.
         ns_steps: the number of iterations.
         scaled: multiply the step by `0.2 * sqrt(max(height, width))`, which gives its elements the root mean square of
             AdamW's (Liu et al., 2025, section 2.2); else by `sqrt(max(1, height / width))`, as Jordan does.
     """
+    kept: list[Equation] = [(_M, _M + (1 - _mu) * (G - _M)), (_U, _mu * _M + (1 - _mu) * G if nesterov else _M)]
     equations: list[Equation | Repeat] = [
-        (_M, _M + (1 - _mu) * (G - _M)),
-        (_U, _mu * _M + (1 - _mu) * G if nesterov else _M),
+        *(kept if momentum else [(_U, G)]),
         (_norm, sp.sqrt(sp.Trace(_U.T * _U))),
         (_X, _U / sp.Max(_norm, _eps)),
     ]
     equations.append(Repeat(ns_steps, ((_A, _X.T * _X), (_B, _b * _A + _c5 * _A * _A), (_X, _a * _X + _X * _B))))
     size = sp.Float(0.2) * sp.sqrt(sp.Max(height, width)) if scaled else sp.sqrt(sp.Max(1, height / width))
     equations.append((P, (1 - _lr * _decay) * P - _lr * size * _X))
-    options = ((_lr, "lr"), (_mu, "momentum"), (_decay, "weight_decay"), (_eps, "eps"))
+    options = ((_lr, "lr"), *(((_mu, "momentum"),) if momentum else ()), (_decay, "weight_decay"), (_eps, "eps"))
     coefficients = ((_a, ("ns_coefficients", 0)), (_b, ("ns_coefficients", 1)), (_c5, ("ns_coefficients", 2)))
-    return Rule("Muon", tuple(equations), ((_M, "momentum_buffer"),), (*options, *coefficients))
+    states = ((_M, "momentum_buffer"),) if momentum else ()
+    return Rule("Muon", tuple(equations), states, (*options, *coefficients))

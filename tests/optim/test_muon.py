@@ -366,6 +366,20 @@ class TestOtherParameters:
         optimizer.step()
         assert set(optimizer.state[blocks]) == {"momentum_buffer"}
 
+    def test_without_momentum_blocks_have_no_state(self) -> None:
+        blocks = nn.Parameter(torch.randn(3, 16, 16))
+        twins = [nn.Parameter(block.detach().double()) for block in blocks]
+        optimizer = Muon([blocks], lr=0.1, momentum=0.0)
+        twin = torch.optim.Muon(twins, lr=0.1, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            blocks.grad = torch.randn_like(blocks)
+            for one, gradient in zip(twins, blocks.grad, strict=True):
+                one.grad = gradient.double()
+            optimizer.step()
+            twin.step()
+        assert not optimizer.state
+        torch.testing.assert_close(blocks.detach().double(), torch.stack(twins).detach(), rtol=0.0, atol=2e-2)
+
     def test_one_cycle_changes_what_each_rule_has(self) -> None:
         blocks, bias, optimizer = self.made()
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)

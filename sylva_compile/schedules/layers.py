@@ -1,0 +1,258 @@
+"""`LayerSchedule`: train a few layers at a time and draw others at every step (IST and RST; Yao et al., EMNLP 2024).
+
+Each layer i has a score I_i, 0 at first. A step trains a share of the layers, drawn without replacement with weights
+sigmoid(-I). With policy "random" (RST) the scores stay 0. With "importance" (IST) they change every few steps: three
+actions, each of half the layers and drawn with weights sigmoid(I), are tried on one batch. Action k gives loss_k while
+the trained change of its layers is scaled down, `base + suppress * (trained - base)`. Then
+
+    r_k = exp(-loss_k) - mean over the actions of exp(-loss)
+    I_i += 10 r_k p_i (1 - p_i)     for each layer i of action k, with p = sigmoid(I) from before the update
+
+A layer whose trained change lowers the loss gets a lower score, and is trained more often.
+"""
+
+import itertools
+import logging
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.embed import block_states
+from sylva_compile.blocks.masks import Masks
+from sylva_compile.errors import ArgumentError
+from sylva_compile.schedules.importance import Batches, suppressed_losses
+from sylva_compile.schedules.layer_names import Layers, find_layers, name_layers
+from sylva_compile.schedules.layer_report import LayerReport, LayerRow, trained_below
+from sylva_compile.tracing.batches import LossFn
+
+log = logging.getLogger(__name__)
+
+Policy = Literal["importance", "random"]
+
+_ACTIONS, _ACTION_SHARE, _RATE = 3, 0.5, 10.0
+_MOST_TRIES = 100
+"""Tries to draw another action by weight; after so many, layers are drawn with equal weights."""
+
+
+class LayerSchedule:
+    """Trains the blocks of a few layers at a time; call `step()` after each `optimizer.step()`.
+
+    Blocks of the other layers require no grad and have none, so that no optimizer changes them or their states. The
+    backward pass ends at the lowest layer that is trained, if nothing below requires grad; `report()` names what does.
+    Weights outside of the layers (a head) are trained at every step.
+
+    Make the schedule after the optimizer, which gets all blocks (`masks.parameters()`), and after
+    DistributedDataParallel, which needs `find_unused_parameters=True`: a Trainer's optimizer and
+    DistributedDataParallel take only what requires grad when they are made. Compile layer by layer
+    (`layer.compile(...)`): a model compiled whole would be compiled again for every draw.
+
+    Attributes:
+        layers: the weight names of each layer, by the layer's name.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        policy: Policy = "importance",
+        fraction: float = 0.25,
+        every: int = 10,
+        suppress: float = 0.25,
+        *,
+        seed: int = 0,
+        loss: LossFn | None = None,
+        batches: Iterable[Any] | None = None,
+        layers: Layers | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        """Draw the first layers.
+
+        Args:
+            masks: masks bound to the model; they are embedded now unless they are already.
+            policy: "importance" (IST) or "random" (RST).
+            fraction: the share of the layers that a step trains, rounded down to a number of layers, at least one.
+            every: the number of steps between two updates of the scores.
+            suppress: what is left of a layer's trained change while its importance is measured.
+            seed: of the draws; the same on all ranks.
+            loss: `loss(model, batch) -> scalar`; None: `model(**batch).loss`.
+            batches: a loader to measure importance on, one batch an update; begun again when it ends. With persistent
+                workers it must not be the loader of the training loop.
+            layers: weight names by layer, or lists of weight names. None: the members of one list of modules, as in
+                "model.layers.3.mlp.up_proj.weight"; of several lists, the one with the most masked weights.
+            process_group: losses are averaged over its ranks. Ranks that measure on different batches need it.
+
+        Raises:
+            ArgumentError: an argument is out of its range, there are fewer than two layers, or "importance" has no
+                batches.
+            MaskError, EmbedError: the masks are not bound, or do not fit.
+        """
+        if not isinstance(masks, Masks):
+            raise ArgumentError(f"masks is a {type(masks).__name__}; give the Masks that trace_and_mask returns.")
+        _check_options(policy, fraction, every, suppress, batches)
+        self.layers = find_layers(masks) if layers is None else name_layers(layers, masks)
+        self._model = masks.embed()
+        states = block_states(self._model)
+        self._switch = _Switch([[states[name] for name in names] for names in self.layers.values()])
+        self._policy, self._every, self._suppress, self._loss = policy, every, suppress, loss
+        self._size = max(1, int(fraction * len(self.layers)))
+        self._process_group, self._batches = process_group, Batches(() if batches is None else batches)
+        self._generator = torch.Generator(device="cpu").manual_seed(seed)
+        self._scores = torch.zeros(len(self.layers), dtype=torch.float64, device="cpu")
+        self._counts, self._steps, self._closed = [0] * len(self.layers), 0, False
+        self._draw_layers()
+
+    def __enter__(self) -> "LayerSchedule":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def drawn(self) -> list[str]:
+        """The names of the layers that are trained now."""
+        names = list(self.layers)
+        return names if self._closed else [names[layer] for layer in self._drawn]
+
+    def step(self) -> None:
+        """Update the scores if it is time to, and draw the layers of the next step. After `close`, do nothing.
+
+        Raises:
+            ArgumentError: `batches` is empty, or an iterator that has ended.
+            EmbedError: a dense weight was changed in place, so that its trained change is not known.
+            TraceError: a batch has no loss.
+        """
+        if self._closed:
+            return
+        if self._policy == "importance" and (self._steps + 1) % self._every == 0:
+            self._update_scores()
+        self._steps += 1
+        self._draw_layers()
+
+    def close(self) -> None:
+        """Make all layers trainable again and end the schedule."""
+        self._closed = True
+        self._switch.open_only(range(len(self.layers)))
+
+    def report(self) -> LayerReport:
+        """Return the score and the draws of each layer, and what is trained below the layers drawn now."""
+        drawn = self.drawn
+        rows = [
+            LayerRow(name, score, count, name in drawn)
+            for name, score, count in zip(self.layers, self._scores.tolist(), self._counts, strict=True)
+        ]
+        trained = itertools.compress(self._switch.layers, (row.trained for row in rows))
+        return LayerReport(tuple(rows), trained_below(self._model, itertools.chain.from_iterable(trained)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on with the same draws, as plain values and tensors."""
+        return {
+            "policy": self._policy,
+            "scores": self._scores.clone(),
+            "counts": list(self._counts),
+            "drawn": list(self._drawn),
+            "steps": self._steps,
+            "batches": self._batches.taken,
+            "generator": self._generator.get_state(),
+            "closed": self._closed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`: the layers that were drawn then are trained now.
+
+        The next update skips as many of `batches` as were taken before.
+
+        Raises:
+            ArgumentError: `state` is of another policy or number of layers, or of no schedule; nothing is changed then.
+        """
+        generator = torch.Generator(device="cpu")
+        try:
+            policy, counts, drawn = state["policy"], list(state["counts"]), list(state["drawn"])
+            steps, taken, closed = state["steps"], state["batches"], state["closed"]
+            scores = state["scores"].to("cpu", torch.float64, copy=True)
+            generator.set_state(state["generator"].cpu())
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise ArgumentError(
+                f"This is no state of a LayerSchedule ({error}); give what state_dict returned."
+            ) from error
+        if (policy, len(counts)) != (self._policy, len(self.layers)):
+            raise ArgumentError(
+                f"The state is of policy {policy!r} and {len(counts)} layers, this schedule of {self._policy!r} and "
+                f"{len(self.layers)}; make the schedule as it was made then."
+            )
+        self._scores, self._counts, self._drawn, self._generator = scores, counts, drawn, generator
+        self._steps, self._closed = steps, closed
+        self._batches.skip(taken)
+        self._switch.open_only(range(len(self.layers)) if closed else drawn)
+
+    def _draw_layers(self) -> None:
+        self._drawn = self._draw(torch.sigmoid(-self._scores), self._size)
+        for layer in self._drawn:
+            self._counts[layer] += 1
+        self._switch.open_only(self._drawn)
+
+    def _draw(self, weights: Tensor, size: int) -> list[int]:
+        """Draw `size` layers without replacement; `weights` is float64[layers]."""
+        # A weight of 0 could not be drawn, not even where nothing else is left.
+        weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)
+        return sorted(torch.multinomial(weights, size, generator=self._generator).tolist())
+
+    def _draw_actions(self) -> list[list[int]]:
+        """Draw three distinct sets of half the layers; two layers have but two such sets."""
+        count = len(self.layers)
+        size = max(1, int(_ACTION_SHARE * count))
+        weights, equal = torch.sigmoid(self._scores), torch.ones_like(self._scores)
+        actions: list[list[int]] = []
+        tries = 0
+        while len(actions) < min(_ACTIONS, math.comb(count, size)):
+            action = self._draw(weights if tries < _MOST_TRIES else equal, size)
+            tries += 1
+            if action not in actions:
+                actions.append(action)
+        return actions
+
+    def _update_scores(self) -> None:
+        actions = self._draw_actions()
+        states = [[state for layer in action for state in self._switch.layers[layer]] for action in actions]
+        losses = suppressed_losses(self._model, states, self._suppress, self._batches, self._loss, self._process_group)
+        rewards = torch.exp(-losses)
+        if not bool(rewards.isfinite().all()):
+            log.warning("The scores of the layers stay as they are: exp(-loss) of a batch is not finite.")
+            return
+        rewards -= rewards.mean()
+        p = torch.sigmoid(self._scores)
+        for action, reward in zip(actions, rewards, strict=True):
+            self._scores[action] += _RATE * reward * (p * (1 - p))[action]
+
+
+class _Switch:
+    """Opens and closes layers for training."""
+
+    def __init__(self, layers: list[list[BlockState]]) -> None:
+        """Take the embedded weights of each layer."""
+        self.layers = layers
+
+    def open_only(self, layers: Collection[int]) -> None:
+        """Train the blocks of `layers`, and drop the gradients of the others: an optimizer would step with them."""
+        for layer, states in enumerate(self.layers):
+            for state in states:
+                state.blocks.requires_grad_(layer in layers)
+                if layer not in layers:
+                    state.blocks.grad = None
+
+
+def _check_options(policy: str, fraction: float, every: int, suppress: float, batches: object) -> None:
+    """Raise ArgumentError if an option is out of its range."""
+    if policy not in get_args(Policy):
+        raise ArgumentError(f"policy={policy!r}; use 'importance' or 'random'.")
+    if not 0 < fraction <= 1:
+        raise ArgumentError(f"fraction={fraction}; give a share of the layers above 0, and 1 at most.")
+    if not isinstance(every, int) or every < 1:
+        raise ArgumentError(f"every={every}; give a whole number of steps, 1 or more.")
+    if not 0 <= suppress < 1:
+        raise ArgumentError(f"suppress={suppress}; give a factor from 0 to 1, without 1, which would measure nothing.")
+    if policy == "importance" and batches is None:
+        raise ArgumentError("policy='importance' measures losses; give batches=loader, or use policy='random'.")
