@@ -76,7 +76,8 @@ class Method:
         prepare: takes the model, the method's options, the budget, a function that returns block scores, and the seed;
             returns the prepared model.
         has_budget: whether the method trains about `Budgeted.elements` besides the head.
-        options: the names of the options that the grid may set besides `kind`.
+        options: the names of the options that the grid may set besides `kind`; `sparsity` takes the place of the
+            grid's.
     """
 
     prepare: Prepare
@@ -242,13 +243,13 @@ def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgete
 
 
 _OF_MOVES = ("every", "choose", "temperature", "column_budget", "carry")
-_OF_BLOCKS = {"trace", "score", "damping", "pattern", "allocation", "prune", *_OF_MOVES}
+_OF_BLOCKS = {"trace", "score", "damping", "pattern", "allocation", "prune", "sparsity", *_OF_MOVES}
 
 METHODS = {
     "full": Method(prepare_full, has_budget=False, options=optimizers.OPTIONS),
     "sharded": Method(prepare_sharded, has_budget=False),
     "head": Method(prepare_head, has_budget=False),
-    "lora": Method(prepare_peft, options=optimizers.OPTIONS),
+    "lora": Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity"}),
     "dora": Method(prepare_peft),
     "shira": Method(prepare_peft),
     "adapter": Method(prepare_adapter),
@@ -266,6 +267,8 @@ def check_options(options: Mapping[str, Any]) -> str | None:
         return f"unknown options {sorted(strange)}; kind={kind!r} takes {sorted(METHODS[kind].options)}"
     if problem := optimizers.check(options):
         return problem
+    if not 0 < options.get("sparsity", 0.5) < 1:
+        return f"sparsity={options['sparsity']}; use the share of the blocks that stay frozen, between 0 and 1"
     if kind == "blocks":
         allowed = {
             "trace": get_args(TraceMethod),

@@ -67,7 +67,7 @@ class Runner:
         model = self.model(run)
         batches = [batch for epoch in range(settings.epochs) for batch in self.batches(run, 1000 * run.seed + epoch)]
         floor = copy.deepcopy(model)
-        budget = Budgeted(settings.scope, settings.sparsity, settings.block_size)
+        budget = Budgeted(settings.scope, run.options.get("sparsity", settings.sparsity), settings.block_size)
         weights = list(weights_in_scope(model, settings.scope).values())
         torch.manual_seed(run.seed)
         ready = METHODS[run.options["kind"]].prepare(

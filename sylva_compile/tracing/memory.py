@@ -48,9 +48,11 @@ class TraceEstimate:
 
     Attributes:
         weights: by name.
+        originals: the bytes on the CPU, at most, of the values from before training, if blocks move later.
     """
 
     weights: Mapping[str, WeightEstimate]
+    originals: int = 0
 
     def at_most(self) -> dict[torch.device, int]:
         """Return the bytes on each device if no two weights share A and the queue of updates is full."""
@@ -81,6 +83,8 @@ class TraceEstimate:
         lines.append(" ".join(f"{_size(count):>10}" for count in sums) + "  in all, where no two share their A")
         for device, most in self.at_most().items():
             lines.append(f"{device}: {_size(self.at_least()[device])} to {_size(most)}, working memory included.")
+        if self.originals:
+            lines.append(f"If blocks move while training: up to {_size(self.originals)} on the cpu, the base's values.")
         return "\n".join(lines)
 
 
@@ -97,7 +101,7 @@ def estimate_bytes(specs: Mapping[str, WeightSpec], config: SylvaConfig) -> Trac
             device=spec.device,
             gradient_device=gradient_device(config) or spec.device,
         )
-    return TraceEstimate(found)
+    return TraceEstimate(found, sum(spec.shape[0] * spec.shape[1] * spec.dtype.itemsize for spec in specs.values()))
 
 
 def check_fits(estimate: TraceEstimate) -> None:

@@ -27,6 +27,8 @@ from benchmarks.quality.tasks.base import HEAD
 from benchmarks.quality.tasks.classification import COLA, SST2, load_model
 from benchmarks.quality.traces import Scores, block_scores, budget_elements, choose, choose_once
 from benchmarks.quality.training import optimizer_of, train
+from sylva_compile import BlockMask
+from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import weights_in_scope
 from sylva_compile.config import SylvaConfig
 from sylva_compile.tracing.selection import ChooseBlocks
@@ -76,6 +78,7 @@ METHODS_TO_TRY: dict[str, Mapping[str, Any]] = {
     "pruned": {**CHANCE, "prune": True},
     **{f"{kind}, Muon": {"kind": kind, "optimizer": "muon"} for kind in ("full", "lora")},
     "blocks, Muon": {**CHANCE, "optimizer": "muon", "momentum": 0.8},
+    "moving": {**CHANCE, "optimizer": "muon", "every": 2, "choose": "sketch"},
 }
 
 
@@ -107,7 +110,10 @@ class TestMethods:
             assert rest == set(ready.masks)
             for key, mask in ready.masks.items():
                 moved = after[key] != before[key]
-                assert not bool((moved & ~mask.dense()).any())
+                places = block_states(ready.model)[key].originals.places
+                ever = BlockMask(mask.shape, mask.block_size, places)
+                assert not bool((moved & ~ever.dense()).any())
+                assert ("every" in options) == (ever.nnz > mask.nnz)
                 if options.get("prune"):
                     assert not bool(after[key][~mask.dense()].any())
         elif name == "head":
@@ -182,6 +188,9 @@ class TestMethods:
 
     def test_options_that_mean_nothing_are_refused(self) -> None:
         assert check_options({"kind": "lora", "prune": True}) is not None
+        assert check_options({"kind": "lora", "sparsity": 1.0}) is not None
+        assert check_options({**CHANCE, "choose": "sketch"}) is not None
+        assert check_options({**CHANCE, "every": 4, "choose": "best"}) is not None
         assert check_options({"kind": "nothing"}) is not None
         assert check_options({"kind": "blocks"}) is not None
         assert check_options({**CHANCE, "pattern": "rows"}) is not None

@@ -81,7 +81,9 @@ def test_gradients_elsewhere_are_counted_there(monkeypatch: pytest.MonkeyPatch) 
 def test_it_prints_as_a_table() -> None:
     text = str(sylva_compile.estimate(Attention(), block_size=16))
     assert [line.split()[-1] for line in text.splitlines()[:4]] == ["weight", "q.weight", "k.weight", "down.weight"]
-    assert text.splitlines()[-1].startswith("cpu: ")
+    assert text.splitlines()[-2].startswith("cpu: ")
+    held = sum(weight.numel() * 4 for name, weight in Attention().named_parameters() if name.endswith("weight"))
+    assert f"up to {held / 1024:.1f} KiB on the cpu" in text.splitlines()[-1]
 
 
 def test_a_trace_that_would_not_fit_says_so_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
