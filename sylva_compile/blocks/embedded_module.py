@@ -36,6 +36,7 @@ class Embed(torch.autograd.Function):
         narrow_positions: Tensor,
         block_size: int,
         axis: int,
+        gate: Tensor | None,
         scores: Tensor | None,
         sketch: bool,
     ) -> Tensor:
@@ -43,17 +44,17 @@ class Embed(torch.autograd.Function):
 
         `scores`, where all blocks are to be scored, is a leaf that requires grad: its gradient are the scores.
         """
-        ctx.save_for_backward(positions, input_channels, narrow_positions)
+        ctx.save_for_backward(positions, input_channels, narrow_positions, gate)
         ctx.block_size, ctx.axis, ctx.scored, ctx.sketch = block_size, axis, scores is not None, sketch
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Sample the dense gradient `[m, n]` at the blocks; the dense weight gets none."""
-        positions, input_channels, narrow_positions = ctx.saved_tensors
-        blocks = gather_blocks(gradients[0], positions, input_channels, narrow_positions, ctx.block_size, ctx.axis)
+        *tensors, gate = ctx.saved_tensors
+        blocks = gather_blocks(gradients[0], *tensors, ctx.block_size, ctx.axis, gate)
         scores = block_norms(gradients[0], ctx.block_size, ctx.sketch) if ctx.scored else None
-        return None, blocks, None, None, None, None, None, scores, None
+        return None, blocks, None, None, None, None, None, None, scores, None
 
 
 def _weight_property(attribute: str) -> property:
@@ -76,7 +77,9 @@ def _weight_property(attribute: str) -> property:
         # Uncompiled code reads positions alone. The other two tensors may be replaced while a step is under way, when a
         # compiled layer updates them; a checkpointed layer that runs again must save the tensors it saved before.
         tensors = (at.positions,) * 3 if eager else (at.positions, at.input_channels, at.narrow_positions)
-        value: Tensor = Embed.apply(weight, blocks, *tensors, at.block_size, at.input_axis, at.scores, at.sketch)
+        value: Tensor = Embed.apply(
+            weight, blocks, *tensors, at.block_size, at.input_axis, at.gate, at.scores, at.sketch
+        )
         if eager:
             # `model.get_parameter(name)` asks for a Parameter. Callers may read the value; to write, they write the
             # blocks, or this weight under torch.no_grad().

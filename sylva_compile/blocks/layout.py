@@ -6,6 +6,7 @@ of input channels could change then; `reserve` fixes it beforehand, and unused c
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class BlockLayout:
         narrow_positions: `int64[2, nnz]`, the positions once the input axis is restricted to `input_channels`.
         block_size: b.
         input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 for Conv1D.
+        gate: bool `[]` on the CPU, which weights may share: where it is false, backward passes compute no gradient of
+            the blocks and give zeros. None: the blocks always get their gradient.
         scores: float32 over the grid of blocks. While it is there, backward passes add every block's squared norm of
             the weight gradient to `scores.grad`.
         sketch: whether a compiled graph may put a cheap estimate in place of that norm.
@@ -38,11 +41,16 @@ class BlockLayout:
         self.narrow_positions: Tensor
         self._width, self._across = mask.shape[axis], grid_shape(mask.shape, mask.block_size)[axis]
         self._mask, self._reserved = mask, 0
+        self.gate: Tensor | None = None
         self.scores: Tensor | None = None
         self.sketch = False
         # A copy even on the CPU: compiled graphs and look-ups know a weight by the identity of this tensor.
         self.positions = mask.positions.to(device, copy=True)
         share_input_channels([self])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but what a schedule of this model has set: a copy of the model has none."""
+        return self.__dict__ | {"gate": None, "scores": None}
 
     @property
     def sizes(self) -> tuple[int, int]:

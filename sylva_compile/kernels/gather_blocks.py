@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sylva_compile.kernels.blocks import block_dtype, read_blocks
+from sylva_compile.kernels.gate import is_closed, nothing
 
 
 @torch.library.custom_op("sylva::gather_blocks", mutates_args=())
@@ -19,6 +20,7 @@ def gather_blocks(
     narrow_positions: Tensor,
     block_size: int,
     input_axis: int,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Return the blocks of a dense weight gradient.
 
@@ -29,10 +31,13 @@ def gather_blocks(
         narrow_positions: `int64[2, nnz]`, the positions in the weight restricted to `input_channels`.
         block_size: b.
         input_axis: the axis of the stored weight that the layer's inputs multiply: 1 for `nn.Linear`, 0 for Conv1D.
+        gate: bool `[]` on the CPU; where it is false, the result is zero, and compiled code computes nothing.
 
     Returns:
         `[nnz, b, b]`, float32 (float64 for a float64 gradient), zero outside the matrix.
     """
+    if is_closed(gate):
+        return nothing(gradient, positions, block_size)
     return read_blocks(gradient, positions, block_size).to(block_dtype(gradient.dtype)).contiguous()
 
 
@@ -44,5 +49,6 @@ def _(
     narrow_positions: Tensor,
     block_size: int,
     input_axis: int,
+    gate: Tensor | None = None,
 ) -> Tensor:
     return gradient.new_empty((positions.shape[1], block_size, block_size), dtype=block_dtype(gradient.dtype))

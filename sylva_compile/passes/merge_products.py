@@ -15,7 +15,7 @@ After:
 
 Refuses: products with a product of another activation between them, because the output gradients of the early ones
 would stay in memory until the last one exists; products of which one is read before the operands of another exist;
-output gradients of unequal dtype.
+output gradients of unequal dtype; products with unequal gates.
 """
 
 import itertools
@@ -48,15 +48,15 @@ def merge_products(graph: Graph, products: Sequence[Node]) -> int:
 
 
 def _shared_part(product: Node) -> tuple[object, ...]:
-    left, right, _, block_size = product.args
+    left, right, _, *rest = product.args
     assert isinstance(left, Node)
-    return right, block_size, left.meta["val"].dtype
+    return right, *rest, left.meta["val"].dtype
 
 
 def _merge(graph: Graph, group: list[Node]) -> None:
     with graph.inserting_after(group[-1]):
-        lefts, rights, positions, sizes = zip(*(product.args for product in group), strict=True)
-        shared = call(graph, SHARED, list(lefts), rights[0], list(positions), sizes[0])
+        lefts, rights, positions, *rest = zip(*(product.args for product in group), strict=True)
+        shared = call(graph, SHARED, list(lefts), rights[0], list(positions), *(each[0] for each in rest))
     after = shared
     for index, product in enumerate(group):
         with graph.inserting_after(after):

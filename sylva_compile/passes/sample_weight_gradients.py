@@ -113,7 +113,7 @@ def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[SampledProdu
     Returns:
         Its sampled products, each of which still reads its whole activation.
     """
-    positions, channels, narrow_positions, block_size, axis = marker.args[1:]
+    positions, channels, narrow_positions, block_size, axis, *gate = marker.args[1:]
     assert isinstance(channels, Node) and isinstance(narrow_positions, Node)
     assert isinstance(block_size, int) and isinstance(axis, int)
     total: Node | None = None
@@ -125,7 +125,7 @@ def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[SampledProdu
             else:
                 operands = (term.lhs, term.rhs)
                 left, right = (materialize(graph, operand) for operand in operands)
-                blocks = call(graph, SDDMM, left, right, positions, block_size)
+                blocks = call(graph, SDDMM, left, right, positions, block_size, *gate)
                 products.append(SampledProduct(blocks, operands[axis], axis, channels, narrow_positions, block_size))
             blocks = apply_scales(graph, blocks, term.scales)
             total = blocks if total is None else call(graph, aten.add.Tensor, total, blocks)

@@ -14,20 +14,20 @@ A layer whose trained change lowers the loss gets a lower score, and is trained 
 import itertools
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.errors import ArgumentError
 from sylva_compile.schedules.importance import Batches, suppressed_losses
 from sylva_compile.schedules.layer_names import Layers, find_layers, name_layers
 from sylva_compile.schedules.layer_report import LayerReport, LayerRow, trained_below
+from sylva_compile.schedules.layer_switch import Mechanism, switch_of
 from sylva_compile.tracing.batches import LossFn
 
 log = logging.getLogger(__name__)
@@ -42,14 +42,14 @@ _MOST_TRIES = 100
 class LayerSchedule:
     """Trains the blocks of a few layers at a time; call `step()` after each `optimizer.step()`.
 
-    Blocks of the other layers require no grad and have none, so that no optimizer changes them or their states. The
+    Blocks of the other layers get no gradient, so that no optimizer changes them or their states. The
     backward pass ends at the lowest layer that is trained, if nothing below requires grad; `report()` names what does.
     Weights outside of the layers (a head) are trained at every step.
 
     Make the schedule after the optimizer, which gets all blocks (`masks.parameters()`), and after
     DistributedDataParallel, which needs `find_unused_parameters=True`: a Trainer's optimizer and
     DistributedDataParallel take only what requires grad when they are made. Compile layer by layer
-    (`layer.compile(...)`): a model compiled whole would be compiled again for every draw.
+    (`layer.compile(...)`): a model compiled whole would be compiled again for every draw, unless `mechanism` is "gate".
 
     Attributes:
         layers: the weight names of each layer, by the layer's name.
@@ -68,6 +68,7 @@ class LayerSchedule:
         batches: Iterable[Any] | None = None,
         layers: Layers | None = None,
         process_group: ProcessGroup | None = None,
+        mechanism: Mechanism = "toggle",
     ) -> None:
         """Draw the first layers.
 
@@ -84,6 +85,9 @@ class LayerSchedule:
             layers: weight names by layer, or lists of weight names. None: the members of one list of modules, as in
                 "model.layers.3.mlp.up_proj.weight"; of several lists, the one with the most masked weights.
             process_group: losses are averaged over its ranks. Ranks that measure on different batches need it.
+            mechanism: "toggle" sets `requires_grad` of the blocks. "gate", for a model that is compiled whole and not
+                under DistributedDataParallel, sets a switch in the compiled graph: nothing is compiled again, and
+                weight gradients of closed layers are skipped, while the backward pass still goes down to the lowest.
 
         Raises:
             ArgumentError: an argument is out of its range, there are fewer than two layers, or "importance" has no
@@ -92,11 +96,11 @@ class LayerSchedule:
         """
         if not isinstance(masks, Masks):
             raise ArgumentError(f"masks is a {type(masks).__name__}; give the Masks that trace_and_mask returns.")
-        _check_options(policy, fraction, every, suppress, batches)
+        _check_options(policy, fraction, every, suppress, batches, mechanism)
         self.layers = find_layers(masks) if layers is None else name_layers(layers, masks)
         self._model = masks.embed()
         states = block_states(self._model)
-        self._switch = _Switch([[states[name] for name in names] for names in self.layers.values()])
+        self._switch = switch_of(mechanism, [[states[name] for name in names] for names in self.layers.values()])
         self._policy, self._every, self._suppress, self._loss = policy, every, suppress, loss
         self._size = max(1, int(fraction * len(self.layers)))
         self._process_group, self._batches = process_group, Batches(() if batches is None else batches)
@@ -228,23 +232,7 @@ class LayerSchedule:
             self._scores[action] += _RATE * reward * (p * (1 - p))[action]
 
 
-class _Switch:
-    """Opens and closes layers for training."""
-
-    def __init__(self, layers: list[list[BlockState]]) -> None:
-        """Take the embedded weights of each layer."""
-        self.layers = layers
-
-    def open_only(self, layers: Collection[int]) -> None:
-        """Train the blocks of `layers`, and drop the gradients of the others: an optimizer would step with them."""
-        for layer, states in enumerate(self.layers):
-            for state in states:
-                state.blocks.requires_grad_(layer in layers)
-                if layer not in layers:
-                    state.blocks.grad = None
-
-
-def _check_options(policy: str, fraction: float, every: int, suppress: float, batches: object) -> None:
+def _check_options(policy: str, fraction: float, every: int, suppress: float, batches: object, mechanism: str) -> None:
     """Raise ArgumentError if an option is out of its range."""
     if policy not in get_args(Policy):
         raise ArgumentError(f"policy={policy!r}; use 'importance' or 'random'.")
@@ -254,5 +242,7 @@ def _check_options(policy: str, fraction: float, every: int, suppress: float, ba
         raise ArgumentError(f"every={every}; give a whole number of steps, 1 or more.")
     if not 0 <= suppress < 1:
         raise ArgumentError(f"suppress={suppress}; give a factor from 0 to 1, without 1, which would measure nothing.")
+    if mechanism not in get_args(Mechanism):
+        raise ArgumentError(f"mechanism={mechanism!r}; use 'toggle' or 'gate'.")
     if policy == "importance" and batches is None:
         raise ArgumentError("policy='importance' measures losses; give batches=loader, or use policy='random'.")

@@ -17,6 +17,7 @@ from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.moving import Carry
 from sylva_compile.config import SylvaConfig
 from sylva_compile.errors import ArgumentError
+from sylva_compile.kernels.gate import is_closed
 from sylva_compile.schedules.choice import Cycle, sample, sample_columns
 from sylva_compile.schedules.scoring import FromGradients, FromTrace, Source
 from sylva_compile.tracing.batches import LossFn
@@ -132,7 +133,11 @@ class MovingBlocks:
 
     def move(self) -> None:
         """Move the blocks now, and drop their gradients."""
-        names = [name for name, state in self._states.items() if state.blocks.requires_grad]
+        names = [
+            name
+            for name, state in self._states.items()
+            if state.blocks.requires_grad and not is_closed(state.layout.gate)
+        ]
         scores: dict[str, Tensor] = {}
         if self._source is not None:
             scores = self._source.take()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sylva_compile.kernels.blocks import block_dtype, read_blocks
+from sylva_compile.kernels.gate import gated
 from sylva_compile.kernels.lazy import on_first_call
 
 
@@ -23,7 +24,7 @@ def sddmm_reference(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int
 
 
 @torch.library.custom_op("sylva::sddmm", mutates_args=())
-def sddmm(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
+def sddmm(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int, gate: Tensor | None = None) -> Tensor:
     """Return blocks of `lhsᵀ · rhs`.
 
     Args:
@@ -31,17 +32,18 @@ def sddmm(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tenso
         rhs: `[T, n]`, any strides, same dtype as `lhs`.
         positions: `int64[2, nnz]`, block rows (of m) and block columns (of n).
         block_size: b.
+        gate: bool `[]` on the CPU; where it is false, nothing is computed and the result is zero.
 
     Returns:
         `[nnz, b, b]`, contiguous, float32 (float64 for float64 operands).
     """
-    return sddmm_reference(lhs, rhs, positions, block_size)
+    return gated(sddmm_reference)(lhs, rhs, positions, block_size, gate)
 
 
 @sddmm.register_fake
-def _(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
+def _(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int, gate: Tensor | None = None) -> Tensor:
     return lhs.new_empty((positions.shape[1], block_size, block_size), dtype=block_dtype(lhs.dtype))
 
 
-sddmm.register_kernel("cpu")(on_first_call("sylva_compile.kernels.sddmm.cpu", "sddmm_cpu"))
-sddmm.register_kernel("cuda")(on_first_call("sylva_compile.kernels.sddmm.triton_kernel", "sddmm_triton"))
+sddmm.register_kernel("cpu")(gated(on_first_call("sylva_compile.kernels.sddmm.cpu", "sddmm_cpu")))
+sddmm.register_kernel("cuda")(gated(on_first_call("sylva_compile.kernels.sddmm.triton_kernel", "sddmm_triton")))
