@@ -84,3 +84,15 @@ def test_unequal_dtypes_untouched(joint: "Joint") -> None:
         for i, d in enumerate((torch.float32, torch.bfloat16))
     ]
     check(joint, products, products, 0)
+
+
+def test_gates_go_along_and_unequal_ones_stay_apart(joint: "Joint") -> None:
+    lefts, x = inputs(joint, 3)
+    positions = joint.graph.find_nodes(op="placeholder", target="positions")[0]
+    gates = [joint.input(f"primals_gate_{k}", torch.tensor(k == 0)) for k in range(2)]
+    owned = [gates[0], gates[0], gates[1]]
+    products = [joint.call(SDDMM, left, x, positions, B, gate) for left, gate in zip(lefts, owned, strict=True)]
+    check(joint, products, products, 1)
+    assert joint.targets().count(SHARED) == joint.targets().count(SDDMM) == 1
+    assert not bool(joint.run()[2].any())
+    assert bool(joint.run()[1].any())
