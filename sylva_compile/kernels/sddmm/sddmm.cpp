@@ -4,7 +4,7 @@
 // TOKENS tokens. For each tile it packs the panels that it reads (TOKENS x b of lhs once, of rhs for each block),
 // widened to the type of the sums, and multiplies them with a kernel that keeps a tile of the result in registers.
 // Packing makes it fast: rows of an operand often lie a power of two apart, and a panel left in its place would then
-// share a few sets of the cache.
+// share a few sets of the cache. Where many small blocks lie in few rows and columns, all tasks share the packed panels.
 //
 // Segments depend on the shape alone, and their sums are added in order. The result therefore depends neither on the
 // number of threads nor on the task that each thread runs.
@@ -19,6 +19,8 @@ namespace {
 
 constexpr int TOKENS = 128;  // tokens of a tile: both panels of a register tile stay in the first-level cache
 constexpr int RUN = 4;       // most blocks of a task, which share a packed panel of lhs
+constexpr int LARGE = 64;    // blocks from this size on take so long to multiply that packing hardly shows
+constexpr int REUSE = 3;     // blocks for each panel, above which packing panels once outweighs waiting for them
 
 #if defined(__AVX512F__)
 constexpr int BYTES = 64, HEIGHT = 8;
@@ -193,6 +195,122 @@ bool compute(const Problem& p, const int64_t* runs, int64_t count, W* out) {
     return !failed;
 }
 
+// Packs `count` blocks whose block columns are `columns`, token by token: rows of the operand are read from end to end,
+// where a panel alone would fetch single cache lines that lie pages apart. `to` has `stride` elements for each group.
+template <int GROUP, typename T, typename W>
+void pack_blocks(const Operand& from, int64_t token, int tokens, const int64_t* columns, int64_t count, int b, W* to,
+                 int64_t stride) {
+    const int groups = b / GROUP;
+    for (int t = 0; t < tokens; ++t) {
+        const T* row = static_cast<const T*>(from.data) + (token + t) * from.token_stride;
+        for (int64_t k = 0; k < count; ++k)
+            for (int g = 0; g < groups; ++g) {
+                const int64_t column = columns[k] * b + g * GROUP;
+                W* at = to + (k * groups + g) * stride + t * GROUP;
+                if (column + GROUP <= from.width && from.column_stride == 1) {
+                    for (int i = 0; i < GROUP; ++i) at[i] = static_cast<W>(row[column + i]);
+                } else {
+                    for (int i = 0; i < GROUP; ++i)
+                        at[i] = column + i < from.width ? static_cast<W>(row[(column + i) * from.column_stride]) : W(0);
+                }
+            }
+    }
+}
+
+// The distinct block rows or block columns of the blocks, ascending, and the index among them of each block's.
+struct Panels {
+    std::unique_ptr<int64_t[]> places, index;
+    int64_t count = 0;
+
+    Panels(const int64_t* of_blocks, int64_t blocks, int64_t limit)
+        : places(new int64_t[limit]), index(new int64_t[blocks]) {
+        std::unique_ptr<int64_t[]> slot(new int64_t[limit]);
+        std::fill(slot.get(), slot.get() + limit, int64_t(-1));
+        for (int64_t k = 0; k < blocks; ++k) slot[of_blocks[k]] = 0;
+        for (int64_t place = 0; place < limit; ++place)
+            if (slot[place] == 0) places[count] = place, slot[place] = count++;
+        for (int64_t k = 0; k < blocks; ++k) index[k] = slot[of_blocks[k]];
+    }
+};
+
+// As `compute`, for many small blocks: all threads together pack every panel of a tile of tokens once, where tasks of
+// their own would pack a panel again for each block. The sums are the same, bit for bit. `b` is a multiple of the
+// height and the width of a tile of registers.
+template <typename T, typename W, int VECTORS>
+bool compute_packed(const Problem& p, const Panels& rows, const Panels& cols, const int64_t* runs, int64_t count,
+                    W* out) {
+    constexpr int WIDTH = VECTORS * Vector<W>::lanes, TOGETHER = 8;
+    // A little more than the elements of a panel, so that panels do not share the sets of a cache.
+    constexpr int64_t LEFT = TOKENS * HEIGHT + Vector<W>::lanes, RIGHT = TOKENS * WIDTH + Vector<W>::lanes;
+    const int64_t size = static_cast<int64_t>(p.b) * p.b, tiles = (p.tokens + TOKENS - 1) / TOKENS;
+    const int64_t high = p.b / HEIGHT, wide = p.b / WIDTH;
+    std::unique_ptr<W[]> left(new (std::nothrow) W[rows.count * high * LEFT]);
+    std::unique_ptr<W[]> right(new (std::nothrow) W[cols.count * wide * RIGHT]);
+    if (!left || !right) return false;
+    const int64_t row_parts = (rows.count + TOGETHER - 1) / TOGETHER;
+    const int64_t col_parts = (cols.count + TOGETHER - 1) / TOGETHER;
+#pragma omp parallel num_threads(p.threads)
+    for (int64_t segment = 0; segment < p.segments; ++segment) {
+        W* sums = out + segment * p.blocks * size;
+        const int64_t start = tiles * segment / p.segments * TOKENS;
+        const int64_t stop = std::min(tiles * (segment + 1) / p.segments * TOKENS, p.tokens);
+        for (int64_t token = start; token < stop; token += TOKENS) {
+            const int tokens = static_cast<int>(std::min<int64_t>(TOKENS, stop - token));
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t part = 0; part < row_parts + col_parts; ++part) {
+                if (part < row_parts) {
+                    const int64_t k = part * TOGETHER;
+                    pack_blocks<HEIGHT, T, W>(p.lhs, token, tokens, rows.places.get() + k,
+                                              std::min<int64_t>(TOGETHER, rows.count - k), p.b,
+                                              left.get() + k * high * LEFT, LEFT);
+                } else {
+                    const int64_t k = (part - row_parts) * TOGETHER;
+                    pack_blocks<WIDTH, T, W>(p.rhs, token, tokens, cols.places.get() + k,
+                                             std::min<int64_t>(TOGETHER, cols.count - k), p.b,
+                                             right.get() + k * wide * RIGHT, RIGHT);
+                }
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t run = 0; run < count; ++run)
+                for (int64_t k = runs[run]; k < runs[run + 1]; ++k)
+                    for (int64_t j = 0; j < wide; ++j)
+                        for (int64_t i = 0; i < high; ++i)
+                            multiply<VECTORS, W>(left.get() + (rows.index[k] * high + i) * LEFT,
+                                                 right.get() + (cols.index[k] * wide + j) * RIGHT, tokens,
+                                                 sums + k * size + i * HEIGHT * p.b + j * WIDTH, p.b, token > start);
+        }
+    }
+    for (int64_t k = 0; k < p.blocks; ++k) {
+        W* to = out + k * size;
+        for (int64_t segment = 1; segment < p.segments; ++segment) {
+            const W* from = to + segment * p.blocks * size;
+            for (int64_t i = 0; i < size; ++i) to[i] += from[i];
+        }
+        const int64_t height = std::min<int64_t>(p.b, p.lhs.width - p.rows[k] * p.b);
+        const int64_t width = std::min<int64_t>(p.b, p.rhs.width - p.cols[k] * p.b);
+        if (height == p.b && width == p.b) continue;
+        // Elements over the edge are zero, even if sums are NaN.
+        for (int64_t i = 0; i < p.b; ++i) std::fill(to + i * p.b + (i < height ? width : 0), to + (i + 1) * p.b, W(0));
+    }
+    return true;
+}
+
+template <typename T, typename W, int VECTORS>
+bool compute_either(const Problem& p, const int64_t* runs, int64_t count, W* out) {
+    constexpr int WIDTH = VECTORS * Vector<W>::lanes;
+    if (p.b < LARGE && p.b % WIDTH == 0 && p.b % HEIGHT == 0) {
+        try {
+            const Panels rows(p.rows, p.blocks, (p.lhs.width + p.b - 1) / p.b);
+            const Panels cols(p.cols, p.blocks, (p.rhs.width + p.b - 1) / p.b);
+            if (p.blocks >= REUSE * (rows.count + cols.count))
+                return compute_packed<T, W, VECTORS>(p, rows, cols, runs, count, out);
+        } catch (const std::bad_alloc&) {
+            return false;
+        }
+    }
+    return compute<T, W, VECTORS>(p, runs, count, out);
+}
+
 template <typename T, typename W>
 int dispatch(const Problem& p, W* out) {
     std::unique_ptr<int64_t[]> runs(new (std::nothrow) int64_t[p.blocks + 1]);
@@ -202,7 +320,8 @@ int dispatch(const Problem& p, W* out) {
         if (k == 0 || p.rows[k] != p.rows[k - 1] || k - runs[count - 1] == RUN) runs[count++] = k;
     runs[count] = p.blocks;
     const bool narrow = p.b <= Vector<W>::lanes;
-    const bool done = narrow ? compute<T, W, 1>(p, runs.get(), count, out) : compute<T, W, 2>(p, runs.get(), count, out);
+    const bool done = narrow ? compute_either<T, W, 1>(p, runs.get(), count, out)
+                             : compute_either<T, W, 2>(p, runs.get(), count, out);
     return done ? 0 : 2;
 }
 

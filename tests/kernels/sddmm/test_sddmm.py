@@ -159,6 +159,29 @@ class TestCompiled:
             torch.set_num_threads(before)
         assert all(torch.equal(result, results[0]) for result in results)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("b", [16, 32])
+    def test_many_small_blocks_have_the_bits_of_few(self, dtype: torch.dtype, layout: str, b: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        lhs, rhs = (operand(300, width, dtype, layout, generator) for width in (10 * b + 3, 12 * b - 5))
+        lhs[7, 10 * b + 2], rhs[5, 12 * b - 6] = torch.inf, torch.nan
+        chosen = torch.rand(11, 12, generator=generator) < 0.9
+        # Many blocks share packed panels; those of one block row alone do not.
+        expected = [
+            sddmm_cpu(lhs, rhs, torch.stack([torch.full_like(cols, row), cols]), b)
+            for row in range(11)
+            for cols in [chosen[row].nonzero().squeeze(1)]
+        ]
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2, 7):
+                torch.set_num_threads(threads)
+                found = sddmm_cpu(lhs, rhs, chosen.nonzero().t(), b)
+                torch.testing.assert_close(found, torch.cat(expected), rtol=0.0, atol=0.0, equal_nan=True)
+        finally:
+            torch.set_num_threads(before)
+
     @pytest.mark.parametrize(("tokens", "nnz"), [(1, 1), (255, 1), (512, 1), (2048, 5), (10**6, 1), (10**6, 10**6)])
     def test_segments_hold_tokens_enough_to_be_worth_it(self, tokens: int, nnz: int) -> None:
         segments = segments_of(tokens, nnz)
