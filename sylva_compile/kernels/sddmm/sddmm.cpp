@@ -4,7 +4,7 @@
 // TOKENS tokens. For each tile it packs the panels that it reads (TOKENS x b of lhs once, of rhs for each block),
 // widened to the type of the sums, and multiplies them with a kernel that keeps a tile of the result in registers.
 // Packing makes it fast: rows of an operand often lie a power of two apart, and a panel left in its place would then
-// share a few sets of the cache. Where many small blocks lie in few rows and columns, all tasks share the packed panels.
+// share a few sets of the cache. Where many small blocks lie in few rows and columns, all tasks share packed panels.
 //
 // Segments depend on the shape alone, and their sums are added in order. The result therefore depends neither on the
 // number of threads nor on the task that each thread runs.
