@@ -41,6 +41,8 @@ VARIANTS = (
     "all layers",
     "layers",
 )
+TWINS = {"random, columns": "fixed, columns", "layers": "all layers", "all layers": "all layers"}
+"""The variant whose blocks stay, where that is not "fixed"."""
 
 
 @dataclass
@@ -150,7 +152,9 @@ def measure(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     finally:
         gc.enable()
     for name, row in results.items():
-        twin = {"random, columns": "fixed, columns", "layers": "all layers"}.get(name, "fixed")
+        twin = {"random, columns": "fixed, columns", "layers": "all layers", "all layers": "all layers"}.get(
+            name, "fixed"
+        )
         middle = statistics.median(times[name])
         row["step_ms"] = dict(zip(("q25", "median", "q75"), statistics.quantiles(times[name], n=4), strict=True))
         row["of_floor"] = middle / statistics.median(times["frozen"])

@@ -14,8 +14,6 @@ The rule: the blocks of the dense weight always equal the `<name>_blocks` parame
 state dicts. `follow_assignment` applies the last row, when the module's weight is loaded or assigned.
 """
 
-import functools
-import logging
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sylva_compile.blocks.base_warnings import warn_of_another_base, warn_of_whole
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.layout import BlockLayout
 from sylva_compile.blocks.originals import Originals
@@ -30,8 +29,6 @@ from sylva_compile.blocks.places import round_stochastically, where
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import BlockWriter, block_dtype, grid_shape, read_blocks
 from sylva_compile.kernels.step.table import TYPES, Target
-
-log = logging.getLogger(__name__)
 
 
 class BlockState:
@@ -49,7 +46,7 @@ class BlockState:
         moves: the number of times that blocks have moved.
         was_trainable: `requires_grad` of the dense weight before it was embedded.
         had_gradient: whether the blocks had a gradient when the optimizer's step began.
-        stepped_by: the optimizer that stepped the blocks last; None before the first step.
+        stepped_by: the optimizers that have stepped the blocks, as long as they live.
         masks_config: `Masks.config` of the masks that the weight was embedded with.
     """
 
@@ -67,17 +64,17 @@ class BlockState:
         self.base_known = True
         self.moves = 0
         self.had_gradient = False
-        self.stepped_by: weakref.ref[torch.optim.Optimizer] | None = None
+        self.stepped_by: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._owners: list[tuple[weakref.ref[nn.Module], str]] = []
         self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
         self.mark_synced()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the owners and the optimizer: a copy of the model has others."""
-        return self.__dict__ | {"_owners": [], "stepped_by": None}
+        """Return everything but the owners and the optimizers: a copy of the model has others."""
+        return {name: value for name, value in self.__dict__.items() if name != "stepped_by"} | {"_owners": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, stepped_by=weakref.WeakSet())
         self.mark_synced()
 
     def add_owner(self, module: nn.Module, attribute: str) -> None:
@@ -155,8 +152,10 @@ class BlockState:
         new = self.weight.detach().clone()
         for values in (new, old):
             self.originals.fill(values, 0.0)
-        if not torch.equal(new, old):
-            _warn_of_another_base()
+        if self.originals.is_whole and self.base_known:
+            warn_of_whole(self.name)
+        if not torch.equal(new, old) or not self.base_known:
+            warn_of_another_base()
             self.originals = Originals(self.weight, self.mask.positions, self.mask.block_size)
             self.base_known = True
         self.pull()
@@ -259,8 +258,10 @@ class BlockState:
         self.mask = mask
         self.layout.move(mask)
         self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
-        self.originals = Originals(self.weight, places[:, :0], mask.block_size)
+        known, self.originals = self.originals, Originals(self.weight, places[:, :0], mask.block_size)
         self.originals.put(places, originals)
+        # Places that were trained since then, in this process, go back to the values of the interrupted training.
+        self.originals.put_missing(known)
         self.base_known = True
         with torch.no_grad():
             self.blocks.copy_(blocks)
@@ -288,12 +289,3 @@ class BlockState:
 
     def _dense_blocks(self) -> Tensor:
         return read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)
-
-
-@functools.cache
-def _warn_of_another_base() -> None:
-    """Warn once a process: a model has hundreds of weights."""
-    log.warning(
-        "The loaded weights differ from the base outside of the blocks too and are the base from now on. If they come "
-        "from a training with other masks or blocks that moved, load those masks or the schedule's state first."
-    )

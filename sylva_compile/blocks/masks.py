@@ -179,7 +179,8 @@ class Masks(Mapping[str, BlockMask]):
 
         Args:
             new: weight name to its new blocks.
-            optimizer: the optimizer of the blocks. The one that stepped them last is found without it.
+            optimizer: the optimizer of the blocks, where it has a state but has taken no step yet. Optimizers that have
+                stepped the blocks are found without it.
             carry: "none": all blocks of these weights start with new optimizer states. "intersection": blocks that stay
                 keep theirs; optimizers of `sylva_compile` alone can do that.
             generator: of the CPU; rounds what bfloat16 weights keep of leaving blocks stochastically.
@@ -193,7 +194,13 @@ class Masks(Mapping[str, BlockMask]):
         """
         move(self._require_model(), self, new, optimizer, carry, generator)
         self._blocks |= new
-        self.config["moves"] = self.config.get("moves", 0) + 1
+        self.note(moves=self.config.get("moves", 0) + 1)
+
+    def note(self, **entries: Any) -> None:
+        """Add `entries` to `config`, which adapters of the model keep."""
+        self.config |= entries
+        for state in block_states(self._require_model()).values():
+            state.masks_config |= entries
 
     def resume(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Put the blocks to where they were when a training was interrupted; a schedule's `load_state_dict` calls it.

@@ -28,17 +28,18 @@ def move(
     generator: torch.Generator | None,
 ) -> None:
     """Put the blocks of the weights in `new` at other places; see `Masks.move`. `old` are the masks of the model."""
+    if torch.is_inference_mode_enabled():
+        raise EmbedError("Blocks cannot move under torch.inference_mode(), which makes tensors that nobody may change.")
     states = block_states(model)
     _check_masks(states, old, new)
     moved = {states[name]: mask for name, mask in new.items() if states[name].mask != mask}
     _check_same_on_all_ranks(states.values(), new)
     optimizers = _optimizers_of(moved, optimizer)
-    _check_carry(optimizers.values(), carry)
+    _check_carry(set().union(*optimizers.values()), carry)
     for state, mask in moved.items():
         before = state.move(mask, generator)
-        if state in optimizers:
-            _move_states(optimizers[state], state.blocks, before, carry)
-        state.masks_config["moves"] = state.masks_config.get("moves", 0) + 1
+        for each in optimizers[state]:
+            _move_states(each, state.blocks, before, carry)
     update_input_channels(state.layout for state in states.values())
 
 
@@ -58,7 +59,7 @@ def _check_masks(states: Mapping[str, BlockState], old: Mapping[str, BlockMask],
         if states[name].blocks.grad is not None:
             raise EmbedError(
                 f"The blocks of {name} have gradients, which belong to where they are; step the optimizer and call "
-                "zero_grad() before moving them."
+                "zero_grad(set_to_none=True) before moving them."
             )
 
 
@@ -81,18 +82,16 @@ def _check_same_on_all_ranks(states: Iterable[BlockState], new: Mapping[str, Blo
 
 def _optimizers_of(
     states: Iterable[BlockState], given: torch.optim.Optimizer | None
-) -> dict[BlockState, torch.optim.Optimizer]:
-    """Return the optimizer of each state's blocks, where there is one."""
+) -> dict[BlockState, set[torch.optim.Optimizer]]:
+    """Return the optimizers of each state's blocks: those that have stepped them, and the one given."""
     known = None if given is None else {id(each) for group in given.param_groups for each in group["params"]}
-    found: dict[BlockState, torch.optim.Optimizer] = {}
+    found = {}
     for state in states:
-        last = None if state.stepped_by is None else state.stepped_by()
         if known is not None and id(state.blocks) not in known:
             raise ArgumentError(
                 f"The optimizer does not step the blocks of {state.name}; give the one that has masks.parameters()."
             )
-        if (optimizer := given or last) is not None:
-            found[state] = optimizer
+        found[state] = {_unwrapped(each) for each in (*state.stepped_by, *([given] if given is not None else []))}
     return found
 
 
@@ -101,7 +100,7 @@ def _check_carry(optimizers: Iterable[torch.optim.Optimizer], carry: Carry) -> N
     if carry not in get_args(Carry):
         raise ArgumentError(f"carry={carry!r}; use 'none' or 'intersection'.")
     for optimizer in optimizers:
-        if carry == "intersection" and not hasattr(_unwrapped(optimizer), "move_state"):
+        if carry == "intersection" and not hasattr(optimizer, "move_state"):
             raise ArgumentError(
                 f"{type(optimizer).__name__} counts steps for all blocks of a weight together, so new ones would take "
                 "too large steps; use carry='none', or an optimizer of sylva_compile."
@@ -110,7 +109,6 @@ def _check_carry(optimizers: Iterable[torch.optim.Optimizer], carry: Carry) -> N
 
 def _move_states(optimizer: torch.optim.Optimizer, blocks: nn.Parameter, before: Tensor, carry: Carry) -> None:
     """Let the optimizer's states follow the blocks; those of any optimizer but ours start anew."""
-    optimizer = _unwrapped(optimizer)
     move_state = getattr(optimizer, "move_state", None)
     if move_state is not None:
         move_state(blocks, before, carry)
@@ -139,9 +137,15 @@ def resume(
         found, wanted = tuple(known["blocks"].shape), (old[name].nnz, old[name].block_size, old[name].block_size)
         if found != wanted:
             raise ArgumentError(f"{name} has blocks {wanted}, and {found} in the state; use the masks of the state.")
-        new[name] = BlockMask(old[name].shape, old[name].block_size, known["positions"].to(torch.int64))
+        if (places := tuple(known["places"].shape)) != (2, len(known["originals"])) or known["originals"].dim() != 3:
+            raise ArgumentError(
+                f"{name} has places {places} in the state, which do not fit its originals; save it again."
+            )
+        new[name] = BlockMask(old[name].shape, old[name].block_size, known["positions"].to("cpu", torch.int64))
     _check_masks(states, old, new)
     for name, known in saved.items():
-        states[name].resume(new[name], known["blocks"], known["places"].to(torch.int64), known["originals"])
+        states[name].resume(
+            new[name], known["blocks"], known["places"].to("cpu", torch.int64), known["originals"].to("cpu")
+        )
     update_input_channels(state.layout for state in states.values())
     return new

@@ -33,6 +33,11 @@ class Originals:
         return self.at(self.places)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether blocks have been everywhere."""
+        return self._count == self._slots.numel()
+
+    @property
     def nbytes(self) -> int:
         """The bytes of host memory that the store holds."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self._slots, self._values))
@@ -47,6 +52,12 @@ class Originals:
         if new.shape[1]:
             values = read_blocks(weight.detach(), new.to(weight.device), self.block_size)
             self.put(new, values.to("cpu", self._values.dtype))
+
+    def put_missing(self, other: "Originals") -> None:
+        """Keep what `other` holds at places that are not known here."""
+        places = other.places
+        missing = places[:, self._slots[places[0], places[1]] < 0]
+        self.put(missing, other.at(missing))
 
     def put(self, positions: Tensor, values: Tensor) -> None:
         """Keep `values [k, b, b]` at `positions`, none of which is known yet."""

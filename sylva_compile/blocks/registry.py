@@ -188,7 +188,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     for state in live_states():
         if id(state.blocks) not in stepped:
             continue
-        state.stepped_by = weakref.ref(optimizer)
+        state.stepped_by.add(optimizer)
         if writes_through:
             state.sync()
         elif state.had_gradient or state.blocks.grad is not None or not state.is_synced():

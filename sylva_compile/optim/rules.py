@@ -7,8 +7,9 @@ it assigned. Expressions that depend on no element, such as Adam's bias correcti
 step, in float64.
 
 A rule that has the name of a torch optimizer follows that optimizer: its states have the same names and meanings, so
-that checkpoints of either load into the other. An option that changes the equations (amsgrad, Nesterov) makes another
-rule; an option that is a number (the learning rate) is a symbol.
+that checkpoints of either load into the other (torch's ignores `born`, the ages of blocks that have moved). An option
+that changes the equations (amsgrad, Nesterov) makes another rule; an option that is a number (the learning rate) is a
+symbol.
 
 **To add a rule**, write its equations. Signum (Bernstein et al., 2018, "signSGD", algorithm 2) steps by the sign of the
 momentum:

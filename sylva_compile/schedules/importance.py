@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup, all_reduce, get_world_size
 from sylva_compile._torch import compiled_call, set_compiled_call
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.errors import ArgumentError
-from sylva_compile.kernels.blocks import read_blocks
+from sylva_compile.kernels.blocks import BlockWriter, block_dtype, read_blocks
 from sylva_compile.tracing.batches import LossFn, loss_of, to_device
 
 
@@ -119,24 +119,25 @@ def _suppressed(states: Sequence[BlockState], factor: float) -> Iterator[None]:
     for state in states:
         state.sync()
         state.check_base_known()
-    trained = [read_blocks(state.weight.detach(), state.layout.positions, state.mask.block_size) for state in states]
+    places = [state.originals.places.to(state.weight.device) for state in states]
+    trained = [
+        read_blocks(state.weight.detach(), at, state.mask.block_size) for state, at in zip(states, places, strict=True)
+    ]
     try:
-        for state in states:
-            base, blocks = _base_blocks(state), state.blocks.detach()
-            base = base.to(blocks.dtype)
-            _write(state, base + factor * (blocks - base))
+        for state, at, values in zip(states, places, trained, strict=True):
+            wide = block_dtype(values.dtype)
+            base = state.originals.values.to(values.device, wide)
+            # What blocks have left behind is trained change too.
+            _write(state, at, base + factor * (values.to(wide) - base))
+            base, blocks = state.base.to(values.device, wide), state.blocks.detach()
+            _write(state, state.layout.positions, base + factor * (blocks - base))
         yield
     finally:
-        for state, values in zip(states, trained, strict=True):
-            _write(state, values)
+        for state, at, values in zip(states, places, trained, strict=True):
+            _write(state, at, values)
 
 
-def _base_blocks(state: BlockState) -> Tensor:
-    """Return the values from before training at the places of the blocks, `[nnz, b, b]` on the weight's device."""
-    return state.originals.at(state.mask.positions).to(state.weight.device)
-
-
-def _write(state: BlockState, values: Tensor) -> None:
-    """Write `values [nnz, b, b]` into the dense weight, so that no sync takes them for an edit."""
-    state.writer.write(state.weight, values)
+def _write(state: BlockState, places: Tensor, values: Tensor) -> None:
+    """Write `values [k, b, b]` at `places` into the dense weight, so that no sync takes them for an edit."""
+    BlockWriter(state.mask.shape, places, state.mask.block_size).write(state.weight, values)
     state.mark_synced()

@@ -1,10 +1,10 @@
 """`MovingBlocks`: the blocks of every weight go elsewhere while training goes on."""
 
+import logging
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from sylva_compile.blocks.layout import update_input_channels
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.moving import Carry
 from sylva_compile.config import SylvaConfig
-from sylva_compile.errors import ArgumentError
+from sylva_compile.errors import ArgumentError, EmbedError
 from sylva_compile.kernels.gate import is_closed
 from sylva_compile.schedules.choice import Cycle, sample, sample_columns
+from sylva_compile.schedules.moving_options import Choose, Rounding, check_options
+from sylva_compile.schedules.readers import groups_of_readers
 from sylva_compile.schedules.scoring import FromGradients, FromTrace, Source
 from sylva_compile.tracing.batches import LossFn
 
-Choose = Literal["random", "cycle", "gradient", "sketch", "gain", "greedy"]
+log = logging.getLogger(__name__)
+
 _FORMAT = "sylva-moving-blocks-1"
 
 
@@ -32,7 +35,7 @@ class MovingBlocks:
     Few blocks are trained at any time, and in the end all of a weight has learnt. Time and memory are those of the few,
     but for the values from before training, which are kept on the CPU: at most one copy of the masked weights.
 
-        schedule = sylva_compile.schedules.MovingBlocks(masks, every=4)
+        schedule = sylva_compile.schedules.MovingBlocks(masks, every=8)
         for batch in loader:
             model(**batch).loss.backward()
             optimizer.step()
@@ -50,14 +53,14 @@ class MovingBlocks:
     def __init__(
         self,
         masks: Masks,
-        every: int = 4,
+        every: int = 8,
         choose: Choose = "random",
         seed: int = 0,
         *,
         temperature: float = 1.0,
         column_budget: float | None = None,
         carry: Carry = "none",
-        rounding: Literal["nearest", "stochastic"] = "nearest",
+        rounding: Rounding = "nearest",
         optimizer: torch.optim.Optimizer | None = None,
         loader: Iterable[Any] | None = None,
         loss_fn: LossFn | None = None,
@@ -69,16 +72,18 @@ class MovingBlocks:
             masks: bound to the model.
             every: the number of steps between moves.
             choose: "random" draws all places alike. "cycle" takes every place once before any twice. "gradient" draws
-                by the norm of each block in the weight gradient of the step before the move; compiled code computes it
-                densely in that step, a weight at a time. "sketch" draws by an estimate of that norm, for which compiled
-                code computes no dense gradient. "gain" draws by, and "greedy" takes by, the score of that name from a
-                new trace for every move, which costs a pass over `config.num_samples` sequences.
+                by the norm of each block in the weight gradient of the step before the move (the root of the sum of
+                squares over its backward passes); compiled code computes it densely in that step, a weight at a time.
+                "sketch" draws by an estimate of that norm, for which compiled code computes no dense gradient. "gain"
+                draws by, and "greedy" takes by, the score of that name from a new trace for every move, which costs a
+                pass over `config.num_samples` sequences, after which the compiled model is compiled again.
             seed: of the draws. All processes of a distributed training need the same.
             temperature: a place is drawn in proportion to its norm to the power of 1 / temperature. 0 takes the highest
                 norms, which stops most places from ever being trained.
             column_budget: the share of a weight's input columns that its blocks may lie in, other ones after every
                 move. Compiled code then saves that share of the activations; without it blocks read all of them. The
-                weights of a layer that have one input width get the same columns.
+                weights of a layer that have one input width get the same columns. Weights that read one activation but
+                have different numbers in their names do not.
             carry: "intersection" keeps the optimizer's states of blocks that stay; see `Masks.move`.
             rounding: of what a bfloat16 weight keeps of blocks that leave.
             optimizer: the optimizer of the blocks; without it, the one that stepped them last.
@@ -90,18 +95,7 @@ class MovingBlocks:
         Raises:
             ArgumentError: an option is out of its range, or the columns have no room for the blocks.
         """
-        if every < 1 or int(every) != every:
-            raise ArgumentError(f"every={every}; give a whole number of steps from 1 on.")
-        if choose not in get_args(Choose):
-            raise ArgumentError(f"choose={choose!r}; use {', '.join(map(repr, get_args(Choose)))}.")
-        if not temperature >= 0:
-            raise ArgumentError(f"temperature={temperature}; give 0 or more.")
-        if column_budget is not None and not 0 < column_budget <= 1:
-            raise ArgumentError(f"column_budget={column_budget}; give a share above 0, up to 1, or None.")
-        if column_budget is not None and choose == "cycle":
-            raise ArgumentError("choose='cycle' visits all columns in turn; leave out column_budget, or use 'random'.")
-        if rounding not in ("nearest", "stochastic"):
-            raise ArgumentError(f"rounding={rounding!r}; use 'nearest' or 'stochastic'.")
+        check_options(every, choose, temperature, column_budget, rounding)
         self.masks, self.every, self.choose, self.temperature = masks, int(every), choose, float(temperature)
         self.column_budget, self.carry, self.rounding, self.optimizer = column_budget, carry, rounding, optimizer
         self.steps = self.moves = 0
@@ -110,7 +104,7 @@ class MovingBlocks:
         self._states = {name: state for name, state in block_states(model).items() if name in masks}
         self._source = self._make_source(loader, loss_fn, config)
         self._cycles = {name: Cycle(mask.block_map().numel()) for name, mask in masks.items() if choose == "cycle"}
-        self._groups = _groups(self._states)
+        self._groups = groups_of_readers(self._states)
         for name in self._states:
             self._check_room(name)
         if not all(map(self._lies_inside, self._groups.values())):
@@ -118,7 +112,7 @@ class MovingBlocks:
         for state in self._states.values():
             state.layout.reserve(self._kept(state))
         update_input_channels(state.layout for state in block_states(model).values())
-        masks.config["schedule"] = self._settings()
+        masks.note(schedule=self._settings())
         self._listen()
 
     def step(self) -> None:
@@ -132,7 +126,15 @@ class MovingBlocks:
         self._listen()
 
     def move(self) -> None:
-        """Move the blocks now, and drop their gradients."""
+        """Move the blocks now, and drop their gradients.
+
+        Raises:
+            EmbedError: the model does not carry the blocks any more that this schedule was made for.
+        """
+        model = self.masks.model
+        states = {} if model is None else block_states(model)
+        if any(states.get(name) is not state for name, state in self._states.items()):
+            raise EmbedError("The model carries other blocks now than when this schedule was made; make a new one.")
         names = [
             name
             for name, state in self._states.items()
@@ -142,6 +144,9 @@ class MovingBlocks:
         if self._source is not None:
             scores = self._source.take()
             names = [name for name in names if name in scores]
+            if not names:
+                log.warning("No block was scored, so none moves: no backward pass has reached the weights.")
+                return
         for name in names:
             self._states[name].blocks.grad = None
         generator = self._generator if self.rounding == "stochastic" else None
@@ -190,11 +195,13 @@ class MovingBlocks:
                 f"The state is of a schedule with {state_dict['settings']}, and this one has {self._settings()}; make "
                 "it with the same settings."
             )
+        generator = torch.Generator("cpu")
+        generator.set_state(state_dict["generator"].cpu())
         self.masks.resume(state_dict["weights"])
         for name, cycle in self._cycles.items():
             cycle.load_state_dict(state_dict["weights"][name]["cycle"])
-        self.steps, self.moves = state_dict["steps"], state_dict["moves"]
-        self._generator.set_state(state_dict["generator"])
+        self.steps, self.moves, self._generator = state_dict["steps"], state_dict["moves"], generator
+        self.masks.note(moves=self.moves)
         if self._source is not None and self.choose in ("gradient", "sketch"):
             # What the model's passes have scored before belongs to another training.
             self._source.take()
@@ -287,13 +294,3 @@ class MovingBlocks:
         else:
             chosen = sample(scores, mask.nnz, allowed, self.temperature, self._generator)
         return BlockMask.from_block_map(chosen, mask.shape, mask.block_size)
-
-
-def _groups(states: Mapping[str, BlockState]) -> dict[tuple[Any, ...], list[str]]:
-    """Return the names of weights that may read one activation: those of one layer with one input width."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, state in states.items():
-        numbers = tuple(re.findall(r"(?<![^.])\d+(?![^.])", name))
-        width = state.mask.shape[state.layout.input_axis]
-        groups.setdefault((numbers, width, state.mask.block_size), []).append(name)
-    return groups

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.distributed import all_reduce
 
@@ -56,13 +57,15 @@ class FromGradients:
         group = group_that_averages(self._states.values())
         scores = {}
         for name, score in heard.items():
-            if score is None:
-                continue
             if group is not None:
-                # Not every backend adds tensors on the CPU.
-                score = score.to(self._states[name].blocks.device)
+                # Every process takes part for every weight; one that has not used it adds nothing.
+                device = self._states[name].blocks.device
+                mine = torch.zeros(self._states[name].mask.block_map().shape) if score is None else score
+                score = mine.to(device)
                 all_reduce(score, group=group)
                 score = score.cpu()
+            if score is None or not bool(score.any()):
+                continue
             if bool(score.isfinite().all()):
                 scores[name] = score.sqrt()
             else:

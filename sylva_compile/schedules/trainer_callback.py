@@ -1,12 +1,16 @@
 """`ScheduleCallback`: runs a schedule in the Trainer of transformers, and saves it with the Trainer's checkpoints."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sylva_compile.blocks.embed import block_states
+from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.errors import ArgumentError
 from sylva_compile.files import write_file
 
@@ -30,14 +34,19 @@ class Schedule(Protocol):
 class ScheduleCallback(TrainerCallback):
     """Steps schedules after each step of the optimizer, and resumes them with the Trainer.
 
-        Trainer(model, args, train_dataset=data, callbacks=[ScheduleCallback(MovingBlocks(masks, every=4))])
+        Trainer(model, args, train_dataset=data, callbacks=[ScheduleCallback(MovingBlocks(masks, every=8))])
 
     Several schedules step in their order.
     """
 
-    def __init__(self, *schedules: Schedule) -> None:
-        """Take the schedules of the model that the Trainer trains."""
-        self.schedules = schedules
+    def __init__(self, *schedules: Schedule, resume_from: str | os.PathLike[str] | None = None) -> None:
+        """Take the schedules of the model that the Trainer trains.
+
+        Args:
+            schedules: of one model.
+            resume_from: the checkpoint that the Trainer resumes from, where that is not in its own output directory.
+        """
+        self.schedules, self._resume_from = schedules, resume_from
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,7 +59,8 @@ class ScheduleCallback(TrainerCallback):
         """Write the schedules' state into the checkpoint's directory."""
         if state.is_world_process_zero:
             file = io.BytesIO()
-            torch.save([schedule.state_dict() for schedule in self.schedules], file)
+            states = [schedule.state_dict() for schedule in self.schedules]
+            torch.save({"schedules": states, "weights": _fingerprint(kwargs["model"])}, file)
             write_file(_directory(args, state) / FILE, file.getvalue())
 
     def on_train_begin(
@@ -59,19 +69,32 @@ class ScheduleCallback(TrainerCallback):
         """Load the schedules' state where the Trainer resumes from a checkpoint.
 
         Raises:
-            ArgumentError: the checkpoint has no state of schedules, or that of others.
+            ArgumentError: the checkpoint has no state of schedules, or that of others or of other weights.
         """
         if state.global_step == 0:
             return
-        given = args.resume_from_checkpoint
-        path = (Path(given) if given and Path(given).is_dir() else _directory(args, state)) / FILE
+        path = (_directory(args, state) if self._resume_from is None else Path(self._resume_from)) / FILE
         if not path.exists():
-            raise ArgumentError(f"There is no {path}; resume from a checkpoint that was saved with ScheduleCallback.")
+            raise ArgumentError(
+                f"There is no {path}; resume from a checkpoint that was saved with ScheduleCallback, and give it as "
+                "ScheduleCallback(..., resume_from=...) where it is not in the Trainer's output directory."
+            )
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if len(saved) != len(self.schedules):
-            raise ArgumentError(f"{path} holds {len(saved)} schedules, not {len(self.schedules)}; give the same ones.")
-        for schedule, state_dict in zip(self.schedules, saved, strict=True):
+        if saved["weights"] != _fingerprint(kwargs["model"]):
+            raise ArgumentError(
+                f"{path} belongs to other weights than those that the Trainer has loaded; give the checkpoint that it "
+                "resumes from as ScheduleCallback(..., resume_from=...)."
+            )
+        states = saved["schedules"]
+        if len(states) != len(self.schedules):
+            raise ArgumentError(f"{path} holds {len(states)} schedules, not {len(self.schedules)}; give the same ones.")
+        for schedule, state_dict in zip(self.schedules, states, strict=True):
             schedule.load_state_dict(state_dict)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Return a fingerprint of the dense weights that carry blocks."""
+    return base_fingerprint(state.weight for state in block_states(model).values())
 
 
 def _directory(args: TrainingArguments, state: TrainerState) -> Path:

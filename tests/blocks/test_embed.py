@@ -24,7 +24,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import sylva_compile
 from sylva_compile import Masks
-from sylva_compile.blocks import block_state, registry
+from sylva_compile.blocks import base_warnings, registry
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.registry import live_states
 from sylva_compile.errors import EmbedError
@@ -447,7 +447,7 @@ class TestStateDict:
         assert_invariant(model, masks)
 
     def test_a_checkpoint_of_other_masks_is_said(self, caplog: pytest.LogCaptureFixture) -> None:
-        block_state._warn_of_another_base.cache_clear()
+        base_warnings.warn_of_another_base.cache_clear()
         model, masks = small()
         base = copy.deepcopy(model)
         masks.embed()

@@ -174,6 +174,34 @@ class TestMove:
                 # Adam's first step has the size of the learning rate; with an old count it would be 2.5 times that.
                 assert float((new.detach() - old).abs().max()) < 1.01e-3
 
+    def test_every_optimizer_of_the_blocks_starts_new(self) -> None:
+        model, masks = small()
+        optimizers = [sylva_compile.AdamW(masks.parameters()), torch.optim.AdamW(masks.parameters())]
+        for optimizer in optimizers:
+            backward(model)
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        masks.move(elsewhere(masks, 5))
+        assert not any(value.any() for each in optimizers[0].state.values() for value in each.values())
+        assert not optimizers[1].state
+
+    def test_another_base_where_the_base_was_in_doubt(self, caplog: pytest.LogCaptureFixture) -> None:
+        model, masks = small()
+        base = copy.deepcopy(model.state_dict())
+        masks.embed()
+        for name, state in block_states(model).items():
+            every = BlockMask.from_block_map(torch.ones_like(masks[name].block_map()), masks[name].shape, 16)
+            state.originals.add(state.weight, every.positions)
+        with torch.no_grad():
+            model[0].weight.mul_(0.5)
+        with pytest.raises(EmbedError, match="load the base's state dict"):
+            sylva_compile.unload_adapter(model)
+        model.load_state_dict(base)
+        assert "have been everywhere" in caplog.text
+        sylva_compile.unload_adapter(model)
+        assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
+
 
 class TestCompiled:
     def test_nothing_is_compiled_again_in_a_model_compiled_whole(self) -> None:
@@ -242,6 +270,12 @@ class TestRefused:
         masks.move(new, optimizer=optimizer)
         with pytest.raises(EmbedError, match="does not carry"):
             Masks(before[0], model=model).move(elsewhere(masks, 1))
+
+    def test_inference_mode(self) -> None:
+        _, masks = small()
+        masks.embed()
+        with torch.inference_mode(), pytest.raises(EmbedError, match="inference_mode"):
+            masks.move(elsewhere(masks, 0))
 
     def test_unbound_masks(self) -> None:
         _, masks = small()

@@ -1,6 +1,8 @@
 import copy
 import io
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from sylva_compile import Masks, SylvaConfig
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.errors import ArgumentError, EmbedError
 from sylva_compile.schedules import MovingBlocks
+from sylva_compile.schedules.importance import _suppressed
 
 
 def llama(dtype: torch.dtype = torch.float32) -> tuple[Case, Masks]:
@@ -106,6 +109,23 @@ class TestMoves:
         schedule.step()
         assert {name for name in masks if masks[name] == before[name]} == set(off)
 
+    def test_a_schedule_of_blocks_that_are_gone_says_so(self) -> None:
+        case, masks = llama()
+        schedule = MovingBlocks(masks, every=1)
+        sylva_compile.unload_adapter(case.model)
+        with pytest.raises(EmbedError, match="make a new one"):
+            schedule.step()
+        masks.embed()
+        with pytest.raises(EmbedError, match="make a new one"):
+            schedule.step()
+
+    def test_nothing_scored_is_no_move(self, caplog: pytest.LogCaptureFixture) -> None:
+        _, masks = llama()
+        schedule = MovingBlocks(masks, every=1, choose="sketch")
+        schedule.step()
+        assert schedule.moves == 0
+        assert "No block was scored" in caplog.text
+
 
 class TestColumnBudget:
     @pytest.mark.parametrize("choose", ["random", "sketch"])
@@ -176,15 +196,41 @@ class TestResume:
         sylva_compile.unload_adapter(again.model)
         assert all(torch.equal(value, base[name]) for name, value in again.model.state_dict().items())
 
+    @pytest.mark.parametrize("model_first", [False, True])
+    def test_going_back_in_one_process_keeps_the_base(self, model_first: bool, tmp_path: Path) -> None:
+        case, masks = llama()
+        base = copy.deepcopy(case.model.state_dict())
+        schedule = MovingBlocks(masks, every=1)
+        optimizer = sylva_compile.optim.Muon(masks.parameters(), lr=0.01)
+        train(case, schedule, optimizer, 2)
+        saved = through_a_file([case.model.state_dict(), schedule.state_dict()])
+        train(case, schedule, optimizer, 4)
+        if model_first:
+            case.model.load_state_dict(saved[0])
+        schedule.load_state_dict(saved[1])
+        case.model.load_state_dict(saved[0])
+        assert all(torch.equal(value, saved[0][name]) for name, value in case.model.state_dict().items())
+        assert schedule.moves == masks.config["moves"] == 2
+        sylva_compile.save_adapter(case.model, tmp_path)
+        config = json.loads((tmp_path / "sylva_adapter.json").read_text())
+        assert config["masks"]["moves"] == 2
+        assert config["masks"]["schedule"]["every"] == 1
+        sylva_compile.unload_adapter(case.model)
+        assert all(torch.equal(value, base[name]) for name, value in case.model.state_dict().items())
+        sylva_compile.load_adapter(case.model, tmp_path)
+        assert all(torch.equal(value, saved[0][name]) for name, value in case.model.state_dict().items())
+
     def test_states_of_others_are_refused(self) -> None:
         case, masks = llama()
         schedule = MovingBlocks(masks)
         state = schedule.state_dict()
+        first, known = next(iter(state["weights"].items()))
         before = dict(masks)
         for change, message in (
             ({"format": "other"}, "no state of MovingBlocks"),
             ({"settings": {}}, "make it with the same settings"),
             ({"weights": dict(list(state["weights"].items())[1:])}, "but not in both"),
+            ({"weights": {**state["weights"], first: {**known, "originals": known["originals"][:1]}}}, "do not fit"),
         ):
             with pytest.raises(ArgumentError, match=message):
                 schedule.load_state_dict({**state, **change})
@@ -210,3 +256,17 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
     _, masks = llama()
     with pytest.raises(ArgumentError, match=message):
         MovingBlocks(masks, **options)
+
+
+def test_importance_is_measured_on_what_all_places_have_learnt() -> None:
+    case, masks = llama()
+    base = copy.deepcopy(case.model.state_dict())
+    schedule = MovingBlocks(masks, every=1)
+    train(case, schedule, sylva_compile.optim.Muon(masks.parameters(), lr=0.01), 4)
+    trained = copy.deepcopy(case.model.state_dict())
+    with _suppressed(list(block_states(case.model).values()), 0.25):
+        for name in masks:
+            change = case.model.state_dict()[name] - base[name]
+            torch.testing.assert_close(change, 0.25 * (trained[name] - base[name]), rtol=1e-3, atol=1e-6)
+    assert all(torch.equal(value, trained[name]) for name, value in case.model.state_dict().items())
+    assert_invariant(case.model, masks)

@@ -61,3 +61,20 @@ def test_a_checkpoint_without_the_schedule_is_refused(tmp_path: Path) -> None:
     _, _, trainer = made(tmp_path, 6)
     with pytest.raises(ArgumentError, match="was saved with ScheduleCallback"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_elsewhere_is_given_and_never_mixed_up(tmp_path: Path) -> None:
+    _, _, trainer = made(tmp_path / "one", 3)
+    trainer.train()
+    case, _, trainer = made(tmp_path / "other", 3)
+    case.batch["labels"].copy_(case.batch["labels"].flip(0))
+    trainer.train()
+    checkpoint = str(tmp_path / "one" / "checkpoint-3")
+    _, _, trainer = made(tmp_path / "other", 6)
+    with pytest.raises(ArgumentError, match="belongs to other weights"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    _, schedule, trainer = made(tmp_path / "other", 6)
+    trainer.remove_callback(ScheduleCallback)
+    trainer.add_callback(ScheduleCallback(schedule, resume_from=checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert schedule.steps == 6
