@@ -274,7 +274,7 @@ class MovingBlocks:
         states = [self._states[name] for name in names]
         turned = []
         for name, state in zip(names, states, strict=True):
-            score = scores.get(name, torch.ones(state.mask.block_map().shape))
+            score = scores.get(name, torch.ones(state.mask.block_map().shape, device="cpu"))
             turned.append(score if state.layout.input_axis == 1 else score.t())
         temperature = self.temperature if scores else math.inf
         counts = [state.mask.nnz for state in states]

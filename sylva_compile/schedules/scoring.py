@@ -60,7 +60,7 @@ class FromGradients:
             if group is not None:
                 # Every process takes part for every weight; one that has not used it adds nothing.
                 device = self._states[name].blocks.device
-                mine = torch.zeros(self._states[name].mask.block_map().shape) if score is None else score
+                mine = torch.zeros(self._states[name].mask.block_map().shape, device="cpu") if score is None else score
                 score = mine.to(device)
                 all_reduce(score, group=group)
                 score = score.cpu()

@@ -58,7 +58,7 @@ def run(program: str, *arguments: str) -> str:
 
 def test_every_op_is_found() -> None:
     names = {name.removeprefix("sylva_compile.kernels.") for name in OPS}
-    assert names == {"gather_blocks", "observe", "sddmm.op", "sddmm.shared_op"}
+    assert names == {"block_norms", "gather_blocks", "observe", "sddmm.op", "sddmm.shared_op"}
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -66,7 +66,7 @@ def test_an_op_imports_torch_alone(name: str) -> None:
     loaded = run(IMPORT_AN_OP, str(ROOT), name).split()
     assert "torch" in loaded and name in loaded
     assert not [module for module in loaded if module.partition(".")[0] in ("triton", "sympy")]
-    torch_only = {f"sylva_compile.kernels.{module}" for module in ("blocks", "lazy")} | {"sylva_compile.errors"}
+    torch_only = {f"sylva_compile.kernels.{module}" for module in ("blocks", "gate", "lazy")} | {"sylva_compile.errors"}
     assert {module for module in loaded if module.startswith("sylva_compile")} <= {*OPS, *torch_only}
 
 
