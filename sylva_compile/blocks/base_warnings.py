@@ -1,4 +1,4 @@
-"""What the log says about the base of a weight that was loaded."""
+"""Warnings about the base of a weight that was loaded."""
 
 import functools
 import logging

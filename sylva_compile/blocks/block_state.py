@@ -188,22 +188,19 @@ class BlockState:
         """
         self.sync()
         before = where(self.mask.positions, mask.positions, grid_shape(mask.shape, mask.block_size))
-        leave = where(mask.positions, self.mask.positions, grid_shape(mask.shape, mask.block_size)) < 0
-        if generator is not None and self.weight.dtype == torch.bfloat16 and bool(leave.any()):
+        if generator is not None and self.weight.dtype == torch.bfloat16:
+            leave = torch.ones(mask.nnz, dtype=torch.bool, device="cpu").index_fill_(0, before[before >= 0], False)
             values = self.blocks.detach()[leave.to(self.blocks.device)]
             positions = self.mask.positions[:, leave].to(self.weight.device)
             writer = BlockWriter(self.mask.shape, positions, self.mask.block_size)
             writer.write(self.weight, round_stochastically(values, generator))
         self.originals.add(self.weight, mask.positions)
-        self.mask = mask
-        self.layout.move(mask)
-        self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
+        self._go_to(mask)
         with torch.no_grad():
             values = self._dense_blocks().to(self.blocks.dtype)
             stay = (before >= 0).to(values.device)
             values[stay] = self.blocks.detach()[before[before >= 0].to(values.device)]
             self.blocks.copy_(values)
-        self.moves += 1
         self.mark_synced()
         return before
 
@@ -255,9 +252,7 @@ class BlockState:
             places: `int64[2, k]`, every place where blocks had been, on the CPU.
             originals: `[k, b, b]`, the values from before training there.
         """
-        self.mask = mask
-        self.layout.move(mask)
-        self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
+        self._go_to(mask)
         known, self.originals = self.originals, Originals(self.weight, places[:, :0], mask.block_size)
         self.originals.put(places, originals)
         # Places that were trained since then, in this process, go back to the values of the interrupted training.
@@ -265,7 +260,6 @@ class BlockState:
         self.base_known = True
         with torch.no_grad():
             self.blocks.copy_(blocks)
-        self.moves += 1
         self.push()
 
     def zero_outside(self, blocks: Tensor) -> Tensor:
@@ -286,6 +280,13 @@ class BlockState:
         wide = blocks.dtype in (torch.float32, torch.float64) and weight.dtype in TYPES
         by_address = reachable and wide and blocks.is_contiguous() and positions.is_contiguous()
         return Target(weight, positions, self.mask.block_size, by_address)
+
+    def _go_to(self, mask: BlockMask) -> None:
+        """Let everything that depends on the places follow `mask`, but the values."""
+        self.mask = mask
+        self.layout.move(mask)
+        self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
+        self.moves += 1
 
     def _dense_blocks(self) -> Tensor:
         return read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)

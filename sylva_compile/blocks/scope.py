@@ -39,6 +39,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def layer_numbers(name: str) -> tuple[str, ...]:
+    """Return the numbers among the parts of a weight's name, which tell its layer: ("3",) for "layers.3.mlp.weight"."""
+    return tuple(part for part in name.split(".") if part.isdecimal())
+
+
 def plain_name(name: str) -> str:
     """Return a module or parameter name without the parts that `torch.compile`'s wrapper puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -24,6 +24,7 @@ from sylva_compile._torch import RestartAnalysis, ShortenTraceback, TracingConte
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.layout import share_input_channels
+from sylva_compile.blocks.scope import layer_numbers
 from sylva_compile.passes.sample_weight_gradients import RewriteResult
 
 log = logging.getLogger(__name__)
@@ -98,13 +99,13 @@ def _share_channels(states: States, compiled_before: Set[str], groups: Iterable[
 
 def _same_in_all_layers(states: States, compiled_before: Set[str], group: set[str]) -> list[set[str]]:
     """Return `group` and, where all of its weights are of one layer, the sets of the same weights in other layers."""
-    if len({_numbers(name) for name in group}) > 1:
+    if len({layer_numbers(name) for name in group}) > 1:
         return [group]
     patterns = {_pattern(name) for name in group}
     layers: dict[tuple[str, ...], set[str]] = {}
     for name in states:
         if _pattern(name) in patterns:
-            layers.setdefault(_numbers(name), set()).add(name)
+            layers.setdefault(layer_numbers(name), set()).add(name)
     return [layer for layer in layers.values() if layer == group or (len(layer) > 1 and not layer & compiled_before)]
 
 
@@ -137,10 +138,6 @@ def _unequal_peers(states: States, name: str) -> list[BlockState]:
         if _pattern(other) == _pattern(name) and state.mask.shape == states[name].mask.shape
     ]
     return peers if len({state.layout.sizes for state in peers}) > 1 else []
-
-
-def _numbers(name: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"(?<![^.])\d+(?![^.])", name))
 
 
 def _pattern(name: str) -> str:

@@ -42,9 +42,9 @@ _MOST_TRIES = 100
 class LayerSchedule:
     """Trains the blocks of a few layers at a time; call `step()` after each `optimizer.step()`.
 
-    Blocks of the other layers get no gradient, so that no optimizer changes them or their states. The
-    backward pass ends at the lowest layer that is trained, if nothing below requires grad; `report()` names what does.
-    Weights outside of the layers (a head) are trained at every step.
+    Blocks of the other layers get no gradient, so that no optimizer changes them or their states. The backward pass
+    ends at the lowest layer that is trained, if nothing below requires grad; `report()` names what does. Weights
+    outside of the layers (a head) are trained at every step.
 
     Make the schedule after the optimizer, which gets all blocks (`masks.parameters()`), and after
     DistributedDataParallel, which needs `find_unused_parameters=True`: a Trainer's optimizer and

@@ -32,8 +32,8 @@ _FORMAT = "sylva-moving-blocks-1"
 class MovingBlocks:
     """Moves the blocks of every weight to other places, every few steps.
 
-    Few blocks are trained at any time, and in the end all of a weight has learnt. Time and memory are those of the few,
-    but for the values from before training, which are kept on the CPU: at most one copy of the masked weights.
+    Few blocks are trained at any time, and over many moves nearly all of a weight is. Time and memory are those of the
+    few, but for the values from before training, which are kept on the CPU: at most one copy of the masked weights.
 
         schedule = sylva_compile.schedules.MovingBlocks(masks, every=8)
         for batch in loader:

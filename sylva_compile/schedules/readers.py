@@ -1,17 +1,16 @@
 """Weights that may read one activation, told by their names and shapes."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.scope import layer_numbers
 
 
 def groups_of_readers(states: Mapping[str, BlockState]) -> dict[tuple[Any, ...], list[str]]:
     """Return the names of weights that may read one activation: those of one layer with one input width."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, state in states.items():
-        numbers = tuple(re.findall(r"(?<![^.])\d+(?![^.])", name))
         width = state.mask.shape[state.layout.input_axis]
-        groups.setdefault((numbers, width, state.mask.block_size), []).append(name)
+        groups.setdefault((layer_numbers(name), width, state.mask.block_size), []).append(name)
     return groups

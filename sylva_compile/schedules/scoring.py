@@ -1,4 +1,4 @@
-"""What `MovingBlocks` learns about all blocks of a weight before a move: norms of gradients, or gains from a trace."""
+"""Scores of all blocks of a weight, which `MovingBlocks` reads before a move: gradient norms, or gains of a trace."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping

@@ -19,7 +19,7 @@ FILE = "sylva_schedule.pt"
 
 
 class Schedule(Protocol):
-    """What `MovingBlocks` and `LayerSchedule` have in common."""
+    """A schedule that the callback can run: `MovingBlocks` or `LayerSchedule`."""
 
     def step(self) -> None:
         """Follow a step of the optimizer."""

@@ -14,8 +14,9 @@ from torch._dynamo.utils import counters
 import sylva_compile
 from sylva_compile import Masks
 from sylva_compile.blocks.embed import block_states
+from sylva_compile.blocks.scope import layer_numbers
 from sylva_compile.compiler import backend as backend_module
-from sylva_compile.compiler.retrace import _numbers, _pattern, _same_in_all_layers
+from sylva_compile.compiler.retrace import _pattern, _same_in_all_layers
 from sylva_compile.kernels.sddmm.op import sddmm
 from sylva_compile.kernels.sddmm.shared_op import sddmm_shared
 from sylva_compile.passes import runner
@@ -106,7 +107,7 @@ class TestSharedActivations:
         assert _same_in_all_layers(states, set(), across) == [across]
 
     def test_numbers_of_layers_are_whole_parts_of_a_name(self) -> None:
-        assert _numbers("layers.10.w1.weight") == ("10",)
+        assert layer_numbers("layers.10.w1.weight") == ("10",)
         assert _pattern("layers.10.w1.weight") == "layers.*.w1.weight"
 
 

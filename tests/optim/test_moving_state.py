@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from newton_schulz import newton_schulz
 from oracle import assert_invariant
 from torch import Tensor, nn
 
@@ -36,18 +37,6 @@ class TwinOfLion(torch.optim.Optimizer):
         p.doubtful = getattr(p, "doubtful", False) | (mixed.abs() < 1e-6)
         p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(mixed.sign(), alpha=group["lr"])
         self.momentum = beta2 * self.momentum + (1 - beta2) * p.grad
-
-
-def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """torch's iteration, which rounds to bfloat16, in the dtype of `matrix`."""
-    a, b, c = coefficients
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.mT if tall else matrix
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
 
 
 CASES: dict[str, tuple[type[GeneratedOptimizer], Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {

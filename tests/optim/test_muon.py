@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from newton_schulz import newton_schulz
 from oracle import assert_invariant, random_masks
 from torch import Tensor, nn
 
@@ -20,18 +21,6 @@ from sylva_compile.errors import ArgumentError, GradientError
 from sylva_compile.kernels.step.cpu import CpuLaunch
 from sylva_compile.kernels.step.eager import EagerLaunch
 from sylva_compile.optim import AdamW, Muon, launches
-
-
-def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """torch's iteration, which rounds to bfloat16, in the dtype of `matrix`."""
-    a, b, c = coefficients
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.mT if tall else matrix
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
 
 
 @pytest.fixture(autouse=True)
