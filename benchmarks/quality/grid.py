@@ -121,6 +121,10 @@ def group_of(parts: Mapping[str, Any]) -> str:
     return json.dumps({k: v for k, v in parts.items() if k not in ("learning_rate", "seed")}, sort_keys=True)
 
 
+Rowset = Mapping[str, Mapping[str, Any]]
+"""The rows of runs, by `Run.key`."""
+
+
 class GridError(ValueError):
     """A grid file asks for something that cannot be run."""
 
@@ -137,6 +141,8 @@ class Grid:
         settings: the settings of every run.
         vary: values of single settings, changed one at a time.
         learning_rates: the learning rates that every method chooses from.
+        walk: whether a line tries the middle three of them first and goes on past the best one until that has tried
+            neighbours; otherwise every line tries all.
         seeds: runs with the first seed choose each method's learning rate; all seeds are then reported at that rate.
     """
 
@@ -148,15 +154,16 @@ class Grid:
     vary: Mapping[str, Sequence[Any]]
     learning_rates: Sequence[float]
     seeds: Sequence[int]
+    walk: bool = False
 
     @classmethod
     def read(cls, path: Path) -> "Grid":
         """Read and check a TOML file. Raises GridError for unknown or missing names."""
         with path.open("rb") as file:
             said = tomllib.load(file)
-        known = {"tasks", "methods", "settings", "vary", "learning_rates", "seeds"}
+        known = {"tasks", "methods", "settings", "vary", "learning_rates", "seeds", "walk"}
         _check(path, set(said) <= known, f"unknown keys {sorted(set(said) - known)}; use {sorted(known)}")
-        missing = known - {"settings", "vary"} - set(said)
+        missing = known - {"settings", "vary", "walk"} - set(said)
         _check(path, not missing, f"{sorted(missing)} missing; add them")
         hub = {name: table.pop("hub") for name, table in said["tasks"].items() if "hub" in table}
         for name in said["tasks"]:
@@ -181,6 +188,7 @@ class Grid:
             vary=said.get("vary", {}),
             learning_rates=said["learning_rates"],
             seeds=said["seeds"],
+            walk=said.get("walk", False),
         )
 
     def about(self, task: str) -> Task:
@@ -205,9 +213,22 @@ class Grid:
                 found.setdefault(run.group(), run)
         yield from found.values()
 
-    def tuning(self, group: Run) -> list[Run]:
-        """Return the runs that choose the learning rate of a line."""
-        return [replace(group, learning_rate=rate, seed=self.seeds[0]) for rate in self.learning_rates]
+    def tuning(self, group: Run, rows: Rowset) -> list[Run]:
+        """Return the runs that choose the learning rate of a line, with `rows` the rows of runs by `Run.key`.
+
+        Where the grid walks, more runs may follow from the rows of these; when all have rows, the choice is made.
+        """
+        runs = [replace(group, learning_rate=rate, seed=self.seeds[0]) for rate in sorted(self.learning_rates)]
+        if not self.walk:
+            return runs
+        middle = len(runs) // 2
+        wanted = set(range(max(0, middle - 1), min(middle + 2, len(runs))))
+        tried = {at for at, run in enumerate(runs) if run.key() in rows}
+        if wanted <= tried:
+            rate = best_learning_rate([rows[runs[at].key()] for at in tried])
+            best = next(at for at in tried if runs[at].learning_rate == rate)
+            wanted |= {best - 1, best + 1} & set(range(len(runs)))
+        return [runs[at] for at in sorted(wanted | tried)]
 
     def reported(self, group: Run, learning_rate: float) -> list[Run]:
         """Return the runs that a line reports."""

@@ -3,9 +3,10 @@
     python -m benchmarks.quality.run --grid benchmarks/quality/grids/small.toml
 
 Rows go to benchmarks/results/quality/<grid>.jsonl. A run that has a row is skipped, so an interrupted grid continues
-where it stopped. At the first seed, each method runs with every learning rate of the grid; at the other seeds, it runs
-with the learning rate of the best validation metric. `benchmarks.quality.tables` prints the tables. `--processes 2`
-does two runs at a time, each with half of the threads.
+where it stopped. At the first seed, each method runs with every learning rate of the grid; with `walk = true` it starts
+with the middle ones and goes on until the best has tried neighbours. At the other seeds, it runs with the learning rate
+of the best validation metric. `benchmarks.quality.tables` prints the tables. `--processes 2` does two runs at a time,
+each with half of the threads.
 
 SST-2, CoLA and E2E are read from --data. Tasks that a grid describes by a table `[tasks.NAME.hub]` take data and models
 from huggingface.co, or from folders. The model "small-gpt2" is pre-trained first, and kept in out/pretrained/.
@@ -33,7 +34,7 @@ import sylva_compile
 from benchmarks.command import parser_of
 from benchmarks.peak import peak_above
 from benchmarks.quality.cost import beside_floor
-from benchmarks.quality.grid import Grid, Run, best_learning_rate
+from benchmarks.quality.grid import Grid, Rowset, Run, best_learning_rate
 from benchmarks.quality.methods import METHODS, Budgeted
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks import Batch, Data, Sizes, TaskError, head_of, on
@@ -200,13 +201,20 @@ def run_grid(
     runner = Runner(data, time.monotonic() + seconds, device)
     lines = [group for group in grid.groups() if not only or group.task in only][part[0] - 1 :: part[1]]
     for group in lines:
-        _do(runner, grid.tuning(group), rows)
+        while not _is_tuned(grid, group, rows.read()):
+            _do(runner, grid.tuning(group, rows.read()), rows)
     known = rows.read()
-    chosen = {line.group(): best_learning_rate([known[run.key()] for run in grid.tuning(line)]) for line in lines}
+    chosen = {
+        line.group(): best_learning_rate([known[run.key()] for run in grid.tuning(line, known)]) for line in lines
+    }
     # Runs go seed by seed: if there is no time for all, every line still has about as many seeds as the others.
     for at in range(len(grid.seeds)):
         for line in lines:
             _do(runner, [grid.reported(line, chosen[line.group()])[at]], rows)
+
+
+def _is_tuned(grid: Grid, line: Run, rows: Rowset) -> bool:
+    return all(run.key() in rows for run in grid.tuning(line, rows))
 
 
 def _check_base(runner: Runner, run: Run, rows: Rows) -> None:

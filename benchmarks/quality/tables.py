@@ -61,7 +61,7 @@ def lines_of(grid: Grid, rows: Rows) -> list[Line]:
     known = rows.read()
     lines = []
     for group in grid.groups():
-        tuning = [known.get(run.key()) for run in grid.tuning(group)]
+        tuning = [known.get(run.key()) for run in grid.tuning(group, known)]
         done = [row for row in tuning if row is not None]
         if len(done) < len(tuning):
             continue

@@ -417,6 +417,27 @@ class TestGrid:
         rows[0]["run"]["learning_rate"], rows[0]["result"]["validation"]["metric"] = 4, float("nan")
         assert best_learning_rate(rows) == 3
 
+    @pytest.mark.parametrize(
+        ("best", "tried"), [(3, [2, 3, 4]), (5, [2, 3, 4, 5, 6]), (0, [0, 1, 2, 3, 4]), (6, [2, 3, 4, 5, 6])]
+    )
+    def test_a_walk_ends_where_the_best_learning_rate_has_tried_neighbours(
+        self, tmp_path: Path, best: int, tried: list[int]
+    ) -> None:
+        rates = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+        grid = Grid.read(grid_file(tmp_path, learning_rates=str(rates), walk="true"))
+        line = next(grid.groups())
+        rows: dict[str, Any] = {}
+        while missing := [run for run in grid.tuning(line, rows) if run.key() not in rows]:
+            for run in missing:
+                loss = abs(rates.index(run.learning_rate) - best)
+                result = {"validation": {"metric": 0.0, "loss": loss}}
+                rows[run.key()] = {"run": run.parts(), "result": result}
+        found = [run.learning_rate for run in grid.tuning(line, rows)]
+        assert found == [rates[at] for at in tried]
+        # Rows of rates that the walk would not have tried take part in the choice.
+        every = replace(grid, walk=False).tuning(line, rows)
+        assert [run.learning_rate for run in every] == rates
+
     def test_what_a_method_does_not_look_at_makes_no_new_run(self, tmp_path: Path) -> None:
         path = grid_file(tmp_path, vary="{ sparsity = [0.5, 0.9, 0.95], samples = [16] }")
         groups = list(Grid.read(path).groups())
