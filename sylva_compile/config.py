@@ -19,7 +19,7 @@ import torch
 
 from sylva_compile.errors import ArgumentError
 
-Method = Literal["sylva", "kfac", "fisher", "magnitude", "random"]
+Method = Literal["sylva", "kfac", "fisher", "magnitude", "lift", "random"]
 Score = Literal["greedy", "gain", "paper"]
 Allocation = Literal["layer", "global"]
 Scope = str | Sequence[str]
@@ -60,14 +60,20 @@ class SylvaConfig:
     num_partitions: int = field(
         default=4, metadata=_about('depth K of the hierarchical factors of "sylva"; `score="gain"` does not use it')
     )
-    rank: int = field(default=8, metadata=_about("rank r of the hierarchical factors' off-diagonal parts"))
+    rank: int = field(
+        default=8,
+        metadata=_about("rank r of the hierarchical factors' off-diagonal parts; of the weight's part for \"lift\""),
+    )
     num_samples: int = field(
         default=1024,
         metadata=_about("sequences to trace, over all ranks together; the log warns if the loader ends before that"),
     )
     method: Method = field(
         default="sylva",
-        metadata=_about('"sylva", "kfac" (exact dense factors), "fisher" (squared gradients), "magnitude" or "random"'),
+        metadata=_about(
+            '"sylva", "kfac" (exact dense factors), "fisher" (squared gradients), "magnitude", "lift" (magnitude of '
+            'the weight\'s part of rank r) or "random"'
+        ),
     )
     score: Score = field(
         default="greedy",
@@ -191,7 +197,7 @@ class SylvaConfig:
     @property
     def needs_data(self) -> bool:
         """Whether the method needs a loader."""
-        return self.method not in ("magnitude", "random")
+        return self.method not in ("magnitude", "lift", "random")
 
     @property
     def is_greedy(self) -> bool:

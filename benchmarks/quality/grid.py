@@ -64,7 +64,7 @@ class Settings:
 
 
 _BUDGET = frozenset({"sparsity", "block_size", "scope"})
-_TRACE = frozenset({"samples", "partitions", "rank"})
+_TRACE = frozenset({"samples", "partitions"})
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Run:
         """Return all settings that affect the result, without those that this method does not use."""
         kind = METHODS[self.options["kind"]]
         unused = (set() if kind.has_budget else _BUDGET) | (set() if kind.is_traced(self.options) else _TRACE)
+        unused |= set() if kind.has_rank(self.options) else {"rank"}
         settings = {name: value for name, value in asdict(self.settings).items() if name not in unused}
         return {
             "task": self.task,

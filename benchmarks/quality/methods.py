@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import sylva_compile
-from benchmarks.quality import optimizers
+from benchmarks.quality import layerwise, optimizers
 from benchmarks.quality.optimizers import Groups, MakeOptimizer
 from benchmarks.quality.tasks import head_of, heads_of
 from benchmarks.quality.traces import PATTERNS, Scores, budget_elements, choose_once
@@ -88,11 +88,21 @@ class Method:
         """Return whether the method, with these options, traces data before it trains."""
         return options.get("trace") in ("sylva", "kfac", "fisher")
 
+    def has_rank(self, options: Mapping[str, Any]) -> bool:
+        """Return whether the method, with these options, uses the grid's `rank`."""
+        return self.is_traced(options) or options.get("trace") == "lift"
+
 
 def prepare_full(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
     """Prepare full fine-tuning, which trains every parameter."""
     make = optimizers.for_dense(model, options)
     return Ready(model.requires_grad_(True), _besides_head(model), lambda: _state_bytes(model), make)
+
+
+def prepare_layers(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
+    """Prepare BAdam or LISA, which train whole layers, few at a time."""
+    layers = layerwise.KINDS[options["kind"]](model, options, budget.scope, seed)
+    return Ready(model, layers.trained, lambda: _state_bytes(model), layers.optimizer, after_step=layers.step)
 
 
 def prepare_sharded(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
@@ -248,6 +258,8 @@ _OF_BLOCKS = {"trace", "score", "damping", "pattern", "allocation", "prune", "sp
 METHODS = {
     "full": Method(prepare_full, has_budget=False, options=optimizers.OPTIONS),
     "sharded": Method(prepare_sharded, has_budget=False),
+    "badam": Method(prepare_layers, has_budget=False, options=layerwise.OPTIONS - {"layers"}),
+    "lisa": Method(prepare_layers, has_budget=False, options=layerwise.OPTIONS),
     "head": Method(prepare_head, has_budget=False),
     "lora": Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity"}),
     "dora": Method(prepare_peft),
@@ -266,6 +278,8 @@ def check_options(options: Mapping[str, Any]) -> str | None:
     if strange:
         return f"unknown options {sorted(strange)}; kind={kind!r} takes {sorted(METHODS[kind].options)}"
     if problem := optimizers.check(options):
+        return problem
+    if kind in layerwise.KINDS and (problem := layerwise.check(options)):
         return problem
     if not 0 < options.get("sparsity", 0.5) < 1:
         return f"sparsity={options['sparsity']}; use the share of the blocks that stay frozen, between 0 and 1"

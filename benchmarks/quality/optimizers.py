@@ -1,20 +1,25 @@
 """The optimizers that the methods of a grid may be trained with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pytorch_optimizer import GaLore
 from torch import nn
 
 import sylva_compile
 from benchmarks.quality.tasks import head_of
 from sylva_compile.optim import Muon
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "galore")
 """The values of a method's option `optimizer`; "adamw" where it has none."""
 
-OPTIONS = frozenset({"optimizer", "momentum"})
-"""The options of a method that choose its optimizer. `momentum` is Muon's, or the first of AdamW's betas."""
+OPTIONS = frozenset({"optimizer", "momentum", "rank", "refresh"})
+"""The options of a method that choose its optimizer.
+
+`momentum` is Muon's, or the first of AdamW's betas. GaLore alone has `rank`, that of the space of its moments, and
+`refresh`, the number of steps after which it chooses another space.
+"""
 
 Groups = list[dict[str, Any]]
 MakeOptimizer = Callable[[Groups], torch.optim.Optimizer]
@@ -27,7 +32,9 @@ def for_dense(model: nn.Module, options: Mapping[str, Any]) -> MakeOptimizer:
         return lambda groups: torch.optim.AdamW(groups, betas=betas, weight_decay=0.0, fused=True)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     others = embeddings | {id(parameter) for parameter in head_of(model)}
-    return lambda groups: MuonAndAdamW(groups, others, options.get("momentum", 0.95))
+    if options["optimizer"] == "muon":
+        return lambda groups: MuonAndAdamW(groups, others, options.get("momentum", 0.95))
+    return lambda groups: _galore(groups, others, options, betas)
 
 
 def for_blocks(options: Mapping[str, Any]) -> MakeOptimizer:
@@ -36,6 +43,32 @@ def for_blocks(options: Mapping[str, Any]) -> MakeOptimizer:
         return lambda groups: sylva_compile.AdamW(groups, betas=(options.get("momentum", 0.9), 0.999))
     momentum = options.get("momentum", 0.95)
     return lambda groups: Muon([groups[0], *({**each, "rule": "adamw"} for each in groups[1:])], momentum=momentum)
+
+
+def _galore(
+    groups: Groups, elementwise: set[int], options: Mapping[str, Any], betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """Return GaLore (Zhao et al., 2024) for matrices, and AdamW for the rest."""
+    low_rank = {
+        "rank": options["rank"],
+        "update_proj_gap": options["refresh"],
+        "scale": 1.0,
+        "projection_type": "std",
+    }
+    divided = [
+        {**group, "params": chosen, **(low_rank if matrices else {})}
+        for group in groups
+        for matrices, chosen in _divided(group["params"], elementwise)
+    ]
+    return GaLore(divided, betas=betas)
+
+
+def _divided(parameters: Sequence[nn.Parameter], elementwise: set[int]) -> Iterator[tuple[bool, list[nn.Parameter]]]:
+    """Yield whether the parameters are matrices to step as such, and the parameters; those in `elementwise` are not."""
+    for matrices in (True, False):
+        chosen = [p for p in parameters if (p.dim() == 2 and id(p) not in elementwise) == matrices]
+        if chosen:
+            yield matrices, chosen
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -48,10 +81,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         """Divide each group; `elementwise` holds the ids of the matrices that AdamW steps; `momentum` is Muon's."""
         divided: Groups = []
         for group in groups:
-            for matrices in (True, False):
-                chosen = [p for p in group["params"] if (p.dim() == 2 and id(p) not in elementwise) == matrices]
-                if chosen:
-                    divided.append({**group, "params": chosen, "matrices": matrices})
+            for matrices, chosen in _divided(group["params"], elementwise):
+                divided.append({**group, "params": chosen, "matrices": matrices})
         super().__init__(divided, {})
         self._inner: list[torch.optim.Optimizer] = []
         for matrices in (True, False):
@@ -82,6 +113,11 @@ def check(options: Mapping[str, Any]) -> str | None:
     name, momentum = options.get("optimizer", "adamw"), options.get("momentum", 0.9)
     if name not in OPTIMIZERS:
         return f"optimizer={name!r}; use one of {OPTIMIZERS}"
+    if name == "galore" and options["kind"] != "full":
+        return "optimizer='galore' is for kind='full'; use 'adamw' or 'muon'"
+    for each in ("rank", "refresh"):
+        if (each in options) != (name == "galore"):
+            return f"{each} {'given' if each in options else 'missing'}; optimizer='galore' takes it, and no other"
     if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
         return f"momentum={momentum!r}; use a number from 0 to 1, without 1"
     return None

@@ -127,7 +127,10 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, Any]:
 
 def _state(optimizer: Any) -> list[Tensor]:
     """Return every tensor of an optimizer's state."""
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    # GaLore keeps the basis of its space in an object.
+    values = [getattr(value, "ortho_matrix", value) for value in values]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _check_gradients(parameters: Sequence[nn.Parameter]) -> None:

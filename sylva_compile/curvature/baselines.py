@@ -1,10 +1,14 @@
-"""First-order and data-free baselines for the second-order scores: squared gradients, magnitudes, random scores."""
+"""First-order and data-free baselines for the second-order scores.
+
+They are squared gradients, magnitudes, the magnitudes of a weight's low-rank part, and random scores.
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.base import SCORING_COPIES, Curvature, EstimatorMemory, sum_tiles
 from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.kernels.blocks import grid_shape
@@ -40,21 +44,40 @@ class SquaredGradient(Curvature):
         return sum_tiles(self.squares.double(), block_size).cpu()
 
 
-def magnitude_scores(weight: Tensor, block_size: int) -> Tensor:
+def magnitude_scores(weight: Tensor, config: SylvaConfig) -> Tensor:
     """Return the sum of squared weights in each block of `weight [m, n]`, `[ceil(m/b), ceil(n/b)]`; needs no data."""
-    return sum_tiles(weight.detach().double().square(), block_size).cpu()
+    return sum_tiles(weight.detach().double().square(), config.block_size).cpu()
 
 
-def random_scores(weight: Tensor, block_size: int) -> Tensor:
+def lift_scores(weight: Tensor, config: SylvaConfig) -> Tensor:
+    """Return the sum of squares in each block of the best approximation of `weight [m, n]` of rank `config.rank`.
+
+    LIFT (Liu et al., ICML 2025) trains the entries that are largest in this approximation; here blocks take the place
+    of entries, `[ceil(m/b), ceil(n/b)]`. Needs no data. The approximation comes from a randomised SVD on the CPU, whose
+    directions are drawn from torch's global generator.
+    """
+    values = weight.detach().cpu().to(torch.promote_types(weight.dtype, torch.float32))
+    rank = min(config.rank, *values.shape)
+    u, s, v = torch.svd_lowrank(values, q=min(rank + _OVERSAMPLED, *values.shape), niter=_POWER_ITERATIONS)
+    low_rank = (u[:, :rank] * s[:rank]) @ v[:, :rank].t()
+    return sum_tiles(low_rank.double().square_(), config.block_size)
+
+
+_OVERSAMPLED = 16
+_POWER_ITERATIONS = 4
+
+
+def random_scores(weight: Tensor, config: SylvaConfig) -> Tensor:
     """Return uniform random scores `[ceil(m/b), ceil(n/b)]` for the blocks of `weight [m, n]`; needs no data.
 
     They come from torch's global generator, so that `torch.manual_seed` determines the masks.
     """
-    return torch.rand(grid_shape(weight.shape, block_size), dtype=torch.float64, device="cpu")
+    return torch.rand(grid_shape(weight.shape, config.block_size), dtype=torch.float64, device="cpu")
 
 
-SCORES_WITHOUT_DATA: dict[str, Callable[[Tensor, int], Tensor]] = {
+SCORES_WITHOUT_DATA: dict[str, Callable[[Tensor, SylvaConfig], Tensor]] = {
     "magnitude": magnitude_scores,
+    "lift": lift_scores,
     "random": random_scores,
 }
-"""The methods that need no data: name to a function of a weight and the block size."""
+"""The methods that need no data: name to a function of a weight and the configuration."""

@@ -50,7 +50,7 @@ def score_without_data(weights: Mapping[str, nn.Parameter], config: SylvaConfig)
     """Score blocks by the weights alone; torch's random state is as before afterwards."""
     score = SCORES_WITHOUT_DATA[config.method]
     with torch.random.fork_rng(devices=[]):
-        return Scored({name: score(weight, config.block_size) for name, weight in weights.items()})
+        return Scored({name: score(weight, config) for name, weight in weights.items()})
 
 
 def score_by_tracing(
@@ -66,7 +66,7 @@ def score_by_tracing(
     """Score blocks by the curvature that estimators gather while `model` runs over `loader`; see `trace_and_mask`."""
     if loader is None:
         raise ArgumentError(
-            f"method={config.method!r} needs a loader of batches; give one, or use 'magnitude' or 'random'."
+            f"method={config.method!r} needs a loader of batches; give one, or use 'magnitude', 'lift' or 'random'."
         )
     if torch.is_inference_mode_enabled():
         raise TraceError("A trace needs gradients, and torch.inference_mode() gives none; trace outside of it.")

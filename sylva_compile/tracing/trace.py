@@ -45,7 +45,7 @@ def trace_and_mask(
 
     Args:
         model: the model to fine-tune, in memory, not yet embedded.
-        loader: batches; None with "magnitude" and "random". A mapping is called as `model(**batch).loss`.
+        loader: batches; None with "magnitude", "lift" and "random". A mapping is called as `model(**batch).loss`.
         config: the settings; None: the defaults of SylvaConfig.
         loss_fn: `loss_fn(model, batch) -> scalar`, for batches that are no mappings or models without `.loss`.
         process_group: every rank traces its share of the samples, and all end with the same masks.

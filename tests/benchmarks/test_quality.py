@@ -70,7 +70,10 @@ def chance_scores(model: nn.Module) -> Scores:
 
 
 METHODS_TO_TRY: dict[str, Mapping[str, Any]] = {
-    **{kind: {"kind": kind} for kind in METHODS if kind != "blocks"},
+    **{kind: {"kind": kind} for kind in METHODS if kind not in ("blocks", "badam", "lisa")},
+    "badam": {"kind": "badam", "every": 2},
+    "lisa": {"kind": "lisa", "every": 2, "layers": 1},
+    "galore": {"kind": "full", "optimizer": "galore", "rank": 2, "refresh": 2},
     "blocks": CHANCE,
     "columns": {**CHANCE, "pattern": "columns"},
     "rectangle": {**CHANCE, "pattern": "rectangle"},
@@ -197,6 +200,14 @@ class TestMethods:
         assert check_options({**CHANCE, "optimizer": "lion"}) is not None
         assert check_options({**CHANCE, "optimizer": "muon", "momentum": 1.0}) is not None
         assert check_options({"kind": "full", "optimizer": "muon", "momentum": 0.8}) is None
+        assert check_options({"kind": "lora", "optimizer": "galore", "rank": 4, "refresh": 10}) is not None
+        assert check_options({"kind": "full", "optimizer": "galore", "rank": 4}) is not None
+        assert check_options({"kind": "full", "rank": 4}) is not None
+        assert check_options({"kind": "full", "optimizer": "galore", "rank": 4, "refresh": 10}) is None
+        assert check_options({"kind": "badam"}) is not None
+        assert check_options({"kind": "badam", "every": 10, "layers": 2}) is not None
+        assert check_options({"kind": "lisa", "every": 10, "layers": 0}) is not None
+        assert check_options({"kind": "lisa", "every": 10}) is None
         assert check_options(CHANCE) is None
 
 

@@ -264,7 +264,7 @@ class TestLeftAsFound:
 
 
 class TestMethods:
-    @pytest.mark.parametrize("method", ["magnitude", "random"])
+    @pytest.mark.parametrize("method", ["magnitude", "lift", "random"])
     def test_no_loader_needed(self, method: str) -> None:
         masks = sylva_compile.trace_and_mask(small(), method=method, **OPTIONS)
         assert [mask.nnz for mask in masks.values()] == [11, 8]
