@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sylva_compile.blocks.masks import Masks
     from sylva_compile.blocks.parameters import print_trainable_parameters
     from sylva_compile.compiler.backend import backend
+    from sylva_compile.compiler.layers import compile_layers
     from sylva_compile.config import SylvaConfig
     from sylva_compile.errors import SylvaError
     from sylva_compile.optim.optimizers import AdamW
@@ -29,6 +30,7 @@ __all__ = [
     "SylvaError",
     "__version__",
     "backend",
+    "compile_layers",
     "errors",
     "estimate",
     "load_adapter",
@@ -48,6 +50,7 @@ _MODULES = {
     "SylvaConfig": "config",
     "SylvaError": "errors",
     "backend": "compiler.backend",
+    "compile_layers": "compiler.layers",
     "estimate": "tracing.trace",
     "load_adapter": "adapters.loading",
     "merge_and_unload": "adapters.loading",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sylva_compile._torch import compiled_call, set_compiled_call
+from sylva_compile.blocks.compile_units import compile_units
 from sylva_compile.errors import TraceError
 from sylva_compile.kernels.observe import observing
 from sylva_compile.tracing.batches import LossFn, count_sequences, loss_of, tensors_of, to_device
@@ -115,7 +116,7 @@ def observe(
 
     device = next(iter(weights.values())).device
     with _untouched(model, weights.values()), compilations_forgotten(), observing(listen):
-        compiled = torch.compile(model, backend=capture_backend(miss))
+        compiled = _compiled(model, weights.values(), capture_backend(miss))
         bar = tqdm(
             total=num_samples,
             initial=min(done.sequences, num_samples),
@@ -162,6 +163,16 @@ def observe(
             num_samples,
         )
     return done
+
+
+def _compiled(model: nn.Module, weights: Iterable[nn.Parameter], backend: Callable[..., Any]) -> nn.Module:
+    """Compile the layers of `model` in place, so that they share one graph, or else the model; return what to call."""
+    units = compile_units(model, weights)
+    if units is None:
+        return torch.compile(model, backend=backend)  # type: ignore[return-value]
+    for unit in units:
+        unit.compile(backend=backend)
+    return model
 
 
 def observed(weights: Iterable[str], progress: TraceProgress) -> list[str]:
@@ -215,12 +226,12 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
                 config.use_cache = False  # type: ignore[union-attr]
             yield
         finally:
+            for module in modes:
+                set_compiled_call(module, compiled.get(module))
             if use_cache:
                 config.use_cache = use_cache  # type: ignore[union-attr]
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
-            for module, call in compiled.items():
-                set_compiled_call(module, call)
             for module, mode in modes.items():
                 module.training = mode
 

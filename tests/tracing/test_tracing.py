@@ -16,8 +16,10 @@ from trace_two_ranks import METHODS, model_and_data
 
 import sylva_compile
 from sylva_compile import Masks
+from sylva_compile._torch import compiled_call
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.errors import ArgumentError, EmbedError, ScopeError, TraceError
+from sylva_compile.tracing import capture, observation
 
 OPTIONS: dict[str, Any] = {"block_size": 8, "sparsity": 0.7, "progress": False}
 
@@ -57,6 +59,33 @@ class TestWhatIsSeen:
         masks = sylva_compile.trace_and_mask(case.model, [case.batch] * 2, num_samples=8, **OPTIONS)
         every = sylva_compile.trace_and_mask(case.model, method="random", **OPTIONS)
         assert list(masks) == list(every)
+
+    def test_layers_share_one_graph_however_deep_the_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        graphs: list[int] = []
+        compile_eagerly = capture.compile_eagerly
+
+        def count(*args: Any) -> Any:
+            graphs.append(1)
+            return compile_eagerly(*args)
+
+        monkeypatch.setattr(capture, "compile_eagerly", count)
+        case = tiny("llama", layers=6)
+        masks = sylva_compile.trace_and_mask(case.model, [case.batch] * 2, num_samples=8, **OPTIONS)
+        assert len(masks) == 6 * 7
+        # The input of the first layer has no gradient, so that layer has a graph of its own.
+        assert len(graphs) == 2
+        assert not any(compiled_call(module) for module in case.model.modules())
+
+    @pytest.mark.parametrize("architecture", ["llama", "t5", "roberta"])
+    def test_statistics_are_those_of_the_model_compiled_whole(
+        self, architecture: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        case = tiny(architecture)
+        options = {"num_samples": 8, "method": "kfac", "score": "gain", **OPTIONS}
+        found = sylva_compile.trace_and_mask(case.model, [case.batch] * 2, **options)
+        monkeypatch.setattr(observation, "compile_units", lambda model, weights: None)
+        whole = sylva_compile.trace_and_mask(case.model, [case.batch] * 2, **options)
+        assert dict(found) == dict(whole)
 
     def test_conv1d_masks_are_in_the_stored_orientation(self) -> None:
         case = tiny("gpt2")
