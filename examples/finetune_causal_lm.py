@@ -194,8 +194,8 @@ def run(options: argparse.Namespace) -> None:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     backend = sylva_compile.backend(masks, inner=options.inner)
-    # Compiled in place, because Trainer(torch.compile(model)) drops columns of the data and prefixes checkpoint keys.
-    model.compile(backend=backend)
+    # In place, because Trainer(torch.compile(model)) drops columns of the data and prefixes checkpoint keys.
+    sylva_compile.compile_layers(model, backend)
     trainer = Trainer(
         model,
         arguments,

@@ -134,6 +134,11 @@ def compiled_call(module: nn.Module) -> Any:
     return module._compiled_call_impl
 
 
+def uncompiled_call(module: nn.Module) -> Any:
+    """Return the call of `module` that `Module.compile` does not replace; it runs hooks and `forward`."""
+    return module._call_impl
+
+
 def set_compiled_call(module: nn.Module, call: Any) -> None:
     """Put `call` in place of the module's call; None: the module runs uncompiled."""
     module._compiled_call_impl = call

@@ -1,14 +1,19 @@
 """Compile the layers of a model in place, one by one, so that they share one compiled graph."""
 
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from sylva_compile._torch import compiled_call, set_compiled_call, uncompiled_call
 from sylva_compile.blocks.compile_units import compile_units
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import unwrap
 from sylva_compile.errors import EmbedError
+
+log = logging.getLogger(__name__)
 
 
 def compile_layers(model: nn.Module, backend: str | Callable[..., Any], **options: Any) -> int:
@@ -17,13 +22,16 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any], **option
     Layers run the same code, so they share compiled graphs, and compiling costs about as much as one layer does. A
     model without a list of layers is compiled whole, in place.
 
+    A key-value cache of transformers would need a graph for every layer. So the model's configuration gets
+    `use_cache=False`, and calls with a cache, as `generate` makes them, run uncompiled.
+
     Args:
         model: a model whose weights carry blocks; `backend(masks)` and `masks.embed(model)` put them there.
         backend: the backend of every layer: `sylva_compile.backend(masks)`, or "sylva".
         **options: further arguments of `torch.compile`.
 
     Returns:
-        The number of modules that are compiled, each of them in place.
+        The number of modules that are compiled.
 
     Raises:
         EmbedError: the model carries no blocks.
@@ -33,6 +41,25 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any], **option
     if not states:
         raise EmbedError("The model carries no blocks; call masks.embed(model) first.")
     units = compile_units(model, (state.weight for state in states.values())) or [model]
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", False):
+        log.info("The model's use_cache is off now: each layer's cache would need a compiled graph of its own.")
+        config.use_cache = False  # type: ignore[union-attr]
     for unit in units:
         unit.compile(backend=backend, **options)
+        if unit is not model:
+            set_compiled_call(unit, _without_cache(compiled_call(unit), uncompiled_call(unit)))
     return len(units)
+
+
+def _without_cache(compiled: Callable[..., Any], uncompiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a call that is `uncompiled` where it gets a key-value cache."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A cache exists only once transformers is imported, which this library does not need.
+        caches = sys.modules.get("transformers.cache_utils")
+        if caches is not None and any(isinstance(value, caches.Cache) for value in (*args, *kwargs.values())):
+            return uncompiled(*args, **kwargs)
+        return compiled(*args, **kwargs)
+
+    return call

@@ -1,6 +1,7 @@
 """Compiling a model's layers in place."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,31 @@ def test_gradients_are_those_of_the_uncompiled_model(architecture: str) -> None:
         )
     report = backend.report()
     assert report.rewritten == len(report) == len(masks)
+
+
+def test_the_key_value_cache_costs_no_graph(caplog: pytest.LogCaptureFixture) -> None:
+    case = tiny("llama", layers=6)
+    case.model.config.use_cache = case.model.generation_config.use_cache = True
+    twin = copy.deepcopy(case.model)
+    graphs: list[int] = []
+    masks = masks_of(case.model)
+    inner = sylva_compile.backend(masks, inner="aot_eager", on_miss="error")
+
+    def backend(*args: Any, **kwargs: Any) -> Any:
+        graphs.append(1)
+        return inner(*args, **kwargs)
+
+    with caplog.at_level("INFO", logger="sylva_compile"):
+        sylva_compile.compile_layers(case.model, backend)
+    assert "use_cache is off" in caplog.text
+    case.model(**case.batch).loss.backward()
+    trained = len(graphs)
+    prompt = case.batch["input_ids"][:1, :4]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    written = case.model.generate(input_ids=prompt, **options)
+    assert torch.equal(written, twin.generate(input_ids=prompt, **options))
+    # One for the first layer, whose input has no gradient, one for the others, and their second traces.
+    assert len(graphs) == trained <= 4
 
 
 def test_a_model_without_layers_is_compiled_whole() -> None:
