@@ -7,11 +7,11 @@ machine, the demo needs no network, and it takes a few minutes on a small CPU:
     python examples/demo.py
 
 It prints answers and losses before and after on modules that it was not trained on, and a table of sizes and times, and
-writes the adapter and a picture of the changes to `out/demo`.
+writes the adapter and a page about the changes to `out/demo`.
 """
 
 import argparse
-import re
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 from functions import Function, collect_functions, split_by_package
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from smollm2 import NotInstalledError, smollm2
@@ -39,8 +37,10 @@ from transformers.utils import logging as transformers_logging
 
 import sylva_compile
 from sylva_compile.optim import Muon
+from sylva_compile.reports import changes_of, history_of, write_report
 from sylva_compile.schedules import MovingBlocks
 
+TITLE = "A language model learns to write docstrings"
 LENGTH = 96
 """Tokens of every sequence, padded or cut: with one shape, the compiler makes one graph."""
 BATCH = 8
@@ -142,10 +142,11 @@ def answers_of(model: PreTrainedModel, writer: Writer, functions: Sequence[Funct
 
 def train(
     model: nn.Module, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, schedule: MovingBlocks
-) -> list[float]:
-    """Take one step per batch and return the seconds of each; the first one compiles."""
+) -> tuple[list[float], list[float]]:
+    """Take one step per batch and return the loss and the seconds of each; the first one compiles."""
     rates = get_linear_schedule_with_warmup(optimizer, max(1, len(batches) // 10), len(batches))
     model.train()
+    losses: list[float] = []
     seconds: list[float] = []
     with tqdm(batches, desc="training", unit="step") as bar:
         for batch in bar:
@@ -160,9 +161,10 @@ def train(
             rates.step()
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - started)
-            assert bool(loss.isfinite()), f"the loss is {loss.item()} at step {len(seconds)}"
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return seconds
+            losses.append(loss.item())
+            assert math.isfinite(losses[-1]), f"the loss is {losses[-1]} at step {len(losses)}"
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses, seconds
 
 
 def against_the_floor(model: PreTrainedModel, floor: PreTrainedModel, batches: Sequence[Batch], inner: str) -> float:
@@ -199,51 +201,6 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers of a model of the Llama architecture or one with the same names."""
     layers: nn.ModuleList = model.model.layers
     return layers
-
-
-def draw_changes(model: nn.Module, base: nn.Module, masks: sylva_compile.Masks, path: Path) -> None:
-    """Draw how much every block changed: a column for each kind of weight, with all layers below one another.
-
-    Args:
-        model: the trained model.
-        base: the model before training.
-        masks: the masks of `model`.
-        path: file to write the picture to.
-    """
-    maps: dict[str, list[Tensor]] = {}
-    for name, mask in masks.items():
-        kind = re.sub(r".*\.\d+\.(.+)\.weight$", r"\1", name)
-        change = (model.get_parameter(name) - base.get_parameter(name)).detach()
-        maps.setdefault(kind, []).append(_root_mean_square(change, mask.block_size))
-    top = max(float(each.max()) for kind in maps.values() for each in kind)
-    figure = Figure(figsize=(2.0 * len(maps), 0.32 * len(next(iter(maps.values()))) + 1.6), layout="constrained")
-    colours = colormaps["viridis"].with_extremes(under="#eceff1")
-    image = None
-    for axis, (kind, found) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
-        rows, columns = found[0].shape
-        gap = torch.full((1, columns), -1.0)
-        stacked = torch.cat([part for each in found for part in (each, gap)][:-1])
-        stacked[stacked == 0] = -1.0
-        image = axis.imshow(
-            stacked.numpy(), cmap=colours, aspect="auto", interpolation="nearest", vmin=top / 1e6, vmax=top
-        )
-        step = max(1, len(found) // 6)
-        axis.set_yticks([(rows + 1) * layer + (rows - 1) / 2 for layer in range(0, len(found), step)])
-        axis.set_yticklabels([str(layer) for layer in range(0, len(found), step)], fontsize=7)
-        axis.set_xticks([])
-        axis.set_title(f"{kind}\n{rows} × {columns} blocks", fontsize=8)
-    figure.supylabel("layer", fontsize=9)
-    figure.suptitle("Where the weights changed; grey was never trained", fontsize=10)
-    assert image is not None
-    figure.colorbar(image, label="root mean square change of a block", shrink=0.6, pad=0.02)
-    figure.savefig(path, dpi=150)
-
-
-def _root_mean_square(values: Tensor, block_size: int) -> Tensor:
-    """Return the root mean square of each block of a matrix; what lies beyond the edge counts as zero."""
-    down, across = (-size % block_size for size in values.shape)
-    padded = nn.functional.pad(values, (0, across, 0, down)).square()
-    return padded.unflatten(1, (-1, block_size)).unflatten(0, (-1, block_size)).mean((1, 3)).sqrt()
 
 
 def megabytes(size: int) -> str:
@@ -283,7 +240,7 @@ def run(settings: Settings, folder: Path, out: Path, console: Console) -> None:
     sylva_compile.compile_layers(model, backend)
     optimizer = Muon(masks.parameters(), lr=settings.learning_rate, momentum=0.8)
     schedule = MovingBlocks(masks, every=settings.every)
-    seconds = train(model, batches, optimizer, schedule)
+    losses, seconds = train(model, batches, optimizer, schedule)
     report = backend.report()
     assert report.rewritten == len(report) == len(masks), report
 
@@ -293,7 +250,10 @@ def run(settings: Settings, folder: Path, out: Path, console: Console) -> None:
     out.mkdir(parents=True, exist_ok=True)
     adapter = out / "adapter"
     sylva_compile.save_adapter(model, adapter)
-    draw_changes(model, base, masks, out / "changes.png")
+    log = [{"step": 1 + at, "loss": loss} for at, loss in enumerate(losses)]
+    log += [{"step": 0, "eval_loss": loss_before}, {"step": len(losses), "eval_loss": loss_after}]
+    history = history_of(log)
+    write_report(out / "report.html", changes_of(model), title=TITLE, settings=masks.config, history=history)
     whole = sum(value.numel() * value.element_size() for value in base.state_dict().values())
     share = sum(mask.trainable for mask in masks.values()) / sum(value.numel() for value in base.parameters())
     floor = against_the_floor(model, base, batches[: settings.timed], settings.inner)
@@ -305,7 +265,7 @@ def run(settings: Settings, folder: Path, out: Path, console: Console) -> None:
 
     for function, *said in zip(asked, before, after, strict=True):
         console.print(_question(function, *said))
-    table = Table(title="A language model learns to write docstrings", show_header=False)
+    table = Table(title=TITLE, show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="right")
     table.add_row("held-out loss, before", f"{loss_before:.3f}")
@@ -322,8 +282,8 @@ def run(settings: Settings, folder: Path, out: Path, console: Console) -> None:
     table.add_row("time in all", f"{time.perf_counter() - started:.0f} s")
     console.print(table)
     console.print(
-        f"Loaded onto a fresh base, the adapter gives the same answers. Adapter: {adapter}; picture of the changes: "
-        f"{out / 'changes.png'}",
+        f"Loaded onto a fresh base, the adapter gives the same answers. Adapter: {adapter}; page about the changes: "
+        f"{out / 'report.html'}",
         highlight=False,
         soft_wrap=True,
     )

@@ -37,6 +37,10 @@ class AdapterError(SylvaError, RuntimeError):
     """An adapter cannot be written, read, or applied to this model."""
 
 
+class ReportError(SylvaError, RuntimeError):
+    """A report cannot be made or written."""
+
+
 class NativeCompilerError(SylvaError, RuntimeError):
     """C++ code cannot be compiled on this machine."""
 

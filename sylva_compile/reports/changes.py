@@ -1,0 +1,87 @@
+"""How much training changed each block of each weight."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.embed import block_states
+from sylva_compile.errors import EmbedError
+from sylva_compile.kernels.blocks import grid_shape, read_blocks
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """The change of one weight since its blocks were embedded.
+
+    Attributes:
+        name: the weight's name.
+        layer: the first number in its name; None without one.
+        kind: the name without the layers' numbers and the word "weight": "self_attn.q_proj".
+        shape: `(m, n)`, as stored.
+        block_size: b.
+        change: the root mean square change of each block, `float64[ceil(m/b), ceil(n/b)]` on the CPU; NaN where no
+            block has ever been.
+        present: where the blocks are now, `bool[ceil(m/b), ceil(n/b)]`.
+        squares: the sum of the squared changes.
+    """
+
+    name: str
+    layer: int | None
+    kind: str
+    shape: tuple[int, int]
+    block_size: int
+    change: Tensor
+    present: Tensor
+    squares: float
+
+    @property
+    def trained(self) -> int:
+        """The number of blocks that have ever been trained."""
+        return int((~self.change.isnan()).sum())
+
+
+def changes_of(model: nn.Module) -> list[WeightChange]:
+    """Return the change of every weight of `model` that carries blocks, in the order of the model.
+
+    Raises:
+        EmbedError: the model carries no blocks, or the base of a weight is not known.
+    """
+    states = block_states(model)
+    if not states:
+        raise EmbedError("The model carries no blocks; load an adapter or train first.")
+    return [_change_of(name, state) for name, state in states.items()]
+
+
+def by_kind(changes: Iterable[WeightChange]) -> dict[str, list[WeightChange]]:
+    """Return the changes by kind of weight; a kind's weights keep their order."""
+    found: dict[str, list[WeightChange]] = {}
+    for change in changes:
+        found.setdefault(change.kind, []).append(change)
+    return found
+
+
+def _change_of(name: str, state: BlockState) -> WeightChange:
+    state.check_base_known()
+    state.sync()
+    b, (m, n) = state.mask.block_size, state.mask.shape
+    places, grid = state.originals.places, grid_shape((m, n), b)
+    now = read_blocks(state.weight.detach(), places.to(state.weight.device), b).cpu().double()
+    # Both hold zeros beyond the weight's edge, which are no elements of the mean.
+    squares = (now - state.originals.values.double()).square_().sum((1, 2))
+    inside = torch.minimum(torch.tensor(b), m - places[0] * b) * torch.minimum(torch.tensor(b), n - places[1] * b)
+    change = torch.full(grid, float("nan"), dtype=torch.float64)
+    change[places[0], places[1]] = (squares / inside).sqrt()
+    layer, kind = layer_and_kind(name)
+    return WeightChange(name, layer, kind, (m, n), b, change, state.mask.block_map(), float(squares.sum()))
+
+
+def layer_and_kind(name: str) -> tuple[int | None, str]:
+    """Return the first number in a weight's name, and what follows it without other numbers."""
+    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    rest = name if found is None else found[2]
+    kind = ".".join(part for part in rest.split(".") if not part.isdecimal())
+    return (None if found is None else int(found[1])), kind.removesuffix(".weight")
