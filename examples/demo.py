@@ -41,8 +41,8 @@ from sylva_compile.reports import changes_of, history_of, write_report
 from sylva_compile.schedules import MovingBlocks
 
 TITLE = "A language model learns to write docstrings"
-LENGTH = 96
-"""Tokens of every sequence, padded or cut: with one shape, the compiler makes one graph."""
+LENGTH = 64
+"""Tokens of every sequence, padded: with one shape, the compiler makes one graph."""
 BATCH = 8
 IGNORED = -100
 """Label of positions without loss, as in transformers."""
@@ -54,12 +54,12 @@ Batch = Mapping[str, Tensor]
 class Settings:
     """Size of the run."""
 
-    steps: int = 48
+    steps: int = 40
     held_out: int = 48
     questions: int = 3
-    answer_tokens: int = 40
-    traced: int = 32
-    timed: int = 5
+    answer_tokens: int = 32
+    traced: int = 16
+    timed: int = 3
     sparsity: float = 0.95
     block_size: int = 32
     every: int = 8
@@ -79,15 +79,19 @@ class Writer:
 
     def prompt(self, function: Function) -> list[int]:
         """Return the tokens of the question, up to where the answer begins."""
-        question = f"Write the docstring of {function.signature} in Python's module {function.module}."
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
+        question = f"Write the docstring of {function.signature} in {function.module}."
+        # Without words for the system, the template puts in longer ones.
+        messages = [{"role": "system", "content": "You write docstrings."}, {"role": "user", "content": question}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
+    def short_ones(self, functions: Sequence[Function]) -> list[Function]:
+        """Return the functions whose question and docstring take at most `LENGTH` tokens."""
+        return [function for function in functions if len(self._row(function)[0]) == LENGTH]
+
     def batches(self, functions: Sequence[Function]) -> list[Batch]:
-        """Return batches of `BATCH` sequences, `[BATCH, LENGTH]`; only the answers have labels. A rest is left out."""
+        """Return batches of `BATCH` sequences, `[BATCH, LENGTH]` each; only answers have labels. A rest is left out."""
         rows = [self._row(function) for function in functions]
         columns = [torch.tensor(column) for column in zip(*rows, strict=True)]
         batches = zip(*(column.split(BATCH) for column in columns), strict=True)
@@ -112,8 +116,8 @@ class Writer:
         question = self.prompt(function)
         answer = self.tokenizer(function.docstring, add_special_tokens=False)["input_ids"]
         answer = [*answer, self.tokenizer.eos_token_id]
-        tokens, labels = (question + answer)[:LENGTH], ([IGNORED] * len(question) + answer)[:LENGTH]
-        gap = LENGTH - len(tokens)
+        tokens, labels = question + answer, [IGNORED] * len(question) + answer
+        gap = max(0, LENGTH - len(tokens))
         return tokens + [self._filler()] * gap, [1] * len(tokens) + [0] * gap, labels + [IGNORED] * gap
 
     def _filler(self) -> int:
@@ -212,9 +216,9 @@ def run(settings: Settings, folder: Path, out: Path, console: Console) -> None:
     """Load, trace, compile, train, save, load again, and report."""
     started = time.perf_counter()
     train_functions, held_out = split_by_package(collect_functions(), held_out=1 / 6, seed=0)
-    held_out = held_out[: settings.held_out]
-    asked = held_out[: settings.questions]
     writer = Writer(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    train_functions, held_out = writer.short_ones(train_functions), writer.short_ones(held_out)[: settings.held_out]
+    asked = held_out[: settings.questions]
     model = load(folder)
     console.print(
         f"{len(train_functions)} functions of Python's standard library to train on, {len(held_out)} of other modules "

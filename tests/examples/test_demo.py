@@ -35,7 +35,7 @@ def tiny_chat_model(tmp_path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    chat.chat_template = "{% for m in messages %}{{ m['content'][:20] }}{% endfor %}|"
+    chat.chat_template = "{% for m in messages %}{{ m['content'][-12:] }}{% endfor %}|"
     chat.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -100,7 +100,10 @@ class TestFunctions:
 
 def test_only_answers_have_labels(demo: ModuleType, tiny_chat_model: Path) -> None:
     writer = demo.Writer(demo.AutoTokenizer.from_pretrained(tiny_chat_model))
-    functions = demo.collect_functions()[:17]
+    fitting = [demo.Function("m", f"f{at}()", f"Do it {at} times") for at in range(17)]
+    long = demo.Function("m", "g()", "Do it all " * 30)
+    functions = writer.short_ones([*fitting[:3], long, *fitting[3:]])
+    assert functions == fitting
     batches = writer.batches(functions)
     assert len(batches) == 2
     assert all(value.shape == (demo.BATCH, demo.LENGTH) for batch in batches for value in batch.values())
