@@ -10,7 +10,9 @@ from sylva_compile.version import __version__
 
 if TYPE_CHECKING:
     from sylva_compile import errors, optim, schedules
+    from sylva_compile.adapters.disabling import disable_adapter
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
+    from sylva_compile.adapters.reference import reference_model
     from sylva_compile.adapters.saving import save_adapter
     from sylva_compile.blocks.block_mask import BlockMask
     from sylva_compile.blocks.masks import Masks
@@ -29,12 +31,14 @@ __all__ = [
     "SylvaError",
     "__version__",
     "backend",
+    "disable_adapter",
     "errors",
     "estimate",
     "load_adapter",
     "merge_and_unload",
     "optim",
     "print_trainable_parameters",
+    "reference_model",
     "save_adapter",
     "schedules",
     "trace_and_mask",
@@ -48,10 +52,12 @@ _MODULES = {
     "SylvaConfig": "config",
     "SylvaError": "errors",
     "backend": "compiler.backend",
+    "disable_adapter": "adapters.disabling",
     "estimate": "tracing.trace",
     "load_adapter": "adapters.loading",
     "merge_and_unload": "adapters.loading",
     "print_trainable_parameters": "blocks.parameters",
+    "reference_model": "adapters.reference",
     "save_adapter": "adapters.saving",
     "trace_and_mask": "tracing.trace",
     "unload_adapter": "adapters.loading",

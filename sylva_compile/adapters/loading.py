@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile.adapters.format import read_adapter
-from sylva_compile.adapters.other_tensors import compare_frozen, named_tensors
+from sylva_compile.adapters.other_tensors import check_replaced, compare_frozen, named_tensors, replaced_tensors
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states, unembed
@@ -17,8 +17,6 @@ from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.errors import AdapterError
-
-_REPLACED = "_sylva_replaced"
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
@@ -38,6 +36,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     """
     wrapped, model = model, unwrap(model)
     directory = Path(directory)
+    for state in block_states(model).values():
+        state.check_enabled()
     config, tensors = read_adapter(directory)
     masks = Masks(
         {
@@ -51,7 +51,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     every = named_tensors(model)
     whole = {name: tensors[f"{name}/whole"] for name in config["modules_to_save"]}
     _check_whole(whole, every, {id(parameters[name]): name for name in masks}, directory)
-    _check_replaced(model.__dict__.get(_REPLACED, {}), every)
+    check_replaced(replaced_tensors(model), every)
     # A tensor that has several names is kept once, under the first.
     first_names = {id(tensor): name for name, tensor in reversed(every.items())}
     values = {first_names[id(every[name])]: value for name, value in whole.items()}
@@ -64,7 +64,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
             state.masks_config = dict(masks.config)
             left = tensors.get(f"{name}/left_positions", torch.empty(2, 0, dtype=torch.int64)).to(torch.int64)
             state.take_trained(tensors[f"{name}/blocks"], left, tensors.get(f"{name}/left"))
-        replaced = model.__dict__.setdefault(_REPLACED, {})
+        replaced = replaced_tensors(model)
         for name in replaced.keys() - values.keys():
             # An adapter that was loaded before replaced this tensor; this adapter was trained beside the base's.
             every[name].copy_(replaced.pop(name))
@@ -85,7 +85,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     unembed(model)
-    model.__dict__.pop(_REPLACED, None)
+    replaced_tensors(model).clear()
     return model
 
 
@@ -101,12 +101,13 @@ def unload_adapter(model: nn.Module) -> None:
             The model is as before in either case.
     """
     model = unwrap(model)
-    _check_replaced(model.__dict__.get(_REPLACED, {}), named_tensors(model))
+    check_replaced(replaced_tensors(model), named_tensors(model))
     unembed(model, restore=True)
     every = named_tensors(model)
     with torch.no_grad():
-        for name, value in model.__dict__.pop(_REPLACED, {}).items():
+        for name, value in replaced_tensors(model).items():
             every[name].copy_(value)
+    replaced_tensors(model).clear()
 
 
 def _check_whole(
@@ -125,18 +126,6 @@ def _check_whole(
             raise AdapterError(
                 f"{directory} stores {name} whole, which is {masked[id(found)]} with its blocks here; "
                 "build the model as in training, where they were two."
-            )
-
-
-def _check_replaced(replaced: Mapping[str, Tensor], every: Mapping[str, Tensor]) -> None:
-    """Raise AdapterError where a value that an adapter replaced cannot be put back."""
-    for name, value in replaced.items():
-        found = every.get(name)
-        if found is None or found.shape != value.shape:
-            here = "gone" if found is None else f"{tuple(found.shape)}"
-            raise AdapterError(
-                f"{name} was {tuple(value.shape)} when an adapter replaced its values, and is {here} now; put the "
-                "module back first, or call merge_and_unload(model) to keep the values."
             )
 
 

@@ -85,6 +85,24 @@ def compare_frozen(frozen: Mapping[str, str], every: Mapping[str, Tensor], direc
         )
 
 
+def replaced_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the values, on the CPU, that tensors had before an adapter replaced them; the model keeps this dict."""
+    found: dict[str, Tensor] = model.__dict__.setdefault("_sylva_replaced", {})
+    return found
+
+
+def check_replaced(replaced: Mapping[str, Tensor], every: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError where a value that an adapter replaced cannot be put back."""
+    for name, value in replaced.items():
+        found = every.get(name)
+        if found is None or found.shape != value.shape:
+            here = "gone" if found is None else f"{tuple(found.shape)}"
+            raise AdapterError(
+                f"{name} was {tuple(value.shape)} when an adapter replaced its values, and is {here} now; put the "
+                "module back first, or call merge_and_unload(model) to keep the values."
+            )
+
+
 def _has_values(tensor: Tensor) -> bool:
     """Whether `tensor` has values to compare; offloaded weights are on the meta device."""
     return tensor.device.type != "meta" and tensor.layout == torch.strided

@@ -82,7 +82,8 @@ def unembed(model: nn.Module, *, restore: bool = False) -> None:
         restore: put the base weights back bit for bit; otherwise the trained values stay in the dense weights.
 
     Raises:
-        EmbedError: a class was made from an embedded one since, or the base is not known; nothing is changed then.
+        EmbedError: a class was made from an embedded one since, the base is not known, or `disable_adapter` shows it;
+            nothing is changed then.
     """
     model = unwrap(model)
     states = block_states(model)
@@ -92,12 +93,13 @@ def unembed(model: nn.Module, *, restore: bool = False) -> None:
                 f"{type(module).__name__} was made from an embedded class (a parametrization?); remove that first."
             )
     for state in states.values():
+        state.check_enabled()
         state.sync()
         if restore:
             state.check_base_known()
     for state in states.values():
         if restore:
-            state.restore_base()
+            state.originals.restore(state.weight)
         state.weight.requires_grad_(state.was_trainable)
         registry.remove(state)
     for module in list(model.modules()):

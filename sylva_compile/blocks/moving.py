@@ -45,6 +45,8 @@ def move(
 
 def _check_masks(states: Mapping[str, BlockState], old: Mapping[str, BlockMask], new: Mapping[str, BlockMask]) -> None:
     """Raise MaskError or EmbedError unless the blocks of every weight in `new` can move."""
+    for state in states.values():
+        state.check_enabled()
     for name, mask in new.items():
         if name not in old:
             raise MaskError(f"These masks have no weight {name!r}; move the blocks of weights that carry some.")

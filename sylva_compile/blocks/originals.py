@@ -13,6 +13,8 @@ class Originals:
     weight, however often its blocks move.
     """
 
+    _writer: BlockWriter | None = None
+
     def __init__(self, weight: Tensor, positions: Tensor, block_size: int) -> None:
         """Keep the blocks of `weight [m, n]` at `positions int64[2, nnz]`, on the CPU."""
         self.shape, self.block_size = (int(weight.shape[0]), int(weight.shape[1])), block_size
@@ -73,12 +75,16 @@ class Originals:
 
     def fill(self, matrix: Tensor, value: float) -> None:
         """Set `matrix [m, n]` to `value` at every place."""
-        places = self.places
-        blocks = matrix.new_full((places.shape[1], self.block_size, self.block_size), value)
-        BlockWriter(self.shape, places.to(matrix.device), self.block_size).write(matrix, blocks)
+        blocks = matrix.new_full((self._count, self.block_size, self.block_size), value)
+        self.writer(matrix.device).write(matrix, blocks)
 
     def restore(self, matrix: Tensor) -> None:
         """Write the values from before training into `matrix [m, n]`, at every place."""
-        places = self.places
-        writer = BlockWriter(self.shape, places.to(matrix.device), self.block_size)
-        writer.write(matrix, self.at(places).to(matrix.device))
+        self.writer(matrix.device).write(matrix, self.values.to(matrix.device))
+
+    def writer(self, device: torch.device) -> BlockWriter:
+        """Return a writer of blocks at `places`, whose positions are on `device`; kept until places are added."""
+        known = self._writer
+        if known is None or known.positions.shape[1] != self._count or known.positions.device != device:
+            known = self._writer = BlockWriter(self.shape, self.places.to(device), self.block_size)
+        return known
