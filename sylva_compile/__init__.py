@@ -10,6 +10,7 @@ from sylva_compile.version import __version__
 
 if TYPE_CHECKING:
     from sylva_compile import errors, optim, schedules
+    from sylva_compile.adapters.changes import changed_values
     from sylva_compile.adapters.disabling import disable_adapter
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
     from sylva_compile.adapters.reference import reference_model
@@ -31,6 +32,7 @@ __all__ = [
     "SylvaError",
     "__version__",
     "backend",
+    "changed_values",
     "disable_adapter",
     "errors",
     "estimate",
@@ -52,6 +54,7 @@ _MODULES = {
     "SylvaConfig": "config",
     "SylvaError": "errors",
     "backend": "compiler.backend",
+    "changed_values": "adapters.changes",
     "disable_adapter": "adapters.disabling",
     "estimate": "tracing.trace",
     "load_adapter": "adapters.loading",

@@ -67,7 +67,7 @@ class ReferenceModel(nn.Module):
         return self._sylva_model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        model = self.__dict__.get("_sylva_model")
+        model: nn.Module | None = self.__dict__.get("_sylva_model")
         if model is None or name.startswith("__"):
             return super().__getattr__(name)
         value = getattr(model, name)
