@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
     from sylva_compile.adapters.reference import reference_model
     from sylva_compile.adapters.saving import save_adapter
+    from sylva_compile.adapters.switching import active_adapter, delete_adapter, list_adapters, set_adapter
     from sylva_compile.blocks.block_mask import BlockMask
     from sylva_compile.blocks.masks import Masks
     from sylva_compile.blocks.parameters import print_trainable_parameters
@@ -31,11 +32,14 @@ __all__ = [
     "SylvaConfig",
     "SylvaError",
     "__version__",
+    "active_adapter",
     "backend",
     "changed_values",
+    "delete_adapter",
     "disable_adapter",
     "errors",
     "estimate",
+    "list_adapters",
     "load_adapter",
     "merge_and_unload",
     "optim",
@@ -43,6 +47,7 @@ __all__ = [
     "reference_model",
     "save_adapter",
     "schedules",
+    "set_adapter",
     "trace_and_mask",
     "unload_adapter",
 ]
@@ -53,15 +58,19 @@ _MODULES = {
     "Masks": "blocks.masks",
     "SylvaConfig": "config",
     "SylvaError": "errors",
+    "active_adapter": "adapters.switching",
     "backend": "compiler.backend",
     "changed_values": "adapters.changes",
+    "delete_adapter": "adapters.switching",
     "disable_adapter": "adapters.disabling",
     "estimate": "tracing.trace",
+    "list_adapters": "adapters.switching",
     "load_adapter": "adapters.loading",
     "merge_and_unload": "adapters.loading",
     "print_trainable_parameters": "blocks.parameters",
     "reference_model": "adapters.reference",
     "save_adapter": "adapters.saving",
+    "set_adapter": "adapters.switching",
     "trace_and_mask": "tracing.trace",
     "unload_adapter": "adapters.loading",
 }

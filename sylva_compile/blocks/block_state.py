@@ -17,6 +17,7 @@ The rule rests while `disable_adapter` shows the base (`base_values`): the dense
 training then, the blocks keep theirs, and whatever would write one into the other raises an error.
 """
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +34,8 @@ from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import BlockWriter, block_dtype, grid_shape, read_blocks
 from sylva_compile.kernels.step.table import TYPES, Target
 
+_bases = itertools.count(1)
+
 
 class BlockState:
     """The state of one embedded weight: its dense Parameter, its blocks, and what is needed to undo the embedding.
@@ -47,6 +50,7 @@ class BlockState:
         originals: the values from before training of every place where blocks have been.
         base_known: whether `originals` still belong to the weight; an edit in place of the dense weight ends that.
         moves: the number of times that blocks have moved, or another adapter has taken their place.
+        base_id: a number of the base; another weight, and another base of this one, has another.
         disabled: while the dense weight shows its base, a number that no other such time has; 0 otherwise.
         was_trainable: `requires_grad` of the dense weight before it was embedded.
         had_gradient: whether the blocks had a gradient when the optimizer's step began.
@@ -65,7 +69,7 @@ class BlockState:
         self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
         values = self._dense_blocks()
         self.originals = Originals(weight, mask.positions, mask.block_size)
-        self.base_known = True
+        self.base_known, self.base_id = True, next(_bases)
         self.moves = self.disabled = 0
         self.had_gradient = False
         self.stepped_by: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -105,7 +109,6 @@ class BlockState:
 
     def pull(self) -> None:
         """Read the blocks from the dense weight. Blocks that still round to the dense value keep their low bits."""
-        self.check_enabled()
         with torch.no_grad():
             dense = self._dense_blocks()
             unchanged = self.blocks.to(dense.dtype) == dense
@@ -171,7 +174,7 @@ class BlockState:
         if not torch.equal(new, old) or not self.base_known:
             warn_of_another_base()
             self.originals = Originals(self.weight, self.mask.positions, self.mask.block_size)
-            self.base_known = True
+            self.base_known, self.base_id = True, next(_bases)
         self.pull()
 
     def follow_move(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
@@ -231,16 +234,21 @@ class BlockState:
         values = read_blocks(self.weight.detach(), left.to(self.weight.device), self.mask.block_size)
         return left, values.cpu()
 
-    def take_trained(self, blocks: Tensor, left: Tensor, values: Tensor | None) -> None:
+    def take_trained(self, blocks: Tensor, left: Tensor, values: Tensor | None, mask: BlockMask | None = None) -> None:
         """Take the values of another training of this base.
 
         Args:
             blocks: `[nnz, b, b]`, the values of the blocks.
             left: `int64[2, k]`, the other places that were trained, on the CPU.
             values: `[k, b, b]`, the weight's values there; None if there are none.
+            mask: its places, as many as before, if it is another adapter's: what this one trained is forgotten.
         """
+        self.check_enabled()
         with torch.no_grad():
             self.originals.restore(self.weight)
+            if mask is not None:
+                self.originals = Originals(self.weight, mask.positions, mask.block_size)
+                self._go_to(mask)
             self.originals.add(self.weight, left)
             if values is not None:
                 writer = BlockWriter(self.mask.shape, left.to(self.weight.device), self.mask.block_size)
