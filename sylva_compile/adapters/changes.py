@@ -10,7 +10,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import named_weights
 from sylva_compile.errors import AdapterError
-from sylva_compile.kernels.blocks import grid_shape, read_blocks
+from sylva_compile.kernels.blocks import grid_shape
 
 _MOST_ELEMENTS = 1 << 31
 """The elements that indices of 32 bits reach."""
@@ -55,8 +55,8 @@ def changed_values(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def _triples(states: Mapping[str, BlockState]) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, state in states.items():
-        positions = state.originals.writer(state.weight.device).positions
-        values = read_blocks(state.weight.detach(), positions, state.mask.block_size)
+        positions = state.originals.places.to(state.weight.device)
+        values = state.originals.copier(state.weight).read()
         yield name, *_flat(positions, values, state.mask.shape)
 
 

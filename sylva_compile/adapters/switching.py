@@ -176,7 +176,8 @@ def _put(model: nn.Module, target: StoredAdapter) -> None:
     parameters, by_weight = named_weights(model), states_by_weight(states)
     embed(model, {name: mask for name, mask in masks.items() if id(parameters[name]) not in by_weight}, beside=True)
     unembed(model, restore=True, names=states.keys() - staying)
-    embed(model, {name: mask for name, mask in masks.items() if name not in block_states(model)}, beside=True)
+    carried = block_states(model)
+    embed(model, {name: mask for name, mask in masks.items() if name not in carried}, beside=True)
     for name, state in block_states(model).items():
         own = target.weights[name]
         if id(state.weight) in by_weight:

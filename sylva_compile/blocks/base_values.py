@@ -20,7 +20,6 @@ from torch import Tensor
 from sylva_compile._torch import set_version
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.errors import EmbedError
-from sylva_compile.kernels.blocks import read_blocks
 
 _FIRST, _APART = 1 << 31, 64
 """Training does not write a tensor 2³¹ times. Edits while the base shows count on from its number."""
@@ -46,10 +45,10 @@ class BaseValues:
 
     def show_weight(self, state: BlockState) -> None:
         """Let the dense weight of `state` hold its base; it is synced, and its base known."""
-        weight, originals = state.weight, state.originals
-        writer = originals.writer(weight.device)
-        trained = read_blocks(weight.detach(), writer.positions, state.mask.block_size)
-        self._show(weight, lambda: originals.restore(weight), lambda: writer.write(weight, trained), state)
+        originals = state.originals
+        copier, base = originals.copier(state.weight), originals.values
+        trained = copier.read()
+        self._show(state.weight, lambda: copier.write(base.to(trained.device)), lambda: copier.write(trained), state)
         state.disabled = self._number
         state.mark_synced()
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sylva_compile.kernels.blocks import BlockWriter, grid_shape, read_blocks
+from sylva_compile.kernels.blocks import BlockCopier, grid_shape, read_blocks
 
 
 class Originals:
@@ -12,8 +12,6 @@ class Originals:
     A place keeps the value that it had when a block first came there. So the store holds at most one copy of the
     weight, however often its blocks move.
     """
-
-    _writer: BlockWriter | None = None
 
     def __init__(self, weight: Tensor, positions: Tensor, block_size: int) -> None:
         """Keep the blocks of `weight [m, n]` at `positions int64[2, nnz]`, on the CPU."""
@@ -46,7 +44,7 @@ class Originals:
 
     def at(self, positions: Tensor) -> Tensor:
         """Return the values at `positions int64[2, k]`, all of which are known: `[k, b, b]`."""
-        return self._values[self._slots[positions[0], positions[1]]]
+        return self._values.index_select(0, self._slots[positions[0], positions[1]])
 
     def add(self, weight: Tensor, positions: Tensor) -> None:
         """Keep the blocks of `weight [m, n]` at those of `positions` that are new; the others keep what they have."""
@@ -76,15 +74,12 @@ class Originals:
     def fill(self, matrix: Tensor, value: float) -> None:
         """Set `matrix [m, n]` to `value` at every place."""
         blocks = matrix.new_full((self._count, self.block_size, self.block_size), value)
-        self.writer(matrix.device).write(matrix, blocks)
+        self.copier(matrix).write(blocks)
 
     def restore(self, matrix: Tensor) -> None:
         """Write the values from before training into `matrix [m, n]`, at every place."""
-        self.writer(matrix.device).write(matrix, self.values.to(matrix.device))
+        self.copier(matrix).write(self.values.to(matrix.device))
 
-    def writer(self, device: torch.device) -> BlockWriter:
-        """Return a writer of blocks at `places`, whose positions are on `device`; kept until places are added."""
-        known = self._writer
-        if known is None or known.positions.shape[1] != self._count or known.positions.device != device:
-            known = self._writer = BlockWriter(self.shape, self.places.to(device), self.block_size)
-        return known
+    def copier(self, matrix: Tensor) -> BlockCopier:
+        """Return what copies the blocks of `matrix [m, n]` at `places` out and in."""
+        return BlockCopier(matrix, self.places.to(matrix.device), self.block_size)

@@ -16,6 +16,7 @@ import sylva_compile
 from sylva_compile import BlockMask, Masks
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.errors import AdapterError, EmbedError, SylvaError
+from sylva_compile.kernels.blocks import BlockCopier
 
 NAMES = ["0.weight", "2.weight"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -106,13 +107,15 @@ class TestValues:
         _, model, masks = small()
         train(model, masks)
         then = values(model)
-        last = list(block_states(model).values())[-1].originals
+        write, calls = BlockCopier.write, []
 
-        def fail(matrix: torch.Tensor) -> None:
-            last.fill(matrix, 0)
-            raise MemoryError
+        def fail_once(copier: BlockCopier, blocks: torch.Tensor) -> None:
+            write(copier, blocks)
+            calls.append(1)
+            if len(calls) == 2:
+                raise MemoryError
 
-        monkeypatch.setattr(last, "restore", fail)
+        monkeypatch.setattr(BlockCopier, "write", fail_once)
         with pytest.raises(MemoryError), sylva_compile.disable_adapter(model):
             pass
         assert is_now(model, then)
