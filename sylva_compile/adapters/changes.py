@@ -71,7 +71,11 @@ def _flat(positions: Tensor, blocks: Tensor, shape: tuple[int, int]) -> tuple[Te
     rows = (positions[0][:, None] * b + lane).flatten()
     cols = positions[1].repeat_interleave(b)
     order = (rows * grid_shape(shape, b)[1] + cols).argsort()
-    rows, cols = rows[order], cols[order][:, None] * b + lane
-    indices = (rows[:, None] * n + cols).to(torch.int32)
-    inside = (rows < m)[:, None] & (cols < n)
-    return indices[inside], blocks.flatten(0, 1)[order][inside]
+    order = order[rows[order] < m]
+    rows, cols = rows[order], cols[order] * b
+    indices = (rows * n + cols).to(torch.int32)[:, None] + lane.to(torch.int32)
+    values = blocks.flatten(0, 1).index_select(0, order)
+    if n % b == 0:
+        return indices.flatten(), values.flatten()
+    inside = cols[:, None] + lane < n
+    return indices[inside], values[inside]

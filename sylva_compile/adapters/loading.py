@@ -116,7 +116,8 @@ def _read(model: nn.Module, states: Mapping[str, BlockState], directory: Path) -
     # A tensor that has several names is kept once, under the first.
     first_names = {id(tensor): name for name, tensor in reversed(every.items())}
     values = {first_names[id(every[name])]: value for name, value in whole.items()}
-    compare_frozen(config.get("frozen", {}), every, directory)
+    base = {name: replaced_tensors(model).get(first_names[id(tensor)], tensor) for name, tensor in every.items()}
+    compare_frozen(config.get("frozen", {}), base, directory)
     return StoredAdapter(weights, values, {**config.get("masks", {}), "adapter": str(directory)})
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sylva_compile._torch import set_version
 from sylva_compile.blocks.block_state import BlockState
@@ -76,8 +76,8 @@ class BaseValues:
             check: whether to raise an error for edits; not while another error is on its way.
 
         Raises:
-            EmbedError: a tensor was edited while it showed its base. Everything is put back nevertheless, and the base
-                of that weight is not known any more.
+            EmbedError: a parameter was edited while it showed its base. Everything is put back nevertheless, and the
+                base of a weight with blocks is not known any more.
         """
         edited = []
         for tensor, version, put_back, state in reversed(self._shown):
@@ -85,7 +85,8 @@ class BaseValues:
             put_back()
             if not changed:
                 set_version(tensor, version)
-            else:
+            elif isinstance(tensor, nn.Parameter):
+                # Not a buffer: a forward pass in training mode updates running statistics.
                 edited.append("a tensor that an adapter replaced" if state is None else state.name)
             if state is not None:
                 state.disabled = 0

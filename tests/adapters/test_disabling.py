@@ -149,6 +149,19 @@ class TestValues:
             assert is_base(fresh, base)
         assert is_now(fresh, then)
 
+    def test_of_running_statistics_that_an_adapter_replaced(self, tmp_path: Path) -> None:
+        base = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)).requires_grad_(False)
+        model = copy.deepcopy(base)
+        random_masks(model, ["0.weight"], 8, 0.5).embed()
+        model(torch.randn(8, 16))
+        sylva_compile.save_adapter(model, tmp_path, modules_to_save=["1"])
+        sylva_compile.load_adapter(base, tmp_path)
+        then = values(base)
+        with sylva_compile.disable_adapter(base):
+            assert not base[1].running_mean.any()
+            base(torch.randn(8, 16))
+        assert is_now(base, then)
+
     def test_of_an_edit_of_the_blocks_before(self) -> None:
         base, model, masks = small()
         with torch.no_grad():

@@ -369,6 +369,16 @@ class TestOtherCalls:
         sylva_compile.set_adapter(base, "a")
         loss.backward()
 
+    def test_a_head_of_the_active_one_is_not_taken_for_the_bases(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        base = frozen()
+        make(base, tmp_path / "a", {FIRST: 9}, head=True)
+        make(base, tmp_path / "b", {FIRST: 9})
+        for name in "ab":
+            sylva_compile.load_adapter(base, tmp_path / name, name)
+        assert not caplog.text
+
 
 class TestRefused:
     def refused(self, model: nn.Module, name: str, error: type[SylvaError], match: str) -> None:
