@@ -10,8 +10,12 @@ from sylva_compile.version import __version__
 
 if TYPE_CHECKING:
     from sylva_compile import errors, optim, schedules
+    from sylva_compile.adapters.changes import changed_values
+    from sylva_compile.adapters.disabling import disable_adapter
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
+    from sylva_compile.adapters.reference import reference_model
     from sylva_compile.adapters.saving import save_adapter
+    from sylva_compile.adapters.switching import active_adapter, delete_adapter, list_adapters, set_adapter
     from sylva_compile.blocks.block_mask import BlockMask
     from sylva_compile.blocks.masks import Masks
     from sylva_compile.blocks.parameters import print_trainable_parameters
@@ -29,16 +33,23 @@ __all__ = [
     "SylvaConfig",
     "SylvaError",
     "__version__",
+    "active_adapter",
     "backend",
+    "changed_values",
     "compile_layers",
+    "delete_adapter",
+    "disable_adapter",
     "errors",
     "estimate",
+    "list_adapters",
     "load_adapter",
     "merge_and_unload",
     "optim",
     "print_trainable_parameters",
+    "reference_model",
     "save_adapter",
     "schedules",
+    "set_adapter",
     "trace_and_mask",
     "unload_adapter",
 ]
@@ -49,13 +60,20 @@ _MODULES = {
     "Masks": "blocks.masks",
     "SylvaConfig": "config",
     "SylvaError": "errors",
+    "active_adapter": "adapters.switching",
     "backend": "compiler.backend",
+    "changed_values": "adapters.changes",
     "compile_layers": "compiler.layers",
+    "delete_adapter": "adapters.switching",
+    "disable_adapter": "adapters.disabling",
     "estimate": "tracing.trace",
+    "list_adapters": "adapters.switching",
     "load_adapter": "adapters.loading",
     "merge_and_unload": "adapters.loading",
     "print_trainable_parameters": "blocks.parameters",
+    "reference_model": "adapters.reference",
     "save_adapter": "adapters.saving",
+    "set_adapter": "adapters.switching",
     "trace_and_mask": "tracing.trace",
     "unload_adapter": "adapters.loading",
 }

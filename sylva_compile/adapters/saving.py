@@ -35,7 +35,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
     Raises:
         AdapterError: the model carries no blocks, values are not finite, a name in `modules_to_save` matches nothing,
             or the directory cannot be written. An older adapter stays then.
-        EmbedError: blocks and dense weights differ, or a base is not known any more. An older adapter stays then.
+        EmbedError: blocks and dense weights differ, a base is not known any more, or `disable_adapter` shows it. An
+            older adapter stays then.
     """
     model = unwrap(model)
     states = block_states(model)
@@ -44,6 +45,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
     tensors: dict[str, Tensor] = {}
     weights: dict[str, Any] = {}
     for name, state in states.items():
+        state.check_enabled()
         state.sync()
         blocks = state.zero_outside(state.blocks.detach())
         _check_finite(name + SUFFIX, blocks)
