@@ -1,8 +1,8 @@
 """`save_training` and `load_training`: the adapter of a training that stops and goes on exactly where it stopped.
 
-An adapter that `save_adapter` writes holds what an inference needs. That of a training also holds every other parameter
-that is trained, and the buffers, which batches may change. Loading it is strict: the model must be that of the training,
-and values go into its existing parameters, which optimizers hold.
+An adapter that `save_adapter` writes holds what inference needs. That of a training also holds every other parameter
+that is trained, and the buffers, which batches may change. Loading it is strict: the model must be that of the
+training, and values go into its existing parameters, which optimizers hold.
 """
 
 from collections.abc import Iterable, Mapping
