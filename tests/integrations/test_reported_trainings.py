@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sylva_compile
 from sylva_compile import Masks
+from sylva_compile.errors import EmbedError, MaskError
 
 NAMES = ["first.weight", "second.weight"]
 
@@ -191,3 +192,17 @@ def test_a_vocabulary_is_resized_beside_blocks(tied: bool) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     torch.optim.SGD(masks.parameters(), lr=0.1).step()
     assert_invariant(model, masks)
+
+
+def test_a_head_with_blocks_is_not_resized_in_silence() -> None:
+    model = llama(tied=True)
+    random_masks(model, ["lm_head.weight"], 8, 0.5).embed()
+    with pytest.raises(EmbedError, match=r"lm_head\.weight carries blocks and takes data of shape \(64, 32\)"):
+        model.resize_token_embeddings(72, mean_resizing=False)
+    model = llama(tied=False)
+    masks = random_masks(model, ["lm_head.weight"], 8, 0.5)
+    masks.embed()
+    # transformers makes a new head, which has no blocks.
+    model.resize_token_embeddings(72, mean_resizing=False)
+    with pytest.raises(MaskError, match=r"lm_head\.weight is \(72, 32\) here and \(64, 32\) in these masks"):
+        masks.parameters()

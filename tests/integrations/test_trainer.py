@@ -28,6 +28,8 @@ SETTINGS = {
     "the Trainer's optimizer": Setting(optimizer="trainer", dtype=BF16, trained=HEAD),
     "compiled in place": Setting(compiled=True, layers=1, schedule="moving", dtype=BF16),
     "gpt2": Setting(architecture="gpt2", dtype=BF16, trained=("transformer.wpe.weight",)),
+    "a tied head": Setting(architecture="gpt2", schedule="moving", trained=("lm_head.weight",)),
+    "in the second epoch": Setting(samples=8, dropout=0.2, arguments={"save_steps": 5}),
 }
 
 
@@ -38,7 +40,7 @@ def test_a_resumed_training_is_the_undisturbed_one(name: str, tmp_path: Path) ->
     untrained = values(once.model)
     once.trainer.train()
     assert not all(torch.equal(value, untrained[key]) for key, value in values(once.model).items())
-    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}", ignore_errors=True)
     again = make(tmp_path, setting)
     # Another process may have drawn more random numbers by now.
     torch.rand(7)
@@ -127,6 +129,18 @@ def test_saving_the_model_writes_the_adapter_and_merging_gives_the_dense_one(tmp
     made.trainer.save_model(str(tmp_path / "dense"))
     dense = type(made.model).from_pretrained(tmp_path / "dense").state_dict()
     assert all(torch.equal(value, dense[name]) for name, value in state.items())
+
+
+def test_what_is_pushed_while_training_holds_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path, Setting())
+    made.trainer.train()
+    pushed = []
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append(folder))
+    made.trainer._push_from_checkpoint("checkpoint-6")
+    assert pushed == ["checkpoint-6"]
+    fresh = base(Setting()).model
+    sylva_compile.load_adapter(fresh, tmp_path)
+    assert_same(fresh, made.model)
 
 
 class TestRefusals:

@@ -44,6 +44,8 @@ class Setting:
         optimizer: "ours", "torch" or "trainer", which makes its own.
         compiled: whether the model is compiled in place.
         masks_seed: of the blocks' places.
+        sparsity: of the blocks.
+        samples: in an epoch.
         arguments: of TrainingArguments.
     """
 
@@ -57,6 +59,7 @@ class Setting:
     compiled: bool = False
     masks_seed: int = 0
     sparsity: float = 0.8
+    samples: int = 24
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,7 +124,7 @@ def make(
         schedule = MovingBlocks(masks, every=2)
     elif setting.schedule == "layers":
         schedule = LayerSchedule(masks, policy="random", fraction=0.5)
-    data = [{name: value[k % 4] for name, value in case.batch.items()} for k in range(24)]
+    data = [{name: value[k % 4] for name, value in case.batch.items()} for k in range(setting.samples)]
     arguments = {
         "output_dir": str(directory),
         "max_steps": STEPS,
