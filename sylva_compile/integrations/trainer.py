@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from sylva_compile.adapters.format import copy_adapter
 from sylva_compile.adapters.resuming import load_training, save_training
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
@@ -157,5 +158,6 @@ class BlocksTrainerMixin(_Base):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The Trainer copies files of names that it knows, and the adapter's are not among them.
         if block_states(self.model) and self.args.should_save:
-            self._save(self.args.output_dir)
+            assert self.args.output_dir is not None
+            copy_adapter(Path(checkpoint_folder), Path(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
