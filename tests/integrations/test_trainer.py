@@ -12,6 +12,7 @@ from transformers import Trainer
 
 import sylva_compile
 from sylva_compile.errors import AdapterError, ArgumentError
+from sylva_compile.integrations import BlocksTrainerMixin
 from sylva_compile.schedules import MovingBlocks, ScheduleCallback
 
 HEAD = ("lm_head.weight", "model.norm.weight")
@@ -195,9 +196,16 @@ class TestRefusals:
         with pytest.raises(ArgumentError, match="carries no blocks"):
             made.trainer.train()
 
+    def test_a_class_that_names_the_trainer_first(self) -> None:
+        with pytest.raises(ArgumentError, match="Wrong names a Trainer first; name BlocksTrainerMixin before it"):
+            type("Wrong", (Trainer, BlocksTrainerMixin), {})
+        type("Right", (BlocksTrainer, Trainer), {})
+
     def test_a_checkpoint_of_the_model_only(self, tmp_path: Path) -> None:
-        make(tmp_path, Setting(arguments={"save_only_model": True})).trainer.train()
-        assert not (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
+        setting = Setting(schedule="layers", arguments={"save_only_model": True})
+        make(tmp_path, setting).trainer.train()
+        names = {path.name for path in (tmp_path / "checkpoint-3").iterdir() if "adapter" not in path.name}
+        assert names == {"trainer_state.json", "training_args.bin"}
         self.refused(tmp_path / "checkpoint-3", Setting(), r"no optimizer\.pt \(save_only_model=True\?\)")
 
 
