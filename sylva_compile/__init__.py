@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sylva_compile.version import __version__
 
 if TYPE_CHECKING:
-    from sylva_compile import errors, optim, schedules
+    from sylva_compile import errors, integrations, optim, schedules
     from sylva_compile.adapters.changes import changed_values
     from sylva_compile.adapters.disabling import disable_adapter
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
@@ -41,6 +41,7 @@ __all__ = [
     "disable_adapter",
     "errors",
     "estimate",
+    "integrations",
     "list_adapters",
     "load_adapter",
     "merge_and_unload",
@@ -80,7 +81,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "optim", "schedules"):
+    if name in ("errors", "integrations", "optim", "schedules"):
         return importlib.import_module(f"sylva_compile.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sylva_compile.adapters.format import read_adapter
 from sylva_compile.adapters.other_tensors import (
@@ -62,8 +62,30 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         EmbedError: the model carries other masks and no name was given, DistributedDataParallel has wrapped it already,
             or `disable_adapter` shows the base.
     """
-    wrapped, model = model, unwrap(model)
     directory = Path(directory)
+    return load_read(model, directory, *read_adapter(directory), adapter_name=adapter_name)
+
+
+def load_read(
+    model: nn.Module,
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    adapter_name: str | None = None,
+    carried: Masks | None = None,
+) -> Masks:
+    """Put an adapter that has been read into `model`; what it returns and raises is as in `load_adapter`.
+
+    Args:
+        model: the base, or an embedded model.
+        directory: where the adapter was read, for messages.
+        config: of the JSON file.
+        tensors: of the adapter, by name.
+        adapter_name: see `load_adapter`.
+        carried: the masks that the model carries, whose blocks move to the places of the adapter's, as many as before.
+    """
+    wrapped, model = model, unwrap(model)
     states = block_states(model)
     for state in states.values():
         state.check_enabled()
@@ -73,7 +95,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             f"An adapter {adapter_name!r} is loaded already; give another name, or call delete_adapter(model, "
             f"{adapter_name!r}) first."
         )
-    adapter = _read(model, states, directory)
+    adapter = _checked(model, states, directory, config, tensors)
     masks = Masks({name: weight.mask for name, weight in adapter.weights.items()}, config=adapter.config)
     # Bound first: the base has been checked already, and in more detail than `embed` does for masks of another model.
     masks.bind(model)
@@ -81,6 +103,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         adapters.all[adapter_name] = adapter
         make_room(states, adapters)
         return masks
+    if carried is not None:
+        carried.move({name: mask for name, mask in masks.items() if carried[name] != mask})
     masks.embed(wrapped)
     for name, state in block_states(model).items():
         own = adapter.weights[name]
@@ -92,9 +116,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     return masks
 
 
-def _read(model: nn.Module, states: Mapping[str, BlockState], directory: Path) -> StoredAdapter:
-    """Read the adapter in `directory`, and check that it was trained on the base of `model`."""
-    config, tensors = read_adapter(directory)
+def _checked(
+    model: nn.Module,
+    states: Mapping[str, BlockState],
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> StoredAdapter:
+    """Return the adapter that was read from `directory`; it was trained on the base of `model`, or an error follows."""
     parameters, every = named_weights(model), named_tensors(model)
     nowhere = torch.empty(2, 0, dtype=torch.int64, device="cpu")
     weights = {}
