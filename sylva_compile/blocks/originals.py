@@ -33,9 +33,19 @@ class Originals:
         return self.at(self.places)
 
     @property
+    def count(self) -> int:
+        """The number of places where blocks have been."""
+        return self._count
+
+    @property
+    def most(self) -> int:
+        """The number of all places of the weight."""
+        return self._slots.numel()
+
+    @property
     def is_whole(self) -> bool:
         """Whether blocks have been everywhere."""
-        return self._count == self._slots.numel()
+        return self.count == self.most
 
     @property
     def nbytes(self) -> int:

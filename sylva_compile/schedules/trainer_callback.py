@@ -13,8 +13,11 @@ from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.errors import ArgumentError
 from sylva_compile.files import write_file
+from sylva_compile.schedules.history import history_entry
 from sylva_compile.schedules.protocol import Schedule
 
+SCHEDULE = "schedule"
+"""The key of `history_entry` in an entry of the Trainer's log."""
 FILE = "sylva_schedule.pt"
 """The file of a schedule's state in a checkpoint's directory."""
 
@@ -48,6 +51,13 @@ class ScheduleCallback(TrainerCallback):
         """Step the schedules; the Trainer sets gradients to zero afterwards."""
         for schedule in self.schedules:
             schedule.step()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the moves, the share of places and the scores of layers to the log's entry, for reports."""
+        entry = history_entry(self.schedules)
+        latest: dict[str, Any] = state.log_history[-1] if state.log_history else {}
+        if entry and "loss" in latest:
+            latest[SCHEDULE] = entry
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the schedules' state into the checkpoint's directory."""
