@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sylva_compile import errors, integrations, optim, schedules
     from sylva_compile.adapters.changes import changed_values
     from sylva_compile.adapters.disabling import disable_adapter
+    from sylva_compile.adapters.hub import from_pretrained, push_to_hub
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
     from sylva_compile.adapters.reference import reference_model
     from sylva_compile.adapters.saving import save_adapter
@@ -41,12 +42,14 @@ __all__ = [
     "disable_adapter",
     "errors",
     "estimate",
+    "from_pretrained",
     "integrations",
     "list_adapters",
     "load_adapter",
     "merge_and_unload",
     "optim",
     "print_trainable_parameters",
+    "push_to_hub",
     "reference_model",
     "save_adapter",
     "schedules",
@@ -68,10 +71,12 @@ _MODULES = {
     "delete_adapter": "adapters.switching",
     "disable_adapter": "adapters.disabling",
     "estimate": "tracing.trace",
+    "from_pretrained": "adapters.hub",
     "list_adapters": "adapters.switching",
     "load_adapter": "adapters.loading",
     "merge_and_unload": "adapters.loading",
     "print_trainable_parameters": "blocks.parameters",
+    "push_to_hub": "adapters.hub",
     "reference_model": "adapters.reference",
     "save_adapter": "adapters.saving",
     "set_adapter": "adapters.switching",

@@ -93,7 +93,8 @@ def write_trained(
         _check_finite(name, value, infinity=not isinstance(value, nn.Parameter))
         tensors[f"{name}/whole"] = value.detach().to("cpu", copy=True).contiguous()
     entries = {
-        "masks": next(iter(states.values())).masks_config,
+        # Where an adapter was loaded from is a path of this machine.
+        "masks": {key: value for key, value in next(iter(states.values())).masks_config.items() if key != "adapter"},
         "weights": weights,
         "modules_to_save": {name: checksum(value) for name, value in whole.items()},
         "frozen": {name: checksum(value) for name, value in frozen_tensors(model, states, whole).items()},
