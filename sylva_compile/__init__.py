@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sylva_compile.version import __version__
 
 if TYPE_CHECKING:
-    from sylva_compile import errors, optim, schedules
+    from sylva_compile import errors, integrations, optim, schedules
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
     from sylva_compile.adapters.saving import save_adapter
     from sylva_compile.blocks.block_mask import BlockMask
@@ -33,6 +33,7 @@ __all__ = [
     "compile_layers",
     "errors",
     "estimate",
+    "integrations",
     "load_adapter",
     "merge_and_unload",
     "optim",
@@ -62,7 +63,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "optim", "schedules"):
+    if name in ("errors", "integrations", "optim", "schedules"):
         return importlib.import_module(f"sylva_compile.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

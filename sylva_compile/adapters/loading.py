@@ -36,9 +36,28 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
         ScopeError: a weight cannot carry blocks (quantised, sharded, on the meta device).
         EmbedError: the model carries other masks, or DistributedDataParallel has wrapped it already.
     """
-    wrapped, model = model, unwrap(model)
     directory = Path(directory)
-    config, tensors = read_adapter(directory)
+    return load_read(model, directory, *read_adapter(directory))
+
+
+def load_read(
+    model: nn.Module,
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    carried: Masks | None = None,
+) -> Masks:
+    """Put an adapter that has been read into `model`; what it returns and raises is as in `load_adapter`.
+
+    Args:
+        model: the base, or an embedded model.
+        directory: where the adapter was read, for messages.
+        config: of the JSON file.
+        tensors: of the adapter, by name.
+        carried: the masks that the model carries, whose blocks move to the places of the adapter's, as many as before.
+    """
+    wrapped, model = model, unwrap(model)
     masks = Masks(
         {
             name: BlockMask(tuple(entry["shape"]), entry["block_size"], tensors[f"{name}/positions"].to(torch.int64))
@@ -58,6 +77,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
     compare_frozen(config.get("frozen", {}), every, directory)
     # Bound first: the base has been checked already, and in more detail than `embed` does for masks of another model.
     masks.bind(model)
+    if carried is not None:
+        carried.move({name: mask for name, mask in masks.items() if carried[name] != mask})
     masks.embed(wrapped)
     with torch.no_grad():
         for name, state in block_states(model).items():

@@ -70,11 +70,7 @@ def frozen_tensors(
 
 def compare_frozen(frozen: Mapping[str, str], every: Mapping[str, Tensor], directory: Path) -> None:
     """Log a warning where tensors in `every` differ from the checksums in `frozen`, those of the training."""
-    others = [
-        name
-        for name, known in frozen.items()
-        if name not in every or not _has_values(every[name]) or checksum(every[name]) != known
-    ]
+    others = other_frozen(frozen, every)
     if others:
         log.warning(
             "%d frozen weights or buffers are not those that %s was trained beside, %s first; load the same base, or "
@@ -83,6 +79,15 @@ def compare_frozen(frozen: Mapping[str, str], every: Mapping[str, Tensor], direc
             directory,
             others[0],
         )
+
+
+def other_frozen(frozen: Mapping[str, str], every: Mapping[str, Tensor]) -> list[str]:
+    """Return the names in `frozen`, a checksum by name, whose tensors in `every` are missing or have other values."""
+    return [
+        name
+        for name, known in frozen.items()
+        if name not in every or not _has_values(every[name]) or checksum(every[name]) != known
+    ]
 
 
 def _has_values(tensor: Tensor) -> bool:
