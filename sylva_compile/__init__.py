@@ -10,6 +10,7 @@ from sylva_compile.version import __version__
 
 if TYPE_CHECKING:
     from sylva_compile import errors, integrations, optim, schedules
+    from sylva_compile.adapters.export_shira import export_peft
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
     from sylva_compile.adapters.saving import save_adapter
     from sylva_compile.blocks.block_mask import BlockMask
@@ -33,6 +34,7 @@ __all__ = [
     "compile_layers",
     "errors",
     "estimate",
+    "export_peft",
     "integrations",
     "load_adapter",
     "merge_and_unload",
@@ -53,6 +55,7 @@ _MODULES = {
     "backend": "compiler.backend",
     "compile_layers": "compiler.layers",
     "estimate": "tracing.trace",
+    "export_peft": "adapters.export_shira",
     "load_adapter": "adapters.loading",
     "merge_and_unload": "adapters.loading",
     "print_trainable_parameters": "blocks.parameters",

@@ -90,6 +90,12 @@ def other_frozen(frozen: Mapping[str, str], every: Mapping[str, Tensor]) -> list
     ]
 
 
+def replaced_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the values, on the CPU, that tensors had before an adapter replaced them; the model keeps this dict."""
+    found: dict[str, Tensor] = model.__dict__.setdefault("_sylva_replaced", {})
+    return found
+
+
 def _has_values(tensor: Tensor) -> bool:
     """Whether `tensor` has values to compare; offloaded weights are on the meta device."""
     return tensor.device.type != "meta" and tensor.layout == torch.strided

@@ -6,7 +6,7 @@ turns of a chat.
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,8 +41,9 @@ def encode(rows: Sequence[Row] | str, tokenizer: PreTrainedTokenizerBase, option
     if not len(rows):
         raise InputError(f"--data {options.data} has no rows; give one with some.")
     sequences = []
-    for pieces in _pieces(rows, tokenizer, options):
-        tokens, labels = _tokens(pieces, tokenizer)
+    templated, pieces_of = _reader(list(rows[0]), tokenizer, options)
+    for row in rows:
+        tokens, labels = _tokens(pieces_of(row), tokenizer, templated=templated)
         if any(label != IGNORED for label in labels[1 : options.max_length]):
             sequences.append((tokens[: options.max_length], labels[: options.max_length]))
     if left_out := len(rows) - len(sequences):
@@ -93,40 +94,40 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Exa
     return [_padded(part, part, length, 0) for part in parts]
 
 
-def _pieces(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: DataConfig
-) -> Iterable[list[_Piece]]:
-    """Return the pieces of each row. Raises InputError where columns are missing."""
-    columns = list(rows[0])
-    if options.column is not None:
-        _check_columns([options.column], columns, "--column", options)
-        return ([(_text(row[options.column]), True)] if _text(row[options.column]) else [] for row in rows)
-    if options.prompt_template is not None and options.response is not None:
+def _reader(
+    columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, options: DataConfig
+) -> tuple[bool, Callable[[Row], list[_Piece]]]:
+    """Return whether the chat template is used, and a function that returns the pieces of a row.
+
+    Raises:
+        InputError: a column is missing, or nothing tells which column to use.
+    """
+    if (column := options.column) is not None:
+        _check_column(column, columns, "--column", options)
+        return False, lambda row: [(text, True)] if (text := _text(row[column])) else []
+    if (response := options.response) is not None and options.prompt_template is not None:
         # A shell hands `\n` on as two characters.
         template = options.prompt_template.replace("\\n", "\n").replace("\\t", "\t")
-        _check_columns([options.response], columns, "--response", options)
-        return ([(_fill(template, row, columns), False), (_text(row[options.response]), True)] for row in rows)
+        _check_column(response, columns, "--response", options)
+        return False, lambda row: [(_fill(template, row), False), (_text(row[response]), True)]
     if "messages" not in columns and not {"prompt", "response"} <= {*columns}:
         raise InputError(f"--data {options.data} has several columns; choose --column from {', '.join(columns)}.")
     if not tokenizer.chat_template:
         raise InputError("The tokenizer has no chat template; give --prompt-template and --response, or --column.")
-    return (_turns(_messages(row), tokenizer) for row in rows)
+    return True, lambda row: _turns(_messages(row), tokenizer)
 
 
-def _check_columns(names: Sequence[str], columns: Sequence[str], option: str, options: DataConfig) -> None:
-    for name in names:
-        if name not in columns:
-            raise InputError(
-                f"--data {options.data} has no column {name!r}; choose {option} from {', '.join(columns)}."
-            )
+def _check_column(name: str, columns: Sequence[str], option: str, options: DataConfig) -> None:
+    if name not in columns:
+        raise InputError(f"--data {options.data} has no column {name!r}; choose {option} from {', '.join(columns)}.")
 
 
-def _fill(template: str, row: Row, columns: Sequence[str]) -> str:
+def _fill(template: str, row: Row) -> str:
     try:
         return template.format_map({name: _text(value) for name, value in row.items()})
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise InputError(
-            f"--prompt-template has {error}, which is no column; put names in braces, from {', '.join(columns)}."
+            f"--prompt-template names {error}, which is no column; put names in braces, from {', '.join(row)}."
         ) from None
 
 
@@ -160,25 +161,24 @@ def _turns(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
     return pieces
 
 
-def _tokens(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the tokens of the pieces, and their labels, each as long; the end of a text is a token too."""
-    chat = len(pieces) > 1 and bool(tokenizer.chat_template)
+def _tokens(
+    pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase, *, templated: bool = False
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of the pieces, and their labels, each as long.
+
+    The tokenizer's token that begins a text and the one that ends it are added, unless a chat template wrote the text
+    (`templated`) and with it all special tokens.
+    """
+    end = [] if templated or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     labels: list[int] = []
     for at, (text, carries_loss) in enumerate(pieces):
-        # A chat template writes special tokens itself.
-        special = at == 0 and not (chat and _begins_with_special(text, tokenizer))
-        piece = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        piece = list(tokenizer(text, add_special_tokens=at == 0 and not templated, verbose=False)["input_ids"])
+        if end and piece[-1:] == end:
+            piece.pop()
         tokens += piece
         labels += piece if carries_loss else [IGNORED] * len(piece)
-    end = tokenizer.eos_token_id
-    if pieces and end is not None and end not in tokens[-3:]:
-        tokens, labels = [*tokens, end], [*labels, end]
-    return tokens, labels
-
-
-def _begins_with_special(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    return any(text.startswith(special) for special in tokenizer.all_special_tokens)
+    return tokens + end, labels + end
 
 
 def _padded(tokens: list[int], labels: list[int], length: int, filler: int) -> Example:
