@@ -1,10 +1,10 @@
 """`sylva-compile finetune`: load, trace, embed, compile, train, save."""
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
@@ -54,6 +54,8 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
     if masks is None:
         group = distributed.group.WORLD if _is_distributed() else None
         masks = trace_and_mask(model, batches if settings.needs_data else None, settings, process_group=group)
+    # Moving blocks change the masks, and a run that goes on begins with these.
+    first_masks = copy.deepcopy(masks)
     masks.embed(model)
     if options.gradient_checkpointing:
         _checkpoint_gradients(model)
@@ -77,7 +79,7 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
     else:
         before = trainer.evaluate()["eval_loss"] if held_out else None
         if is_first_rank():
-            folder.begin(masks if given is None else given, examples, before)
+            folder.begin(first_masks, examples, before)
     with asked.listening():
         trainer.train(resume_from_checkpoint=bool(folder.goes_on and folder.checkpoints()) or None)
     if stop.stopped:
