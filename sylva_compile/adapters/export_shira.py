@@ -72,8 +72,8 @@ def _linear_of(name: str, state: BlockState) -> nn.Module:
     if len(owners) > 1:
         raise AdapterError(f"{name} is shared by {len(owners)} modules, and PEFT would change one; merge it instead.")
     if not isinstance(module, nn.Linear) or owners[0][1] != "weight":
-        kind = type(module).__mro__[1].__name__
-        raise AdapterError(f"{name} is of a {kind}, and PEFT's SHiRA knows nn.Linear alone; merge it instead.")
+        kind = type(module).__name__.removeprefix("Embedded")
+        raise AdapterError(f"{name} belongs to a {kind}, and PEFT's SHiRA knows nn.Linear alone; merge it instead.")
     return module
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, distributed
 from transformers import PreTrainedModel, set_seed
 
@@ -18,7 +17,7 @@ from sylva_compile.cli.options import DataConfig, FinetuneConfig, ModelConfig
 from sylva_compile.cli.run_folder import RunFolder
 from sylva_compile.cli.sequences import batches_of, hold_out
 from sylva_compile.cli.signals import StopAsked
-from sylva_compile.cli.training import BlocksTrainer, StopCallback, make_trainer, training_arguments
+from sylva_compile.cli.training import StopCallback, make_trainer, training_arguments
 from sylva_compile.compiler.backend import backend
 from sylva_compile.compiler.layers import compile_layers
 from sylva_compile.config import SylvaConfig
@@ -84,7 +83,9 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
         trainer.train(resume_from_checkpoint=bool(folder.goes_on and folder.checkpoints()) or None)
     if stop.stopped:
         steps = trainer.state.global_step
-        _say(f"Interrupted after step {steps} of {trainer.state.max_steps}; run the same command with --resume to go on.")
+        _say(
+            f"Interrupted after step {steps} of {trainer.state.max_steps}; run the same command with --resume to go on."
+        )
         return INTERRUPTED
     after = trainer.evaluate()["eval_loss"] if held_out else None
     if is_first_rank():

@@ -1,8 +1,8 @@
 """`sylva-compile inspect`: what an adapter or a file of masks holds, as tables or as JSON."""
 
-import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,21 @@ def inspect(path: Path) -> dict[str, Any]:
 def as_text(found: Mapping[str, Any]) -> str:
     """Return what `inspect` returned as text for a terminal: some lines, and tables by kind of weight and by layer."""
     trained = found["trained"]
-    settings = ", ".join(f"{name}={value}" for name, value in found["settings"].items())
-    lines = [
-        f"{found['kind']}    {found['path']}, {found['bytes'] / 2**20:.2f} MiB",
-        f"base      {found['base'] or 'not known'}",
-        f"settings  {settings or 'none are known'}",
-        f"versions  {', '.join(f'{name} {value}' for name, value in found['versions'].items()) or 'not known'}",
-        f"moves     {found['moves']}" + (f" ({_pairs(found['schedule'])})" if found["schedule"] else ""),
-        f"trained   {trained['now']:,} of {trained['of']:,} elements ({trained['now'] / trained['of']:.2%}), "
-        f"{trained['ever'] / trained['of']:.2%} at any time",
-    ]
+    shares = f"{trained['now'] / trained['of']:.2%}), {trained['ever'] / trained['of']:.2%} at any time"
+    facts = {
+        found["kind"]: f"{found['path']}, {found['bytes'] / 2**20:.2f} MiB",
+        "base": found["base"] or "not known",
+        "settings": _pairs(found["settings"]) or "not known",
+        "versions": _pairs(found["versions"]) or "not known",
+        "moves": f"{found['moves']}" + (f" ({_pairs(found['schedule'])})" if found["schedule"] else ""),
+        "trained": f"{trained['now']:,} of {trained['of']:,} elements ({shares}",
+    }
     if found.get("modules_to_save"):
-        lines.append(f"whole     {', '.join(found['modules_to_save'])}")
+        facts["whole"] = ", ".join(found["modules_to_save"])
+    lines = []
+    for name, fact in facts.items():
+        wrapped = textwrap.wrap(fact, 70, break_long_words=False, break_on_hyphens=False)
+        lines += [f"{first:<10}{line}" for first, line in zip([name] + [""] * len(wrapped), wrapped, strict=False)]
     for title, key in (("kind", _kind_of), ("layer", _layer_of)):
         lines += ["", *_table(title, _grouped(found["weights"], key))]
     return "\n".join(line.rstrip() for line in lines)
@@ -143,18 +146,20 @@ def _grouped(weights: list[dict[str, Any]], key: Callable[[str], str]) -> dict[s
 
 def _table(title: str, groups: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Return the lines of a table with a row for each group of weights."""
-    rows = [(title, "weights", "blocks", "trained", "ever")]
+    rows: list[tuple[str, ...]] = [(title, "weights", "blocks", "trained", "ever")]
     for name, weights in groups.items():
         of = sum(math.prod(weight["shape"]) for weight in weights)
         shares = (f"{sum(weight[when] for weight in weights) / of:.2%}" for when in ("now", "ever"))
         blocks = f"{sum(weight['blocks'] for weight in weights):,}"
-        rows.append((name, str(len(weights)), blocks, *shares))  # type: ignore[arg-type]
+        rows.append((name, str(len(weights)), blocks, *shares))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in rows
     ]
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+    return ", ".join(f"{name}={value}" for name, value in values.items())

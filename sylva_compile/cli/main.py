@@ -51,13 +51,23 @@ COMMANDS = {
         "train the blocks of a causal language model and write an adapter",
         "--model MODEL --data DATA [options]",
         "finetune",
-        {"model": ModelConfig, "data": DataConfig, "training": FinetuneConfig, "blocks, and the trace that chooses them": SylvaConfig},
+        {
+            "model": ModelConfig,
+            "data": DataConfig,
+            "training": FinetuneConfig,
+            "blocks, and the trace that chooses them": SylvaConfig,
+        },
     ),
     "trace": Command(
         "choose the blocks of a model and write them to a file",
         "--model MODEL --data DATA [options]",
         "trace",
-        {"model": ModelConfig, "data": DataConfig, "result": TraceConfig, "blocks, and the trace that chooses them": SylvaConfig},
+        {
+            "model": ModelConfig,
+            "data": DataConfig,
+            "result": TraceConfig,
+            "blocks, and the trace that chooses them": SylvaConfig,
+        },
     ),
     "inspect": Command(
         "show what an adapter or a file of masks holds", "PATH [--json]", "inspect", {"what to show": InspectConfig}

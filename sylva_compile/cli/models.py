@@ -108,9 +108,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase,
     return tokenizer, model.eval().requires_grad_(False)
 
 
-def _read(
-    name: str, source: dict[str, Any], dtype: torch.dtype
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _read(name: str, source: dict[str, Any], dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         return tokenizer, AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)

@@ -26,9 +26,7 @@ class ModelConfig:
             "folder written by save_pretrained, name of a model on the Hugging Face hub, or GGUF file", metavar="MODEL"
         )
     )
-    bf16: bool = field(
-        default=False, metadata=_about("frozen weights in bfloat16; the trained blocks stay float32")
-    )
+    bf16: bool = field(default=False, metadata=_about("frozen weights in bfloat16; the trained blocks stay float32"))
 
 
 @dataclass(frozen=True)
@@ -131,9 +129,7 @@ class InspectConfig:
 class AdapterConfig:
     """A base, an adapter, and where the result goes."""
 
-    model: str = field(
-        metadata=_about("base: folder, name on the Hugging Face hub, or GGUF file", metavar="MODEL")
-    )
+    model: str = field(metadata=_about("base: folder, name on the Hugging Face hub, or GGUF file", metavar="MODEL"))
     adapter: Path = field(metadata=_about("folder that save_adapter or `finetune` wrote"))
     out: Path = field(metadata=_about("folder to write; it must not exist, or be empty"))
 

@@ -47,7 +47,9 @@ class RunFolder:
         for name, value in self._settings.items():
             if name not in _MAY_CHANGE and (then := self._known["settings"].get(name)) != value:
                 option = "--" + name.replace("_", "-")
-                raise InputError(f"{option} was {_shown(then)} in the run in {path}, not {_shown(value)}; give the same.")
+                raise InputError(
+                    f"{option} was {_shown(then)} in the run in {path}, not {_shown(value)}; give the same."
+                )
 
     @property
     def is_finished(self) -> bool:
@@ -98,7 +100,9 @@ class RunFolder:
         except FileNotFoundError:
             raise InputError(f"--out {self.path} holds no run to resume; leave --resume out to begin one.") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path / _RUN} is damaged ({error!r}); begin a new run in another folder.") from error
+            raise InputError(
+                f"{self.path / _RUN} is damaged ({error!r}); begin a new run in another folder."
+            ) from error
 
 
 def _values(options: Sequence[Any]) -> dict[str, Any]:

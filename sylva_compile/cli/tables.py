@@ -66,7 +66,9 @@ def _read_file(path: Path) -> Sequence[Row] | str:
 
 def _read_hub(name: str, split: str, subset: str | None) -> Sequence[Row]:
     if importlib.util.find_spec("datasets") is None:
-        raise InputError(f"--data {name} is no file, and data sets on the hub need the package: `pip install datasets`.")
+        raise InputError(
+            f"--data {name} is no file, and data sets on the hub need the package: `pip install datasets`."
+        )
     # Only here: files need no such package.
     import datasets
 

@@ -70,7 +70,13 @@ class LogCallback(TrainerCallback):
         """Log the loss and the learning rate of the last steps."""
         if logs and "loss" in logs:
             rate = float(logs["learning_rate"])
-            log.info("step %d of %d: loss %.4f, learning rate %.2g", state.global_step, state.max_steps, float(logs["loss"]), rate)
+            log.info(
+                "step %d of %d: loss %.4f, learning rate %.2g",
+                state.global_step,
+                state.max_steps,
+                float(logs["loss"]),
+                rate,
+            )
 
 
 def training_arguments(out: Path, data: DataConfig, options: FinetuneConfig) -> TrainingArguments:

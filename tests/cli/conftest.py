@@ -29,8 +29,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     model, table = save_tiny_model(folder / "model", chat=True), save_table(folder / "data.csv")
     out = folder / "run"
     code = main(
-        ["finetune", "--model", str(model), "--data", str(table), "--column", "text", "--out", str(out)]
-        + [*TRAIN, "--every", "2", "--optimizer", "muon"]
+        [
+            "finetune",
+            "--model",
+            str(model),
+            "--data",
+            str(table),
+            "--column",
+            "text",
+            "--out",
+            str(out),
+            *TRAIN,
+            "--every",
+            "2",
+            "--optimizer",
+            "muon",
+        ]
     )
     torch._dynamo.reset()
     assert code == 0

@@ -160,7 +160,20 @@ class TestRuns:
 
 def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, command: Command, place: Place) -> None:
     options = ["finetune", "--model", place.model, "--data", place.table, "--column", "text", *QUICK]
-    options += "--inner aot_eager --lr 1e-2 --steps 24 --log-every 1 --method magnitude --every 2".split()
+    options += [
+        "--inner",
+        "aot_eager",
+        "--lr",
+        "1e-2",
+        "--steps",
+        "24",
+        "--log-every",
+        "1",
+        "--method",
+        "magnitude",
+        "--every",
+        "2",
+    ]
     started = subprocess.Popen(
         [sys.executable, "-m", "sylva_compile", *map(str, options), "--out", str(tmp_path / "stopped")],
         stdout=subprocess.PIPE,
@@ -183,7 +196,20 @@ def test_a_terminated_run_goes_on_exactly(
     tmp_path: Path, command: Command, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["finetune", "--model", place.model, "--data", place.table, "--column", "text", *QUICK, "--bf16"]
-    options += "--inner aot_eager --lr 1e-2 --steps 6 --log-every 1 --method random --optimizer muon".split()
+    options += [
+        "--inner",
+        "aot_eager",
+        "--lr",
+        "1e-2",
+        "--steps",
+        "6",
+        "--log-every",
+        "1",
+        "--method",
+        "random",
+        "--optimizer",
+        "muon",
+    ]
 
     def terminate(self: StopCallback, args: object, state: TrainerState, *others: object, **kwargs: object) -> None:
         if state.global_step == 3:

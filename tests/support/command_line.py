@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-QUICK = "--block-size 16 --sparsity 0.75 --num-samples 8 --batch-size 4".split()
-TRAIN = [*QUICK, *"--inner aot_eager --steps 4 --lr 1e-2".split()]
+QUICK = ["--block-size", "8", "--sparsity", "0.9", "--num-samples", "8", "--batch-size", "4"]
+TRAIN = [*QUICK, *["--inner", "aot_eager", "--steps", "4", "--lr", "1e-2"]]
 
 
 class Said(NamedTuple):
