@@ -15,7 +15,7 @@ from sylva_compile.cli.data import load
 from sylva_compile.cli.logs import is_first_rank, shows_bars
 from sylva_compile.cli.options import DataConfig, FinetuneConfig, ModelConfig
 from sylva_compile.cli.run_folder import RunFolder
-from sylva_compile.cli.sequences import batches_of, hold_out
+from sylva_compile.cli.sequences import Example, batches_of, hold_out
 from sylva_compile.cli.signals import StopAsked
 from sylva_compile.cli.training import StopCallback, make_trainer, training_arguments
 from sylva_compile.compiler.backend import backend
@@ -79,17 +79,20 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
         before = trainer.evaluate()["eval_loss"] if held_out else None
         if is_first_rank():
             folder.begin(first_masks, examples, before)
-    with asked.listening():
-        trainer.train(resume_from_checkpoint=bool(folder.goes_on and folder.checkpoints()) or None)
-    if stop.stopped:
-        steps = trainer.state.global_step
-        _say(
-            f"Interrupted after step {steps} of {trainer.state.max_steps}; run the same command with --resume to go on."
-        )
+    try:
+        with asked.listening():
+            trainer.train(resume_from_checkpoint=bool(folder.goes_on and folder.checkpoints()) or None)
+    except KeyboardInterrupt:
+        last = max((int(path.name.rpartition("-")[2]) for path in folder.checkpoints()), default=0)
+        log.error("interrupted inside a step; run the same command with --resume to go on from step %d.", last)
         return INTERRUPTED
-    after = trainer.evaluate()["eval_loss"] if held_out else None
+    if stop.stopped:
+        done = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        _say(f"Interrupted after {done}; run the same command with --resume to go on.")
+        return INTERRUPTED
     if is_first_rank():
         save_adapter(model, options.out)
+    after = trainer.evaluate()["eval_loss"] if held_out else None
     report = compiler.report()
     trained = sum(parameter.numel() for parameter in masks.parameters())
     _say(f"{report.rewritten} of {len(report)} weight gradients rewritten, {trained:,} elements trained.")
@@ -100,9 +103,7 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
     return 0
 
 
-def _batches_to_trace(
-    train: Sequence[dict[str, list[int]]], data: DataConfig, settings: SylvaConfig
-) -> list[dict[str, Tensor]]:
+def _batches_to_trace(train: Sequence[Example], data: DataConfig, settings: SylvaConfig) -> list[dict[str, Tensor]]:
     """Return the batches to trace, of which each process has its own."""
     if not _is_distributed():
         return batches_of(train, data.batch_size, settings.num_samples)

@@ -6,7 +6,7 @@ Exit codes: 0 all went well; 1 an error; 2 wrong usage; 130 interrupted. Errors 
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -111,13 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(f"sylva_compile.cli.{COMMANDS[name].module}")
             return int(command.run(*options))
         except KeyboardInterrupt:
-            print("error: interrupted; nothing was written.", file=sys.stderr)
+            print("error: interrupted before the command was done.", file=sys.stderr)
             return INTERRUPTED
         except (SylvaError, OSError, MemoryError) as error:
             return _fail(error)
 
 
-def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """Return the parser, and those of the subcommands by name."""
     parser = _Parser(
         prog="sylva-compile",

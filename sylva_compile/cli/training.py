@@ -144,8 +144,8 @@ def make_trainer(
     trainer = BlocksTrainer(
         model,
         arguments,
-        train_dataset=train,  # type: ignore[arg-type]
-        eval_dataset=held_out or None,  # type: ignore[arg-type]
+        train_dataset=train,
+        eval_dataset=held_out or None,
         data_collator=default_data_collator,
         callbacks=callbacks,
         optimizers=(optimizer, None),

@@ -223,6 +223,23 @@ def test_a_terminated_run_goes_on_exactly(
     check_that_it_goes_on(options, tmp_path, command)
 
 
+def test_a_second_signal_stops_at_once(
+    tmp_path: Path, command: Command, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: StopCallback, args: object, state: TrainerState, *others: object, **kwargs: object) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StopCallback, "on_pre_optimizer_step", interrupt)
+    options = ["--model", place.model, "--data", place.table, "--column", "text", "--out", tmp_path / "out"]
+    found = command("finetune", *TRAIN, *options, "--method", "random", "--save-every", "1")
+    assert found.code == 130
+    assert found.err.endswith(
+        "error: interrupted inside a step; run the same command with --resume to go on from step 2.\n"
+    )
+
+
 def check_that_it_goes_on(options: list[str | Path], folder: Path, command: Command) -> None:
     """Resume the run in `folder / "stopped"`, and compare it with one that was never interrupted."""
     assert len(list((folder / "stopped").glob("checkpoint-*"))) == 1
@@ -249,5 +266,5 @@ def test_an_interruption_before_training_leaves_nothing(
     monkeypatch.setattr("sylva_compile.cli.data.read_rows", interrupt)
     arguments = ["--model", place.model, "--data", place.table, "--out", tmp_path / "out"]
     found = command("finetune", *arguments)
-    assert found.code == 130 and found.err == "error: interrupted; nothing was written.\n"
+    assert found.code == 130 and found.err == "error: interrupted before the command was done.\n"
     assert not (tmp_path / "out").exists()
