@@ -80,7 +80,7 @@ COMMANDS = {
     ),
     "export": Command(
         "write an adapter in a format that other programs read",
-        "--model MODEL --adapter PATH --out PATH [--format FORMAT]",
+        "--model MODEL --adapter PATH --out PATH [options]",
         "export",
         {"base and adapter": AdapterConfig, "format": ExportConfig},
     ),
