@@ -87,7 +87,8 @@ def write_trained(
             "base": checksum(state.base_weight()),
         }
     for name, value in whole.items():
-        _check_finite(name, value)
+        # A buffer may be a mask of attention scores, with -infinity where nothing is attended to.
+        _check_finite(name, value, infinity=not isinstance(value, nn.Parameter))
         tensors[f"{name}/whole"] = value.detach().to("cpu", copy=True).contiguous()
     entries = {
         "masks": next(iter(states.values())).masks_config,
@@ -98,8 +99,9 @@ def write_trained(
     write_adapter(directory, tensors, entries)
 
 
-def _check_finite(name: str, value: Tensor) -> None:
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+def _check_finite(name: str, value: Tensor, *, infinity: bool = False) -> None:
+    """Raise AdapterError if `value` holds NaN, or infinity where that is not allowed."""
+    if value.is_floating_point() and bool((value.isnan() if infinity else ~value.isfinite()).any()):
         raise AdapterError(f"{name} holds NaN or infinity; go back to the last good state before saving.")
 
 

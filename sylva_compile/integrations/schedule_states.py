@@ -10,8 +10,9 @@ from sylva_compile.schedules.protocol import Schedule
 
 
 def masks_that_move(schedules: Iterable[Schedule]) -> Masks | None:
-    """Return the masks whose blocks one of `schedules` moves, if any."""
-    return next((schedule.masks for schedule in schedules if isinstance(schedule, MovingBlocks)), None)
+    """Return the masks whose blocks one of `schedules` moves, if any: such a schedule has them as `masks`."""
+    found = (getattr(schedule, "masks", None) for schedule in schedules)
+    return next((masks for masks in found if isinstance(masks, Masks)), None)
 
 
 def state_beside_adapter(schedule: Schedule) -> dict[str, Any]:

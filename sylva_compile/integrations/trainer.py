@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from sylva_compile.adapters.format import copy_adapter
 from sylva_compile.adapters.resuming import load_training, save_training
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
@@ -29,7 +30,7 @@ from sylva_compile.schedules.protocol import Schedule
 from sylva_compile.schedules.trainer_callback import ScheduleCallback
 
 if TYPE_CHECKING:
-    from transformers import Trainer as _Base
+    _Base = Trainer
 else:
     _Base = object
 
@@ -52,6 +53,13 @@ class BlocksTrainerMixin(_Base):
     state: TrainerState
     callback_handler: CallbackHandler
     optimizer: torch.optim.Optimizer | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raise ArgumentError where the Trainer's own methods would hide those of this class."""
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[1 : cls.__mro__.index(BlocksTrainerMixin)]
+        if any(issubclass(each, Trainer) and not issubclass(each, BlocksTrainerMixin) for each in before):
+            raise ArgumentError(f"{cls.__name__} names a Trainer first; name BlocksTrainerMixin before it.")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take the arguments of the Trainer.
@@ -82,6 +90,8 @@ class BlocksTrainerMixin(_Base):
             resume_from_checkpoint = str(last_whole_checkpoint(Path(self.args.output_dir)))
         if self.model_init is None and not block_states(self.model):
             raise ArgumentError("The model carries no blocks; call masks.embed(model) before training it.")
+        # So that callbacks save nothing of their own, whatever this run saves.
+        self._schedules()
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _schedules(self) -> list[Schedule]:
@@ -107,7 +117,9 @@ class BlocksTrainerMixin(_Base):
         assert chosen is not None
         directory = Path(chosen)
         save_training(self.model, directory, self._optimized())
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        tokenizer = self.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(self.data_collator, "tokenizer", None)
         with replacing_files(directory) as beside:
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
@@ -157,5 +169,6 @@ class BlocksTrainerMixin(_Base):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The Trainer copies files of names that it knows, and the adapter's are not among them.
         if block_states(self.model) and self.args.should_save:
-            self._save(self.args.output_dir)
+            assert self.args.output_dir is not None
+            copy_adapter(Path(checkpoint_folder), Path(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)

@@ -16,7 +16,7 @@ from sylva_compile.blocks.embed import block_states
 from sylva_compile.files import write_file
 from sylva_compile.integrations.accelerate import BlocksState
 from sylva_compile.integrations.checks import check_compiled_once
-from sylva_compile.integrations.schedule_states import masks_that_move
+from sylva_compile.schedules.moving import MovingBlocks
 from sylva_compile.schedules.trainer_callback import ScheduleCallback
 
 _MASTERS = "sylva_blocks.pt"
@@ -39,7 +39,8 @@ class BlocksCallback(ScheduleCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the blocks and the schedules' state into the checkpoint's directory."""
         # MovingBlocks keeps the values of its blocks in its own state.
-        if state.is_world_process_zero and not self.saved_by_trainer and masks_that_move(self.schedules) is None:
+        values_kept = any(isinstance(schedule, MovingBlocks) for schedule in self.schedules)
+        if state.is_world_process_zero and not self.saved_by_trainer and not values_kept:
             file = io.BytesIO()
             torch.save(BlocksState(kwargs["model"]).state_dict(), file)
             write_file(self.directory(args, state) / _MASTERS, file.getvalue())

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 import sylva_compile
 from sylva_compile.errors import AdapterError, ArgumentError
+from sylva_compile.integrations import BlocksTrainerMixin
 from sylva_compile.schedules import MovingBlocks, ScheduleCallback
 
 HEAD = ("lm_head.weight", "model.norm.weight")
@@ -136,8 +137,8 @@ def test_what_is_pushed_while_training_holds_the_adapter(tmp_path: Path, monkeyp
     made.trainer.train()
     pushed = []
     monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append(folder))
-    made.trainer._push_from_checkpoint("checkpoint-6")
-    assert pushed == ["checkpoint-6"]
+    made.trainer._push_from_checkpoint(str(tmp_path / f"checkpoint-{STEPS}"))
+    assert len(pushed) == 1
     fresh = base(Setting()).model
     sylva_compile.load_adapter(fresh, tmp_path)
     assert_same(fresh, made.model)
@@ -195,9 +196,16 @@ class TestRefusals:
         with pytest.raises(ArgumentError, match="carries no blocks"):
             made.trainer.train()
 
+    def test_a_class_that_names_the_trainer_first(self) -> None:
+        with pytest.raises(ArgumentError, match="Wrong names a Trainer first; name BlocksTrainerMixin before it"):
+            type("Wrong", (Trainer, BlocksTrainerMixin), {})
+        type("Right", (BlocksTrainer, Trainer), {})
+
     def test_a_checkpoint_of_the_model_only(self, tmp_path: Path) -> None:
-        make(tmp_path, Setting(arguments={"save_only_model": True})).trainer.train()
-        assert not (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
+        setting = Setting(schedule="layers", arguments={"save_only_model": True})
+        make(tmp_path, setting).trainer.train()
+        names = {path.name for path in (tmp_path / "checkpoint-3").iterdir() if "adapter" not in path.name}
+        assert names == {"trainer_state.json", "training_args.bin"}
         self.refused(tmp_path / "checkpoint-3", Setting(), r"no optimizer\.pt \(save_only_model=True\?\)")
 
 
@@ -233,6 +241,18 @@ def test_a_crash_while_writing_leaves_no_part_of_a_file(tmp_path: Path, monkeypa
     assert not [name for name in names if name.startswith("tmp-")]
 
 
+def test_buffers_are_kept_and_may_hold_infinity(tmp_path: Path) -> None:
+    made = make(tmp_path, Setting())
+    made.model.register_buffer("seen", torch.full((2,), -torch.inf))
+    made.trainer.train()
+    made.model.seen.zero_()
+    made.trainer.train(resume_from_checkpoint=True)
+    assert made.model.seen.isneginf().all()
+    made.model.seen.fill_(torch.nan)
+    with pytest.raises(AdapterError, match="seen holds NaN"):
+        made.trainer.save_model()
+
+
 class TestCompiling:
     """Accelerate would compile a model with a backend that knows no blocks, on top of one that does."""
 
@@ -253,6 +273,53 @@ class TestCompiling:
             ArgumentError, match=r"torch_compile_backend='sylva'.*accelerate does not know blocks; leave"
         ):
             make(tmp_path, setting)
+
+
+def test_one_trainer_goes_back_and_trains_again(tmp_path: Path) -> None:
+    made = make(tmp_path, Setting(schedule="moving", dtype=BF16, trained=HEAD))
+    made.trainer.train()
+    then = values(made.model)
+    made.trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+    assert all(torch.equal(value, then[name]) for name, value in values(made.model).items())
+
+
+class MovesOnce:
+    """A schedule of a user's own, which moves blocks after the second step; its state holds no values."""
+
+    def __init__(self, masks: sylva_compile.Masks) -> None:
+        self.masks, self.steps = masks, 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps == 2:
+            for parameter in self.masks.parameters():
+                parameter.grad = None
+            turned = {name: mask.block_map().flip(0) for name, mask in self.masks.items()}
+            new = {
+                name: sylva_compile.BlockMask.from_block_map(turned[name], mask.shape, mask.block_size)
+                for name, mask in self.masks.items()
+            }
+            self.masks.move(new)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def test_a_schedule_of_the_users_own(tmp_path: Path) -> None:
+    def new() -> Any:
+        made = make(tmp_path, Setting(dtype=BF16))
+        made.trainer.add_callback(ScheduleCallback(MovesOnce(made.masks)))
+        return made
+
+    once, again = new(), new()
+    once.trainer.train()
+    again.trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+    assert again.losses() == once.losses()
+    assert_same(again.model, once.model)
+    assert dict(again.masks) == dict(once.masks)
 
 
 def test_a_masks_object_and_a_schedule_follow_a_resume_by_path(tmp_path: Path) -> None:
