@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from sylva_compile.adapters.other_tensors import replaced_tensors
@@ -59,7 +59,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         tensors[f"{key}.shira_weight"] = torch.cat([values, values.new_zeros(left_over)])
     try:
         with replacing_files(Path(directory)) as beside:
-            save_file(tensors, beside / _TENSORS, {"format": "pt"})
+            (beside / _TENSORS).write_bytes(serialize(tensors, {"format": "pt"}))
             (beside / _CONFIG).write_text(to_json(_config(model, sorted(modules.values()), r), indent=2) + "\n")
     except OSError as error:
         raise AdapterError(f"No adapter can be written to {directory} ({error}); give a directory of yours.") from error

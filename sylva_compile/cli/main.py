@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 from sylva_compile.cli.arguments import add_fields, make
 from sylva_compile.cli.config_file import read_config_file
-from sylva_compile.cli.logs import logging_to_stderr
+from sylva_compile.cli.logs import hide_bars, logging_to_stderr
 from sylva_compile.cli.options import (
     AdapterConfig,
     DataConfig,
@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error)
     with logging_to_stderr(found.verbose), terminating_as_interrupted():
         try:
+            hide_bars()
             command = importlib.import_module(f"sylva_compile.cli.{COMMANDS[name].module}")
             return int(command.run(*options))
         except KeyboardInterrupt:

@@ -104,7 +104,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase,
     model = type(read)._from_config(config, dtype=dtype)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    model.name_or_path = str(path)
+    model.config._name_or_path = str(path)
     return tokenizer, model.eval().requires_grad_(False)
 
 

@@ -34,6 +34,7 @@ def test_peft_gives_the_same_logits(dtype: torch.dtype, every: int, tmp_path: Pa
     train(model, masks, case.batch, every)
     sylva_compile.export_peft(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert {path.stat().st_mode & 0o044 for path in tmp_path.iterdir()} == {0o044}
     fresh = tiny("llama").model.to(dtype)
     fresh.load_state_dict(base)
     peft = PeftModel.from_pretrained(fresh, tmp_path)
