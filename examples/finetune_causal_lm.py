@@ -11,6 +11,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         per_device_train_batch_size=options.batch_size,
         # A smaller last batch would make the compiler compile a second graph.
         dataloader_drop_last=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
         save_strategy="no",
         report_to="none",
     )

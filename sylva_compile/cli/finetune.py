@@ -16,7 +16,7 @@ from sylva_compile.cli.logs import is_first_rank, shows_bars
 from sylva_compile.cli.options import DataConfig, FinetuneConfig, ModelConfig
 from sylva_compile.cli.run_folder import RunFolder
 from sylva_compile.cli.sequences import Example, batches_of, hold_out
-from sylva_compile.cli.signals import StopAsked
+from sylva_compile.cli.signals import INTERRUPTED, StopAsked
 from sylva_compile.cli.training import StopCallback, make_trainer, training_arguments
 from sylva_compile.compiler.backend import backend
 from sylva_compile.compiler.layers import compile_layers
@@ -25,8 +25,6 @@ from sylva_compile.errors import UsageError
 from sylva_compile.tracing.trace import trace_and_mask
 
 log = logging.getLogger(__name__)
-
-INTERRUPTED = 130
 
 
 def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: SylvaConfig) -> int:

@@ -22,12 +22,10 @@ from sylva_compile.cli.options import (
     ModelConfig,
     TraceConfig,
 )
-from sylva_compile.cli.signals import terminating_as_interrupted
+from sylva_compile.cli.signals import INTERRUPTED, terminating_as_interrupted
 from sylva_compile.config import SylvaConfig
 from sylva_compile.errors import ArgumentError, SylvaError
 from sylva_compile.version import __version__
-
-INTERRUPTED = 130
 
 
 class Command(NamedTuple):

@@ -1,7 +1,6 @@
 """Causal language models with their tokenizers: read from a folder, the hub or a GGUF file, and written to a folder."""
 
 import importlib.util
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,10 +11,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from sylva_compile.cli.hub import may_be_on_the_hub
 from sylva_compile.cli.logs import shows_bars
 from sylva_compile.errors import InputError
-
-_ON_THE_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -36,7 +34,7 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, 
         if not (path / "config.json").is_file():
             raise InputError(f"--model {name} holds no config.json; give a folder written by save_pretrained.")
         source: dict[str, Any] = {"pretrained_model_name_or_path": path, "local_files_only": True}
-    elif _ON_THE_HUB.fullmatch(name):
+    elif may_be_on_the_hub(name):
         source = {"pretrained_model_name_or_path": name}
     else:
         raise InputError(f"--model {name} is no folder or GGUF file, nor a name on the hub; check the path.")

@@ -3,17 +3,16 @@
 import csv
 import importlib.util
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sylva_compile.cli.hub import may_be_on_the_hub
 from sylva_compile.errors import InputError
 
 Row = Mapping[str, Any]
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_ON_THE_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def read_rows(source: str, split: str, subset: str | None) -> Sequence[Row] | str:
@@ -39,7 +38,7 @@ def read_rows(source: str, split: str, subset: str | None) -> Sequence[Row] | st
             raise InputError(f"--data {path} is no table: {error}; mend it, or rename it to .txt.") from None
         except json.JSONDecodeError as error:
             raise InputError(f"--data {path} is no JSON: {error}; mend it, or rename it to .txt.") from None
-    if path.suffix.lower() in (*_SEPARATORS, ".json", ".jsonl", ".txt", ".md") or not _ON_THE_HUB.fullmatch(source):
+    if path.suffix.lower() in (*_SEPARATORS, ".json", ".jsonl", ".txt", ".md") or not may_be_on_the_hub(source):
         raise InputError(f"--data {source} is no file; give a CSV, TSV, JSON, JSONL or text file.")
     return _read_hub(source, split, subset)
 
