@@ -148,7 +148,8 @@ def _parse(arguments: list[str]) -> tuple[str, argparse.Namespace, list[object]]
     parser, commands = build_parser()
     if arguments and arguments[0] in commands:
         name, given = arguments[0], arguments[1:]
-        known = {action.dest for action in commands[name]._actions} - {"help", "config", "verbose"}
+        offered = {action.dest for action in commands[name]._actions if action.option_strings}
+        known = offered - {"help", "config", "verbose"}
         if path := _config_path(given):
             arguments = [name, *read_config_file(path, known), *given]
     found = parser.parse_args(arguments)

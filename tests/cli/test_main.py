@@ -134,5 +134,8 @@ class TestConfigFile:
         (tmp_path / "options.yaml").write_text("modl: a\n")
         assert main(["merge", "--config", str(tmp_path / "options.yaml")]) == 2
         assert "unknown key 'modl'; did you mean 'model'" in capsys.readouterr().err
+        (tmp_path / "options.yaml").write_text("path: a\n")
+        assert main(["inspect", "--config", str(tmp_path / "options.yaml")]) == 2
+        assert "unknown key 'path'" in capsys.readouterr().err
         assert main(["merge", "--config", str(tmp_path / "none.yaml")]) == 1
         assert "none.yaml cannot be read" in capsys.readouterr().err
