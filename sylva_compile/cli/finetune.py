@@ -90,6 +90,8 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
         return INTERRUPTED
     if is_first_rank():
         save_adapter(model, options.out)
+        # Checkpoints are optional; `report` reads the curves from here.
+        trainer.save_state()
     after = trainer.evaluate()["eval_loss"] if held_out else None
     report = compiler.report()
     trained = sum(parameter.numel() for parameter in masks.parameters())

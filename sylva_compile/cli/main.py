@@ -20,6 +20,7 @@ from sylva_compile.cli.options import (
     FinetuneConfig,
     InspectConfig,
     ModelConfig,
+    ReportConfig,
     TraceConfig,
 )
 from sylva_compile.cli.signals import INTERRUPTED, terminating_as_interrupted
@@ -69,6 +70,12 @@ COMMANDS = {
     ),
     "inspect": Command(
         "show what an adapter or a file of masks holds", "PATH [--json]", "inspect", {"what to show": InspectConfig}
+    ),
+    "report": Command(
+        "write a page about where training changed the model",
+        "--model MODEL --adapter PATH [options]",
+        "report",
+        {"what to show": ReportConfig},
     ),
     "merge": Command(
         "write a base with an adapter in it as an ordinary checkpoint",

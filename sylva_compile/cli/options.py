@@ -135,6 +135,19 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """An adapter, its base, and where the page about it goes."""
+
+    model: str = field(metadata=_about("base: folder, name on the Hugging Face hub, or GGUF file", metavar="MODEL"))
+    adapter: Path = field(metadata=_about("folder that save_adapter or `finetune` wrote"))
+    out: Path = field(default=Path("out/report.html"), metadata=_about("HTML file to write", metavar="FILE"))
+    log: Path | None = field(
+        default=None,
+        metadata=_about("the Trainer's output folder, for the curves; where it is left out, the adapter's folder"),
+    )
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """The format of an export."""
 

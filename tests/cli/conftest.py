@@ -42,6 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
             *TRAIN,
             "--every",
             "2",
+            "--log-every",
+            "2",
             "--optimizer",
             "muon",
         ]
