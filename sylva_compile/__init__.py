@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 from sylva_compile.version import __version__
 
 if TYPE_CHECKING:
-    from sylva_compile import errors, optim, schedules
+    from sylva_compile import errors, integrations, optim, schedules
+    from sylva_compile.adapters.changes import changed_values
+    from sylva_compile.adapters.disabling import disable_adapter
+    from sylva_compile.adapters.hub import from_pretrained, push_to_hub
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
+    from sylva_compile.adapters.reference import reference_model
     from sylva_compile.adapters.saving import save_adapter
+    from sylva_compile.adapters.switching import active_adapter, delete_adapter, list_adapters, set_adapter
     from sylva_compile.blocks.block_mask import BlockMask
     from sylva_compile.blocks.masks import Masks
     from sylva_compile.blocks.parameters import print_trainable_parameters
@@ -29,16 +34,26 @@ __all__ = [
     "SylvaConfig",
     "SylvaError",
     "__version__",
+    "active_adapter",
     "backend",
+    "changed_values",
     "compile_layers",
+    "delete_adapter",
+    "disable_adapter",
     "errors",
     "estimate",
+    "from_pretrained",
+    "integrations",
+    "list_adapters",
     "load_adapter",
     "merge_and_unload",
     "optim",
     "print_trainable_parameters",
+    "push_to_hub",
+    "reference_model",
     "save_adapter",
     "schedules",
+    "set_adapter",
     "trace_and_mask",
     "unload_adapter",
 ]
@@ -49,20 +64,29 @@ _MODULES = {
     "Masks": "blocks.masks",
     "SylvaConfig": "config",
     "SylvaError": "errors",
+    "active_adapter": "adapters.switching",
     "backend": "compiler.backend",
+    "changed_values": "adapters.changes",
     "compile_layers": "compiler.layers",
+    "delete_adapter": "adapters.switching",
+    "disable_adapter": "adapters.disabling",
     "estimate": "tracing.trace",
+    "from_pretrained": "adapters.hub",
+    "list_adapters": "adapters.switching",
     "load_adapter": "adapters.loading",
     "merge_and_unload": "adapters.loading",
     "print_trainable_parameters": "blocks.parameters",
+    "push_to_hub": "adapters.hub",
+    "reference_model": "adapters.reference",
     "save_adapter": "adapters.saving",
+    "set_adapter": "adapters.switching",
     "trace_and_mask": "tracing.trace",
     "unload_adapter": "adapters.loading",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "optim", "schedules"):
+    if name in ("errors", "integrations", "optim", "schedules"):
         return importlib.import_module(f"sylva_compile.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -159,5 +159,10 @@ def mark_as_parameter(tensor: Tensor) -> None:
     tensor._is_param = True
 
 
+def set_version(tensor: Tensor, version: int) -> None:
+    """Set the number by which autograd counts the writes into `tensor`, from 0 to 2**32 - 1."""
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
 ORDINARY_RESULTS: Any = torch._C._disabled_torch_function_impl
 """As the `__torch_function__` of a subclass of Tensor: operations on it take and return ordinary tensors."""

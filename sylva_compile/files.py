@@ -39,6 +39,25 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def replacing_files(directory: Path) -> Iterator[Path]:
+    """Yield a temporary folder inside `directory`, whose files are moved there at the end, or deleted after an error.
+
+    Folders in it keep their files. A file is never there in part; one that is there already is replaced.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=directory) as folder:
+        yield Path(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            target = directory / path.relative_to(folder)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+                continue
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+            path.replace(target)
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Return `value` as JSON. Numbers of other libraries become floats, and objects that JSON lacks their text."""
     return json.dumps(value, indent=indent, default=_plain)

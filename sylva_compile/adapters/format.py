@@ -86,3 +86,14 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if isinstance(error, SylvaError):
             raise
         raise AdapterError(f"{path} is damaged or no adapter ({error!r}); save or copy it again.") from error
+
+
+def copy_adapter(source: Path, directory: Path) -> None:
+    """Copy the adapter in `source` to `directory`, in one step; one that is there already is replaced.
+
+    Raises:
+        AdapterError: as `read_adapter` and `write_adapter`.
+    """
+    config, tensors = read_adapter(source)
+    written = ("format", "torch", "tensors", "sha256")
+    write_adapter(directory, tensors, {name: value for name, value in config.items() if name not in written})

@@ -9,7 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile.adapters.format import read_adapter
-from sylva_compile.adapters.other_tensors import compare_frozen, named_tensors
+from sylva_compile.adapters.other_tensors import (
+    check_replaced,
+    check_whole,
+    compare_frozen,
+    named_tensors,
+    replace_tensors,
+    replaced_tensors,
+)
+from sylva_compile.adapters.stored import (
+    DEFAULT,
+    StoredAdapter,
+    StoredWeight,
+    adapters_of,
+    forget_adapters,
+    make_room,
+    name_the_active,
+    states_by_weight,
+)
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states, unembed
@@ -18,74 +35,137 @@ from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.errors import AdapterError
 
-_REPLACED = "_sylva_replaced"
 
-
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Masks:
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Masks:
     """Put the blocks saved in `directory` into `model`, whose base weights must be those that they were trained on.
 
     The dense weights equal those of the trained model bit for bit, and the blocks can be trained on. A model that
     carries the same masks already gets the values into its existing parameters. The log warns if frozen weights or
     buffers without blocks differ from those of the training.
 
+    With a name, a model can have several adapters. The first one is active at once. Further ones are checked against
+    the base and stored beside the model, as PEFT's `load_adapter` does; `set_adapter` puts one into the weights. Load
+    them before the model is compiled: compiled graphs have room for the input channels of all adapters then.
+
+    Args:
+        model: the base, or a model whose blocks were trained or loaded on this base.
+        directory: written by `save_adapter`.
+        adapter_name: the adapter's name. Left out: the adapter takes the place of the active one, or is "default".
+
     Returns:
         The masks, bound to `model`; their `config` is that of the masks which were trained.
 
     Raises:
-        AdapterError: there is no adapter, it is damaged, or it belongs to another base; the model is as before then.
+        AdapterError: there is no adapter, it is damaged, it belongs to another base, or an adapter of this name is
+            loaded; the model is as before then.
         ScopeError: a weight cannot carry blocks (quantised, sharded, on the meta device).
-        EmbedError: the model carries other masks, or DistributedDataParallel has wrapped it already.
+        EmbedError: the model carries other masks and no name was given, DistributedDataParallel has wrapped it already,
+            or `disable_adapter` shows the base.
+    """
+    directory = Path(directory)
+    return load_read(model, directory, *read_adapter(directory), adapter_name=adapter_name)
+
+
+def load_read(
+    model: nn.Module,
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    adapter_name: str | None = None,
+    carried: Masks | None = None,
+) -> Masks:
+    """Put an adapter that has been read into `model`; what it returns and raises is as in `load_adapter`.
+
+    Args:
+        model: the base, or an embedded model.
+        directory: where the adapter was read, for messages.
+        config: of the JSON file.
+        tensors: of the adapter, by name.
+        adapter_name: see `load_adapter`.
+        carried: the masks that the model carries, whose blocks move to the places of the adapter's, as many as before.
     """
     wrapped, model = model, unwrap(model)
-    directory = Path(directory)
-    config, tensors = read_adapter(directory)
-    masks = Masks(
-        {
-            name: BlockMask(tuple(entry["shape"]), entry["block_size"], tensors[f"{name}/positions"].to(torch.int64))
-            for name, entry in config["weights"].items()
-        },
-        config={**config.get("masks", {}), "adapter": str(directory)},
-    )
-    parameters = named_weights(model)
-    _check_base(config, parameters, block_states(model), directory)
-    every = named_tensors(model)
+    states = block_states(model)
+    for state in states.values():
+        state.check_enabled()
+    adapters = adapters_of(model)
+    if adapters is not None and adapter_name in adapters.all:
+        raise AdapterError(
+            f"An adapter {adapter_name!r} is loaded already; give another name, or call delete_adapter(model, "
+            f"{adapter_name!r}) first."
+        )
+    adapter = _checked(model, states, directory, config, tensors)
+    masks = Masks({name: weight.mask for name, weight in adapter.weights.items()}, config=adapter.config)
+    # Bound first: the base has been checked already, and in more detail than `embed` does for masks of another model.
+    masks.bind(model)
+    if adapters is not None and adapter_name is not None:
+        adapters.all[adapter_name] = adapter
+        make_room(states, adapters)
+        return masks
+    if carried is not None:
+        carried.move({name: mask for name, mask in masks.items() if carried[name] != mask})
+    masks.embed(wrapped)
+    for name, state in block_states(model).items():
+        own = adapter.weights[name]
+        state.masks_config = dict(masks.config)
+        state.take_trained(own.blocks, own.left, own.left_values)
+    replace_tensors(model, adapter.whole)
+    if adapters is None:
+        name_the_active(model, adapter_name or DEFAULT)
+    return masks
+
+
+def _checked(
+    model: nn.Module,
+    states: Mapping[str, BlockState],
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> StoredAdapter:
+    """Return the adapter that was read from `directory`; it was trained on the base of `model`, or an error follows."""
+    parameters, every = named_weights(model), named_tensors(model)
+    nowhere = torch.empty(2, 0, dtype=torch.int64, device="cpu")
+    weights = {}
+    for name, entry in config["weights"].items():
+        positions, left = tensors[f"{name}/positions"], tensors.get(f"{name}/left_positions", nowhere)
+        mask = BlockMask(tuple(entry["shape"]), entry["block_size"], positions.to(torch.int64))
+        weights[name] = StoredWeight(
+            mask, tensors[f"{name}/blocks"], left.to(torch.int64), tensors.get(f"{name}/left"), entry["base"]
+        )
+    by_weight = states_by_weight(states)
+    _check_base(config, parameters, by_weight, directory)
+    for name, weight in weights.items():
+        weight.blocks = weight.blocks.to(parameters[name].device)
+        state = by_weight.get(id(parameters[name]))
+        weight.base_id = 0 if state is None else state.base_id
     whole = {name: tensors[f"{name}/whole"] for name in config["modules_to_save"]}
-    _check_whole(whole, every, {id(parameters[name]): name for name in masks}, directory)
-    _check_replaced(model.__dict__.get(_REPLACED, {}), every)
+    check_whole(whole, every, {id(parameters[name]): name for name in weights}, str(directory))
+    check_replaced(replaced_tensors(model), every)
     # A tensor that has several names is kept once, under the first.
     first_names = {id(tensor): name for name, tensor in reversed(every.items())}
     values = {first_names[id(every[name])]: value for name, value in whole.items()}
-    compare_frozen(config.get("frozen", {}), every, directory)
-    # Bound first: the base has been checked already, and in more detail than `embed` does for masks of another model.
-    masks.bind(model)
-    masks.embed(wrapped)
-    with torch.no_grad():
-        for name, state in block_states(model).items():
-            state.masks_config = dict(masks.config)
-            left = tensors.get(f"{name}/left_positions", torch.empty(2, 0, dtype=torch.int64)).to(torch.int64)
-            state.take_trained(tensors[f"{name}/blocks"], left, tensors.get(f"{name}/left"))
-        replaced = model.__dict__.setdefault(_REPLACED, {})
-        for name in replaced.keys() - values.keys():
-            # An adapter that was loaded before replaced this tensor; this adapter was trained beside the base's.
-            every[name].copy_(replaced.pop(name))
-        for name, value in values.items():
-            replaced.setdefault(name, every[name].detach().to("cpu", copy=True))
-            every[name].copy_(value)
-    return masks
+    base = {name: replaced_tensors(model).get(first_names[id(tensor)], tensor) for name, tensor in every.items()}
+    compare_frozen(config.get("frozen", {}), base, directory)
+    return StoredAdapter(weights, values, {**config.get("masks", {}), "adapter": str(directory)})
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Make an ordinary model: the trained values stay in the dense weights; blocks and generated classes go.
 
+    Of several adapters, the active one stays, and the others are forgotten.
+
     Returns:
         The model without wrappers (DistributedDataParallel, `torch.compile`), changed in place.
 
     Raises:
-        EmbedError: a class was made from an embedded one since (a parametrization); the model is as before then.
+        EmbedError: a class was made from an embedded one since (a parametrization), or `disable_adapter` shows the
+            base; the model is as before then.
     """
     model = unwrap(model)
     unembed(model)
-    model.__dict__.pop(_REPLACED, None)
+    forget_adapters(model)
+    replaced_tensors(model).clear()
     return model
 
 
@@ -93,57 +173,28 @@ def unload_adapter(model: nn.Module) -> None:
     """Restore the base, bit for bit.
 
     Masked weights are again what they were before `embed`, and so are modules that an adapter replaced whole. Ordinary
-    classes and `requires_grad` come back too. A model without blocks is left alone.
+    classes and `requires_grad` come back too. All adapters are forgotten. A model without blocks is left alone.
 
     Raises:
         AdapterError: a module that the adapter replaced was itself replaced or changed its shape since.
-        EmbedError: a base is not known any more, or a class was made from an embedded one since (a parametrization).
-            The model is as before in either case.
+        EmbedError: a base is not known any more, a class was made from an embedded one since (a parametrization), or
+            `disable_adapter` shows the base. The model is as before in all these cases.
     """
     model = unwrap(model)
-    _check_replaced(model.__dict__.get(_REPLACED, {}), named_tensors(model))
+    check_replaced(replaced_tensors(model), named_tensors(model))
     unembed(model, restore=True)
     every = named_tensors(model)
     with torch.no_grad():
-        for name, value in model.__dict__.pop(_REPLACED, {}).items():
+        for name, value in replaced_tensors(model).items():
             every[name].copy_(value)
-
-
-def _check_whole(
-    whole: Mapping[str, Tensor], every: Mapping[str, Tensor], masked: Mapping[int, str], directory: Path
-) -> None:
-    """Raise AdapterError where a tensor that the adapter stores whole does not fit the model."""
-    for name, value in whole.items():
-        found = every.get(name)
-        if found is None or (found.shape, found.dtype) != (value.shape, value.dtype):
-            here = "missing" if found is None else f"{tuple(found.shape)} of {found.dtype}"
-            raise AdapterError(
-                f"{directory} stores {name} {tuple(value.shape)} of {value.dtype}, {here} here; "
-                "build the model as in training."
-            )
-        if id(found) in masked:
-            raise AdapterError(
-                f"{directory} stores {name} whole, which is {masked[id(found)]} with its blocks here; "
-                "build the model as in training, where they were two."
-            )
-
-
-def _check_replaced(replaced: Mapping[str, Tensor], every: Mapping[str, Tensor]) -> None:
-    """Raise AdapterError where a value that an adapter replaced cannot be put back."""
-    for name, value in replaced.items():
-        found = every.get(name)
-        if found is None or found.shape != value.shape:
-            here = "gone" if found is None else f"{tuple(found.shape)}"
-            raise AdapterError(
-                f"{name} was {tuple(value.shape)} when an adapter replaced its values, and is {here} now; put the "
-                "module back first, or call merge_and_unload(model) to keep the values."
-            )
+    replaced_tensors(model).clear()
+    forget_adapters(model)
 
 
 def _check_base(
     config: Mapping[str, Any],
     parameters: Mapping[str, nn.Parameter],
-    states: Mapping[str, BlockState],
+    by_weight: Mapping[int, BlockState],
     directory: Path,
 ) -> None:
     """Raise AdapterError unless the masked weights have the shapes, dtypes and values of the adapter's base."""
@@ -161,8 +212,8 @@ def _check_base(
                 "load the base in that shape and dtype."
             )
         check_weight(name, weight)
-        base = states[name].base_weight() if name in states else weight
-        if checksum(base) != entry["base"]:
+        state = by_weight.get(id(weight))
+        if checksum(weight if state is None else state.base_weight()) != entry["base"]:
             raise AdapterError(
                 f"{directory} was trained on another base: {name} holds other values here; load that base."
             )

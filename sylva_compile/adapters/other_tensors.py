@@ -70,11 +70,7 @@ def frozen_tensors(
 
 def compare_frozen(frozen: Mapping[str, str], every: Mapping[str, Tensor], directory: Path) -> None:
     """Log a warning where tensors in `every` differ from the checksums in `frozen`, those of the training."""
-    others = [
-        name
-        for name, known in frozen.items()
-        if name not in every or not _has_values(every[name]) or checksum(every[name]) != known
-    ]
+    others = other_frozen(frozen, every)
     if others:
         log.warning(
             "%d frozen weights or buffers are not those that %s was trained beside, %s first; load the same base, or "
@@ -83,6 +79,70 @@ def compare_frozen(frozen: Mapping[str, str], every: Mapping[str, Tensor], direc
             directory,
             others[0],
         )
+
+
+def other_frozen(frozen: Mapping[str, str], every: Mapping[str, Tensor]) -> list[str]:
+    """Return the names in `frozen`, a checksum by name, whose tensors in `every` are missing or have other values."""
+    return [
+        name
+        for name, known in frozen.items()
+        if name not in every or not _has_values(every[name]) or checksum(every[name]) != known
+    ]
+
+
+def replaced_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the values, on the CPU, that tensors had before an adapter replaced them; the model keeps this dict."""
+    found: dict[str, Tensor] = model.__dict__.setdefault("_sylva_replaced", {})
+    return found
+
+
+def check_replaced(replaced: Mapping[str, Tensor], every: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError where a value that an adapter replaced cannot be put back."""
+    for name, value in replaced.items():
+        found = every.get(name)
+        if found is None or found.shape != value.shape:
+            here = "gone" if found is None else f"{tuple(found.shape)}"
+            raise AdapterError(
+                f"{name} was {tuple(value.shape)} when an adapter replaced its values, and is {here} now; put the "
+                "module back first, or call merge_and_unload(model) to keep the values."
+            )
+
+
+def check_whole(
+    whole: Mapping[str, Tensor], every: Mapping[str, Tensor], masked: Mapping[int, str], source: str
+) -> None:
+    """Raise AdapterError where a tensor that the adapter `source` stores whole does not fit the model.
+
+    Args:
+        whole: the stored tensors by name.
+        every: the tensors of the model by name.
+        masked: the names of the weights in which the adapter has blocks, by the weight's `id`.
+        source: a directory or a name, for the message.
+    """
+    for name, value in whole.items():
+        found = every.get(name)
+        if found is None or (found.shape, found.dtype) != (value.shape, value.dtype):
+            here = "missing" if found is None else f"{tuple(found.shape)} of {found.dtype}"
+            raise AdapterError(
+                f"{source} stores {name} {tuple(value.shape)} of {value.dtype}, {here} here; "
+                "build the model as in training."
+            )
+        if id(found) in masked:
+            raise AdapterError(
+                f"{source} stores {name} whole, which is {masked[id(found)]} with its blocks here; "
+                "build the model as in training, where they were two."
+            )
+
+
+@torch.no_grad()
+def replace_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Let tensors hold `values`, by their first names; others that an adapter had replaced get their base back."""
+    replaced, every = replaced_tensors(model), named_tensors(model)
+    for name in replaced.keys() - values.keys():
+        every[name].copy_(replaced.pop(name))
+    for name, value in values.items():
+        replaced.setdefault(name, every[name].detach().to("cpu", copy=True))
+        every[name].copy_(value)
 
 
 def _has_values(tensor: Tensor) -> bool:

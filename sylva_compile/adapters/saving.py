@@ -35,15 +35,40 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
     Raises:
         AdapterError: the model carries no blocks, values are not finite, a name in `modules_to_save` matches nothing,
             or the directory cannot be written. An older adapter stays then.
-        EmbedError: blocks and dense weights differ, or a base is not known any more. An older adapter stays then.
+        EmbedError: blocks and dense weights differ, a base is not known any more, or `disable_adapter` shows it. An
+            older adapter stays then.
     """
     model = unwrap(model)
+    states = states_to_save(model)
+    whole = tensors_to_save(model, modules_to_save, states)
+    _warn_of_masked_modules(states, modules_to_save)
+    _warn_of_lost_parameters(model, states, whole)
+    write_trained(model, Path(directory), states, whole)
+
+
+def states_to_save(model: nn.Module) -> dict[str, BlockState]:
+    """Return the embedded weights of `model`. Raises AdapterError where it has none."""
     states = block_states(model)
     if not states:
         raise AdapterError("This model carries no trained blocks; call masks.embed(model) before training and saving.")
+    return states
+
+
+def write_trained(
+    model: nn.Module, directory: Path, states: Mapping[str, BlockState], whole: Mapping[str, Tensor]
+) -> None:
+    """Write an adapter of the blocks in `states` and of the tensors in `whole`; the errors are those of save_adapter.
+
+    Args:
+        model: the model without wrappers.
+        directory: made if missing.
+        states: all embedded weights of the model.
+        whole: parameters and buffers that are stored whole, by name, each once.
+    """
     tensors: dict[str, Tensor] = {}
     weights: dict[str, Any] = {}
     for name, state in states.items():
+        state.check_enabled()
         state.sync()
         blocks = state.zero_outside(state.blocks.detach())
         _check_finite(name + SUFFIX, blocks)
@@ -63,23 +88,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, modules
             "dtype": str(state.weight.dtype).removeprefix("torch."),
             "base": checksum(state.base_weight()),
         }
-    whole = tensors_to_save(model, modules_to_save, states)
-    _warn_of_masked_modules(states, modules_to_save)
     for name, value in whole.items():
-        _check_finite(name, value)
+        # A buffer may be a mask of attention scores, with -infinity where nothing is attended to.
+        _check_finite(name, value, infinity=not isinstance(value, nn.Parameter))
         tensors[f"{name}/whole"] = value.detach().to("cpu", copy=True).contiguous()
-    _warn_of_lost_parameters(model, states, whole)
     entries = {
-        "masks": next(iter(states.values())).masks_config,
+        # Where an adapter was loaded from is a path of this machine.
+        "masks": {key: value for key, value in next(iter(states.values())).masks_config.items() if key != "adapter"},
         "weights": weights,
         "modules_to_save": {name: checksum(value) for name, value in whole.items()},
         "frozen": {name: checksum(value) for name, value in frozen_tensors(model, states, whole).items()},
     }
-    write_adapter(Path(directory), tensors, entries)
+    write_adapter(directory, tensors, entries)
 
 
-def _check_finite(name: str, value: Tensor) -> None:
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+def _check_finite(name: str, value: Tensor, *, infinity: bool = False) -> None:
+    """Raise AdapterError if `value` holds NaN, or infinity where that is not allowed."""
+    if value.is_floating_point() and bool((value.isnan() if infinity else ~value.isfinite()).any()):
         raise AdapterError(f"{name} holds NaN or infinity; go back to the last good state before saving.")
 
 

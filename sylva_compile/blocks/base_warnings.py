@@ -1,7 +1,9 @@
-"""Warnings about the base of a weight that was loaded."""
+"""Warnings about the base of a weight that was loaded, and the error for a weight that another module takes."""
 
 import functools
 import logging
+
+from sylva_compile.errors import EmbedError
 
 log = logging.getLogger(__name__)
 
@@ -22,4 +24,12 @@ def warn_of_whole(name: str) -> None:
         "Blocks of %s have been everywhere, so a loaded weight is taken for one of this training and its base stays; "
         "to load another base, call unload_adapter(model) first.",
         name,
+    )
+
+
+def not_shareable(name: str, place: str) -> EmbedError:
+    """Return the error for the dense weight `name` that another module takes as parameter, which `place` names."""
+    return EmbedError(
+        f"{name} carries blocks and cannot become {place}; convert the model (to float8, say) or tie its weights "
+        "before its masks are embedded, or unload the adapter first."
     )

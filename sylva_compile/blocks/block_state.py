@@ -12,8 +12,12 @@ The rule: the blocks of the dense weight always equal the `<name>_blocks` parame
 
 `sync` applies the first three rows. It runs before anything reads either tensor: forward passes, steps, moves, copies,
 state dicts. `follow_assignment` applies the last row, when the module's weight is loaded or assigned.
+
+The rule rests while `disable_adapter` shows the base (`base_values`): the dense weight holds the values from before
+training then, the blocks keep theirs, and whatever would write one into the other raises an error.
 """
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -25,10 +29,12 @@ from sylva_compile.blocks.base_warnings import warn_of_another_base, warn_of_who
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.layout import BlockLayout
 from sylva_compile.blocks.originals import Originals
-from sylva_compile.blocks.places import round_stochastically, where
+from sylva_compile.blocks.places import round_stochastically, where, zero_outside
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import BlockWriter, block_dtype, grid_shape, read_blocks
 from sylva_compile.kernels.step.table import TYPES, Target
+
+_bases = itertools.count(1)
 
 
 class BlockState:
@@ -43,7 +49,9 @@ class BlockState:
         writer: writes blocks at the mask's positions into a dense weight.
         originals: the values from before training of every place where blocks have been.
         base_known: whether `originals` still belong to the weight; an edit in place of the dense weight ends that.
-        moves: the number of times that blocks have moved.
+        moves: the number of times that blocks have moved, or another adapter has taken their place.
+        base_id: a number of the base; another weight, and another base of this one, has another.
+        disabled: while the dense weight shows its base, a number that no other such time has; 0 otherwise.
         was_trainable: `requires_grad` of the dense weight before it was embedded.
         had_gradient: whether the blocks had a gradient when the optimizer's step began.
         stepped_by: the optimizers that have stepped the blocks, as long as they live.
@@ -61,8 +69,8 @@ class BlockState:
         self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
         values = self._dense_blocks()
         self.originals = Originals(weight, mask.positions, mask.block_size)
-        self.base_known = True
-        self.moves = 0
+        self.base_known, self.base_id = True, next(_bases)
+        self.moves = self.disabled = 0
         self.had_gradient = False
         self.stepped_by: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._owners: list[tuple[weakref.ref[nn.Module], str]] = []
@@ -71,6 +79,7 @@ class BlockState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the owners and the optimizers: a copy of the model has others."""
+        self.check_enabled()
         return {name: value for name, value in self.__dict__.items() if name != "stepped_by"} | {"_owners": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -90,6 +99,8 @@ class BlockState:
     def sync(self) -> None:
         """Make blocks and dense weight equal again after an edit in place that autograd has counted."""
         weight_version, blocks_version = self._versions
+        if self.disabled and self._versions != (self.weight._version, self.blocks._version):
+            self.check_enabled()
         if self.blocks._version != blocks_version:
             self.push()
         elif self.weight._version != weight_version:
@@ -106,12 +117,17 @@ class BlockState:
 
     def push(self) -> None:
         """Write the blocks, rounded, into the dense weight."""
+        self.check_enabled()
         self.writer.write(self.weight, self.blocks)
         self.mark_synced()
 
     def mark_synced(self) -> None:
         """Record that weight and blocks are equal now; a kernel that wrote both by address calls this."""
         self._versions = (self.weight._version, self.blocks._version)
+
+    def mark_weight_written(self) -> None:
+        """Record that the dense weight is as it should be; an edit of the blocks that nobody has followed stays one."""
+        self._versions = (self.weight._version, self._versions[1])
 
     def is_synced(self) -> bool:
         """Whether the dense weight's blocks equal the rounded blocks; compares all values and waits for the device."""
@@ -128,6 +144,14 @@ class BlockState:
                 "pointer); call masks.write_through() to keep the blocks, or change the weight under torch.no_grad()."
             )
 
+    def check_enabled(self) -> None:
+        """Raise EmbedError while `disable_adapter` shows the base."""
+        if self.disabled:
+            raise EmbedError(
+                f"{self.name} shows its base inside of disable_adapter, where nothing is trained, moved, copied, saved "
+                "or loaded; leave the block first."
+            )
+
     def check_base_known(self) -> None:
         """Raise EmbedError if an edit in place of the dense weight has made its base unknown."""
         if not self.base_known:
@@ -135,13 +159,6 @@ class BlockState:
                 f"{self.name} was changed in place since its blocks were embedded, so its base is not known; load the "
                 "base's state dict first, or call merge_and_unload(model) to keep the values."
             )
-
-    def not_shareable(self, place: str) -> EmbedError:
-        """Return the error for a dense weight that another module takes as parameter; `place` names that parameter."""
-        return EmbedError(
-            f"{self.name} carries blocks and cannot become {place}; convert the model (to float8, say) or tie its "
-            "weights before its masks are embedded, or unload the adapter first."
-        )
 
     def follow_assignment(self, old: Tensor) -> None:
         """Follow a dense weight that was loaded or assigned; `old [m, n]` is a copy of the values before.
@@ -157,7 +174,7 @@ class BlockState:
         if not torch.equal(new, old) or not self.base_known:
             warn_of_another_base()
             self.originals = Originals(self.weight, self.mask.positions, self.mask.block_size)
-            self.base_known = True
+            self.base_known, self.base_id = True, next(_bases)
         self.pull()
 
     def follow_move(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
@@ -204,20 +221,11 @@ class BlockState:
         self.mark_synced()
         return before
 
-    @property
-    def base(self) -> Tensor:
-        """The values from before training at the blocks' places: `[nnz, b, b]` on the CPU, in the weight's dtype."""
-        return self.originals.at(self.mask.positions)
-
     def base_weight(self) -> Tensor:
         """Return a copy of the dense weight `[m, n]` as it was before training."""
         dense = self.weight.detach().clone()
         self.originals.restore(dense)
         return dense
-
-    def restore_base(self) -> None:
-        """Make the dense weight what it was before training; the blocks stay as they are."""
-        self.originals.restore(self.weight)
 
     def left_behind(self) -> tuple[Tensor, Tensor]:
         """Return the places where blocks have been and are no more, and the weight's values there, on the CPU."""
@@ -226,16 +234,21 @@ class BlockState:
         values = read_blocks(self.weight.detach(), left.to(self.weight.device), self.mask.block_size)
         return left, values.cpu()
 
-    def take_trained(self, blocks: Tensor, left: Tensor, values: Tensor | None) -> None:
+    def take_trained(self, blocks: Tensor, left: Tensor, values: Tensor | None, mask: BlockMask | None = None) -> None:
         """Take the values of another training of this base.
 
         Args:
             blocks: `[nnz, b, b]`, the values of the blocks.
             left: `int64[2, k]`, the other places that were trained, on the CPU.
             values: `[k, b, b]`, the weight's values there; None if there are none.
+            mask: its places, as many as before, if it is another adapter's: what this one trained is forgotten.
         """
+        self.check_enabled()
         with torch.no_grad():
-            self.restore_base()
+            self.originals.restore(self.weight)
+            if mask is not None:
+                self.originals = Originals(self.weight, mask.positions, mask.block_size)
+                self._go_to(mask)
             self.originals.add(self.weight, left)
             if values is not None:
                 writer = BlockWriter(self.mask.shape, left.to(self.weight.device), self.mask.block_size)
@@ -264,14 +277,7 @@ class BlockState:
 
     def zero_outside(self, blocks: Tensor) -> Tensor:
         """Return `blocks [nnz, b, b]` with zeros where a block crosses the weight's edge."""
-        b, (m, n) = self.mask.block_size, self.mask.shape
-        if m % b == 0 and n % b == 0:
-            return blocks
-        lane = torch.arange(b, device=blocks.device)
-        rows, cols = self.layout.positions
-        row_inside = rows[:, None] * b + lane < m
-        col_inside = cols[:, None] * b + lane < n
-        return torch.where(row_inside[:, :, None] & col_inside[:, None, :], blocks, 0)
+        return zero_outside(blocks, self.layout.positions, self.mask.shape)
 
     def step_target(self) -> Target:
         """Return the dense weight as a target of an optimizer's kernel."""

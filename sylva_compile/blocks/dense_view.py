@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile._torch import ORDINARY_RESULTS
+from sylva_compile.blocks.base_warnings import not_shareable
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.errors import EmbedError
 
@@ -57,7 +58,7 @@ class DenseView(Tensor):
                 into another module, where the blocks would never be trained.
         """
         if sys._getframe(1).f_code is nn.Module.register_parameter.__code__:
-            raise self._sylva_state.not_shareable("a parameter of another module")
+            raise not_shareable(self._sylva_state.name, "a parameter of another module")
         return _GRAD_FN.__get__(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -3,7 +3,7 @@
 `sylva_compile.blocks.block_state` has the rule that keeps blocks and dense weights one value.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,13 @@ def block_states(model: nn.Module) -> dict[str, BlockState]:
     return {state.name if state.name in found else found[0]: state for state, found in names.items()}
 
 
-def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, masks_config: Mapping[str, Any] | None = None) -> None:
+def embed(
+    model: nn.Module,
+    masks: Mapping[str, BlockMask],
+    *,
+    masks_config: Mapping[str, Any] | None = None,
+    beside: bool = False,
+) -> None:
     """Put trainable blocks into the weights named by `masks`; freeze those weights. Nothing else of the model changes.
 
     A weight that several modules share is embedded in all of them, with one set of blocks. Embedding the same masks
@@ -39,6 +45,7 @@ def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, masks_config: Map
         model: the model, or a wrapper of it.
         masks: weight name to blocks.
         masks_config: `Masks.config`, how the masks were made; `save_adapter` writes it.
+        beside: whether other weights of the model may carry blocks already.
 
     Raises:
         EmbedError: the model carries other masks already, a module cannot carry blocks, DistributedDataParallel has
@@ -46,7 +53,7 @@ def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, masks_config: Map
     """
     wrapped, model = model, unwrap(model)
     present = block_states(model)
-    if present:
+    if present and not beside:
         if {name: state.mask for name, state in present.items()} == dict(masks):
             return
         raise EmbedError(
@@ -74,36 +81,41 @@ def embed(model: nn.Module, masks: Mapping[str, BlockMask], *, masks_config: Map
         registry.add(state)
 
 
-def unembed(model: nn.Module, *, restore: bool = False) -> None:
+def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] | None = None) -> None:
     """Take the blocks out again: ordinary classes, ordinary weights, `requires_grad` as it was.
 
     Args:
         model: an embedded model; one that is not embedded is left alone.
         restore: put the base weights back bit for bit; otherwise the trained values stay in the dense weights.
+        names: the weights to take blocks out of; all if left out.
 
     Raises:
-        EmbedError: a class was made from an embedded one since, or the base is not known; nothing is changed then.
+        EmbedError: a class was made from an embedded one since, the base is not known, or `disable_adapter` shows it;
+            nothing is changed then.
     """
     model = unwrap(model)
-    states = block_states(model)
+    states = {name: state for name, state in block_states(model).items() if names is None or name in names}
     for module in model.modules():
         if "_sylva_states" in module.__dict__ and EmbeddedModule not in type(module).__bases__:
             raise EmbedError(
                 f"{type(module).__name__} was made from an embedded class (a parametrization?); remove that first."
             )
     for state in states.values():
+        state.check_enabled()
         state.sync()
         if restore:
             state.check_base_known()
     for state in states.values():
         if restore:
-            state.restore_base()
+            state.originals.restore(state.weight)
         state.weight.requires_grad_(state.was_trainable)
         registry.remove(state)
+    leaving = set(states.values())
     for module in list(model.modules()):
         if isinstance(module, EmbeddedModule):
-            for attribute in tuple(module._sylva_states):
-                _uninstall(module, attribute)
+            for attribute, state in tuple(module._sylva_states.items()):
+                if state in leaving:
+                    _uninstall(module, attribute)
 
 
 def _owners(model: nn.Module, name: str, weight: nn.Parameter) -> _Owners:

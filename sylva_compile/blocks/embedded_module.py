@@ -107,21 +107,28 @@ def swapped(state: BlockState) -> EmbedError:
 
 
 def refuse_moves_before_backward(output: Tensor, states: Iterable[BlockState]) -> None:
-    """Let the backward pass through `output` raise EmbedError if blocks of `states` have moved since.
+    """Let the backward pass through `output` raise EmbedError if it would give blocks of `states` wrong gradients.
 
-    Their gradients would belong to the places of before. Autograd would refuse as well, in words about tensors.
+    That is so where blocks have moved since, or another adapter was set: the gradients would belong to the places of
+    before. And it is so where a pass ran inside of `disable_adapter`: they would be those of the base. Autograd would
+    refuse most of this as well, in words about tensors.
     """
     if output.grad_fn is None:
         return
-    then = [(weakref.ref(state), state.moves) for state in states]
+    then = [(weakref.ref(state), state.moves, state.disabled) for state in states]
 
     def check(gradients: Any) -> None:
-        for ref, moves in then:
+        for ref, moves, disabled in then:
             state = ref()
             if state is not None and state.moves != moves:
                 raise EmbedError(
-                    f"The blocks of {state.name} have moved between a forward pass and its backward pass; move them "
-                    "after optimizer.step()."
+                    f"The blocks of {state.name} have moved between a forward pass and its backward pass; move them, "
+                    "or set another adapter, after optimizer.step()."
+                )
+            if state is not None and (disabled or state.disabled):
+                raise EmbedError(
+                    f"A backward pass to the blocks of {state.name} has its forward pass inside of disable_adapter or "
+                    "runs there; run forward passes there under torch.no_grad(), and backward passes outside."
                 )
 
     output.grad_fn.register_prehook(check)
@@ -145,6 +152,7 @@ class EmbeddedModule:
         module: Any = self
         self._sync()
         for state in self._sylva_states.values():
+            state.check_enabled()
             # Both are moved; where they differ, one of them would be lost.
             state.check_synced()
         masters = {attribute: state.blocks.detach() for attribute, state in self._sylva_states.items()}
@@ -166,6 +174,7 @@ class EmbeddedModule:
         if value is state.weight or getattr(value, "_base", None) is state.weight:
             # The weight is tied to itself, through the view that reading it returned.
             return
+        state.check_enabled()
         _check_assigned(state, value)
         old = state.weight.detach().to(dtype=value.dtype, copy=True)
         value.requires_grad_(False)
@@ -202,6 +211,8 @@ class EmbeddedModule:
     ) -> None:
         self._sync()
         loaded = [state for attribute, state in self._sylva_states.items() if prefix + attribute in state_dict]
+        for state in loaded:
+            state.check_enabled()
         before = [(state.weight, state.weight.detach().clone()) for state in loaded]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *rest)  # type: ignore[misc]
         for attribute in self._sylva_states:

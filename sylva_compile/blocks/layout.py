@@ -29,6 +29,8 @@ class BlockLayout:
         input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 for Conv1D.
         gate: bool `[]` on the CPU, which weights may share: where it is false, backward passes compute no gradient of
             the blocks and give zeros. None: the blocks always get their gradient.
+        others: the masks of other adapters that may take this one's place, by name. Room is kept for the input channels
+            of each, so that their number is the same for all.
         scores: float32 over the grid of blocks. While it is there, backward passes add every block's squared norm of
             the weight gradient to `scores.grad`.
         sketch: whether a compiled graph may put a cheap estimate in place of that norm.
@@ -41,6 +43,7 @@ class BlockLayout:
         self.narrow_positions: Tensor
         self._width, self._across = mask.shape[axis], grid_shape(mask.shape, mask.block_size)[axis]
         self._mask, self._reserved = mask, 0
+        self.others: dict[str, BlockMask] = {}
         self.gate: Tensor | None = None
         self.scores: Tensor | None = None
         self.sketch = False
@@ -132,16 +135,28 @@ def update_input_channels(layouts: Iterable[BlockLayout]) -> None:
 
 def _columns(layouts: Sequence[BlockLayout]) -> Tensor:
     """Return the block columns of the input that the blocks of `layouts` read, and others up to the number reserved."""
-    across, wanted = layouts[0]._across, max(layout._reserved for layout in layouts)
-    taken = torch.zeros(across, dtype=torch.bool, device="cpu")
-    for layout in layouts:
-        taken[layout._mask.positions[layout.input_axis]] = True
+    ragged = layouts[0]._width % layouts[0].block_size > 0
+    taken = _read_by((layout, layout._mask) for layout in layouts)
+    wanted = max(layout._reserved for layout in layouts)
+    for name in {name for layout in layouts for name in layout.others}:
+        other = _read_by((layout, layout.others[name]) for layout in layouts if name in layout.others)
+        other[-1] |= ragged
+        wanted = max(wanted, int(other.sum()))
     if wanted:
         # The last column first; see `reserve`.
-        taken[-1] |= layouts[0]._width % layouts[0].block_size > 0
+        taken[-1] |= ragged
         free = (~taken).nonzero().squeeze(1)
         taken[free[: max(wanted - int(taken.sum()), 0)]] = True
     return taken.nonzero().squeeze(1)
+
+
+def _read_by(masks: Iterable[tuple[BlockLayout, BlockMask]]) -> Tensor:
+    """Return the block columns of the input that masks of these layouts read: bool over all columns."""
+    pairs = list(masks)
+    taken = torch.zeros(pairs[0][0]._across, dtype=torch.bool, device="cpu")
+    for layout, mask in pairs:
+        taken[mask.positions[layout.input_axis]] = True
+    return taken
 
 
 def _channels(columns: Tensor, layout: BlockLayout) -> Tensor:

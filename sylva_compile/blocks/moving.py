@@ -33,7 +33,7 @@ def move(
     states = block_states(model)
     _check_masks(states, old, new)
     moved = {states[name]: mask for name, mask in new.items() if states[name].mask != mask}
-    _check_same_on_all_ranks(states.values(), new)
+    check_same_on_all_ranks(states.values(), new)
     optimizers = _optimizers_of(moved, optimizer)
     _check_carry(set().union(*optimizers.values()), carry)
     for state, mask in moved.items():
@@ -45,6 +45,8 @@ def move(
 
 def _check_masks(states: Mapping[str, BlockState], old: Mapping[str, BlockMask], new: Mapping[str, BlockMask]) -> None:
     """Raise MaskError or EmbedError unless the blocks of every weight in `new` can move."""
+    for state in states.values():
+        state.check_enabled()
     for name, mask in new.items():
         if name not in old:
             raise MaskError(f"These masks have no weight {name!r}; move the blocks of weights that carry some.")
@@ -56,14 +58,19 @@ def _check_masks(states: Mapping[str, BlockState], old: Mapping[str, BlockMask],
                 f"{name} has {before.nnz} blocks of {before.block_size} in a weight of {before.shape} and would get "
                 f"{mask.nnz} of {mask.block_size} in {mask.shape}; blocks move, and their number and size stay."
             )
-        if states[name].blocks.grad is not None:
-            raise EmbedError(
-                f"The blocks of {name} have gradients, which belong to where they are; step the optimizer and call "
-                "zero_grad(set_to_none=True) before moving them."
-            )
+        check_no_gradients(name, states[name])
 
 
-def _check_same_on_all_ranks(states: Iterable[BlockState], new: Mapping[str, BlockMask]) -> None:
+def check_no_gradients(name: str, state: BlockState) -> None:
+    """Raise EmbedError if the blocks of the weight `name` have gradients."""
+    if state.blocks.grad is not None:
+        raise EmbedError(
+            f"The blocks of {name} have gradients, which belong to where they are; step the optimizer and call "
+            "zero_grad(set_to_none=True) before moving them or setting another adapter."
+        )
+
+
+def check_same_on_all_ranks(states: Iterable[BlockState], new: Mapping[str, BlockMask]) -> None:
     """Raise EmbedError if processes whose gradients are averaged would move blocks to different places."""
     group = group_that_averages(states)
     if group is None:
@@ -115,6 +122,13 @@ def _move_states(optimizer: torch.optim.Optimizer, blocks: nn.Parameter, before:
     elif blocks in optimizer.state:
         # torch's optimizers make a parameter's states, step count included, when they find none.
         del optimizer.state[blocks]
+
+
+def restart_optimizers(state: BlockState) -> None:
+    """Let every optimizer that has stepped the blocks of `state` start anew: other blocks have taken their place."""
+    before = torch.full((state.mask.nnz,), -1, dtype=torch.int64, device="cpu")
+    for optimizer in state.stepped_by:
+        _move_states(_unwrapped(optimizer), state.blocks, before, "none")
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

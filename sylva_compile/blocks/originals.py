@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sylva_compile.kernels.blocks import BlockWriter, grid_shape, read_blocks
+from sylva_compile.kernels.blocks import BlockCopier, grid_shape, read_blocks
 
 
 class Originals:
@@ -33,9 +33,19 @@ class Originals:
         return self.at(self.places)
 
     @property
+    def count(self) -> int:
+        """The number of places where blocks have been."""
+        return self._count
+
+    @property
+    def most(self) -> int:
+        """The number of all places of the weight."""
+        return self._slots.numel()
+
+    @property
     def is_whole(self) -> bool:
         """Whether blocks have been everywhere."""
-        return self._count == self._slots.numel()
+        return self.count == self.most
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +54,7 @@ class Originals:
 
     def at(self, positions: Tensor) -> Tensor:
         """Return the values at `positions int64[2, k]`, all of which are known: `[k, b, b]`."""
-        return self._values[self._slots[positions[0], positions[1]]]
+        return self._values.index_select(0, self._slots[positions[0], positions[1]])
 
     def add(self, weight: Tensor, positions: Tensor) -> None:
         """Keep the blocks of `weight [m, n]` at those of `positions` that are new; the others keep what they have."""
@@ -73,12 +83,13 @@ class Originals:
 
     def fill(self, matrix: Tensor, value: float) -> None:
         """Set `matrix [m, n]` to `value` at every place."""
-        places = self.places
-        blocks = matrix.new_full((places.shape[1], self.block_size, self.block_size), value)
-        BlockWriter(self.shape, places.to(matrix.device), self.block_size).write(matrix, blocks)
+        blocks = matrix.new_full((self._count, self.block_size, self.block_size), value)
+        self.copier(matrix).write(blocks)
 
     def restore(self, matrix: Tensor) -> None:
         """Write the values from before training into `matrix [m, n]`, at every place."""
-        places = self.places
-        writer = BlockWriter(self.shape, places.to(matrix.device), self.block_size)
-        writer.write(matrix, self.at(places).to(matrix.device))
+        self.copier(matrix).write(self.values.to(matrix.device))
+
+    def copier(self, matrix: Tensor) -> BlockCopier:
+        """Return what copies the blocks of `matrix [m, n]` at `places` out and in."""
+        return BlockCopier(matrix, self.places.to(matrix.device), self.block_size)

@@ -14,6 +14,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """
     model = unwrap(model)
     states = block_states(model).values()
+    for state in states:
+        state.check_enabled()
     blocks = {id(state.blocks) for state in states}
     others = [parameter for parameter in model.parameters() if id(parameter) not in blocks]
     trained = sum(state.mask.trainable for state in states if state.blocks.requires_grad)
@@ -22,7 +24,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the number of trainable elements, of all elements, and the share, in the line that PEFT prints."""
+    """Print the number of trainable elements, of all elements, and the share, in the line that PEFT prints.
+
+    Raises:
+        EmbedError: inside of `disable_adapter`, where nothing is trained.
+    """
     trained, total = count_parameters(model)
     share = 100 * trained / max(total, 1)
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")

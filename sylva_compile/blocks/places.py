@@ -11,6 +11,17 @@ def where(places: Tensor, wanted: Tensor, grid: tuple[int, int]) -> Tensor:
     return index[wanted[0], wanted[1]]
 
 
+def zero_outside(blocks: Tensor, positions: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return `blocks [nnz, b, b]` at `positions int64[2, nnz]` with zeros beyond the edges of a weight of `shape`."""
+    b, (m, n) = blocks.shape[-1], shape
+    if m % b == 0 and n % b == 0:
+        return blocks
+    lane = torch.arange(b, device=blocks.device)
+    row_inside = positions[0][:, None] * b + lane < m
+    col_inside = positions[1][:, None] * b + lane < n
+    return torch.where(row_inside[:, :, None] & col_inside[:, None, :], blocks, 0)
+
+
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """Return float32 `values` rounded up or down to bfloat16, so that the expectation is exact; still float32."""
     noise = torch.randint(0, 1 << 16, values.shape, generator=generator, dtype=torch.int32, device="cpu")

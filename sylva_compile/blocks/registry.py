@@ -28,6 +28,7 @@ from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from sylva_compile.blocks.base_warnings import not_shareable
 from sylva_compile.blocks.block_state import BlockState
 
 _live: "weakref.WeakKeyDictionary[BlockState, None]" = weakref.WeakKeyDictionary()
@@ -168,12 +169,18 @@ def _on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
     # Lists of parameters compute nothing, and compilers keep the parameters of a graph in modules of their own.
     only_holds = type(module) is nn.Module or isinstance(module, GraphModule | nn.ParameterList | nn.ParameterDict)
     if not only_holds and not type(module).__module__.startswith(_COMPILERS):
-        raise state.not_shareable(f"the {name} of a {type(module).__name__}")
+        raise not_shareable(state.name, f"the {name} of a {type(module).__name__}")
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Sync every state before any optimizer's step; a few integer comparisons where nothing was edited."""
-    for state in live_states():
+    states = live_states()
+    if any(state.disabled for state in states):
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for state in states:
+            if id(state.blocks) in stepped:
+                state.check_enabled()
+    for state in states:
         state.sync()
         state.had_gradient = state.blocks.grad is not None
 

@@ -30,6 +30,37 @@ def read_blocks(matrix: Tensor, positions: Tensor, block_size: int) -> Tensor:
     return tiles[positions[0], positions[1]]
 
 
+class BlockCopier:
+    """Copies blocks out of a matrix and back into it, in the matrix's dtype.
+
+    Where blocks do not reach over an edge, a row of a block lies in one piece in memory, and whole pieces are copied:
+    several times as fast as by element.
+    """
+
+    def __init__(self, matrix: Tensor, positions: Tensor, block_size: int) -> None:
+        """Copy blocks of `matrix [m, n]` at `positions int64[2, nnz]`, on the matrix's device."""
+        self._matrix, self._positions, self._b = matrix.detach(), positions, block_size
+        self._pieces: Tensor | None = None
+        (m, n), b = matrix.shape, block_size
+        if m % b == n % b == 0 and matrix.is_contiguous():
+            lane = torch.arange(b, device=matrix.device)
+            self._pieces = ((positions[0][:, None] * b + lane) * (n // b) + positions[1][:, None]).flatten()
+
+    def read(self) -> Tensor:
+        """Return the blocks, `[nnz, b, b]`."""
+        if self._pieces is None:
+            return read_blocks(self._matrix, self._positions, self._b)
+        return self._matrix.view(-1, self._b).index_select(0, self._pieces).view(-1, self._b, self._b)
+
+    @torch.no_grad()
+    def write(self, blocks: Tensor) -> None:
+        """Write `blocks [nnz, b, b]`; those of a matrix with edges inside of blocks are written by element."""
+        if self._pieces is None:
+            BlockWriter(self._matrix.shape, self._positions, self._b).write(self._matrix, blocks)
+        else:
+            self._matrix.view(-1, self._b).index_copy_(0, self._pieces, blocks.to(self._matrix.dtype).view(-1, self._b))
+
+
 class BlockWriter:
     """Writes blocks in place into matrices of one shape; the elements outside the blocks stay bit for bit as they are.
 

@@ -10,7 +10,7 @@ from sylva_compile.errors import ReportError
 
 FILE = "trainer_state.json"
 SCHEDULE = "schedule"
-"""The key of log entries that `ScheduleCallback` adds: they hold `moves`, `places` and `importance`."""
+"""The key under which `ScheduleCallback` adds `history_entry` of its schedules to the log."""
 
 Curve = Sequence[tuple[int, float]]
 """Values by step of the optimizer."""

@@ -129,7 +129,7 @@ def _suppressed(states: Sequence[BlockState], factor: float) -> Iterator[None]:
             base = state.originals.values.to(values.device, wide)
             # What blocks have left behind is trained change too.
             _write(state, at, base + factor * (values.to(wide) - base))
-            base, blocks = state.base.to(values.device, wide), state.blocks.detach()
+            base, blocks = state.originals.at(state.mask.positions).to(values.device, wide), state.blocks.detach()
             _write(state, state.layout.positions, base + factor * (blocks - base))
         yield
     finally:

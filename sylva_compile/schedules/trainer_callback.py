@@ -3,7 +3,7 @@
 import io
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,22 +13,13 @@ from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.errors import ArgumentError
 from sylva_compile.files import write_file
+from sylva_compile.schedules.history import history_entry
+from sylva_compile.schedules.protocol import Schedule
 
+SCHEDULE = "schedule"
+"""The key of `history_entry` in an entry of the Trainer's log."""
 FILE = "sylva_schedule.pt"
 """The file of a schedule's state in a checkpoint's directory."""
-
-
-class Schedule(Protocol):
-    """A schedule that the callback can run: `MovingBlocks` or `LayerSchedule`."""
-
-    def step(self) -> None:
-        """Follow a step of the optimizer."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training needs."""
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Go on where `state_dict` was made."""
 
 
 class ScheduleCallback(TrainerCallback):
@@ -37,7 +28,13 @@ class ScheduleCallback(TrainerCallback):
         Trainer(model, args, train_dataset=data, callbacks=[ScheduleCallback(MovingBlocks(masks, every=8))])
 
     Several schedules step in their order.
+
+    Attributes:
+        schedules: the schedules.
+        saved_by_trainer: whether the Trainer itself saves and loads the schedules, as `BlocksTrainerMixin` does.
     """
+
+    saved_by_trainer = False
 
     def __init__(self, *schedules: Schedule, resume_from: str | os.PathLike[str] | None = None) -> None:
         """Take the schedules of the model that the Trainer trains.
@@ -55,13 +52,20 @@ class ScheduleCallback(TrainerCallback):
         for schedule in self.schedules:
             schedule.step()
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the moves, the share of places and the scores of layers to the log's entry, for reports."""
+        entry = history_entry(self.schedules)
+        latest: dict[str, Any] = state.log_history[-1] if state.log_history else {}
+        if entry and "loss" in latest:
+            latest[SCHEDULE] = entry
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the schedules' state into the checkpoint's directory."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not self.saved_by_trainer:
             file = io.BytesIO()
             states = [schedule.state_dict() for schedule in self.schedules]
             torch.save({"schedules": states, "weights": _fingerprint(kwargs["model"])}, file)
-            write_file(_directory(args, state) / FILE, file.getvalue())
+            write_file(self.directory(args, state) / FILE, file.getvalue())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,16 +75,25 @@ class ScheduleCallback(TrainerCallback):
         Raises:
             ArgumentError: the checkpoint has no state of schedules, or that of others or of other weights.
         """
-        if state.global_step == 0:
+        if state.global_step == 0 or self.saved_by_trainer:
             return
-        path = (_directory(args, state) if self._resume_from is None else Path(self._resume_from)) / FILE
+        directory = self.directory(args, state) if self._resume_from is None else Path(self._resume_from)
+        self.load(directory, kwargs["model"])
+
+    def load(self, directory: Path, model: nn.Module) -> None:
+        """Load the schedules' state from a checkpoint's `directory`, whose dense weights `model` has.
+
+        Raises:
+            ArgumentError: as `on_train_begin`.
+        """
+        path = directory / FILE
         if not path.exists():
             raise ArgumentError(
                 f"There is no {path}; resume from a checkpoint that was saved with ScheduleCallback, and give it as "
                 "ScheduleCallback(..., resume_from=...) where it is not in the Trainer's output directory."
             )
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["weights"] != _fingerprint(kwargs["model"]):
+        if saved["weights"] != _fingerprint(model):
             raise ArgumentError(
                 f"{path} belongs to other weights than those that the Trainer has loaded; give the checkpoint that it "
                 "resumes from as ScheduleCallback(..., resume_from=...)."
@@ -91,12 +104,12 @@ class ScheduleCallback(TrainerCallback):
         for schedule, state_dict in zip(self.schedules, states, strict=True):
             schedule.load_state_dict(state_dict)
 
+    def directory(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """Return the directory of the checkpoint at this step."""
+        assert args.output_dir is not None
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
 
 def _fingerprint(model: nn.Module) -> str:
     """Return a fingerprint of the dense weights that carry blocks."""
     return base_fingerprint(state.weight for state in block_states(model).values())
-
-
-def _directory(args: TrainingArguments, state: TrainerState) -> Path:
-    assert args.output_dir is not None
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

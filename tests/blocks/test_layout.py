@@ -3,7 +3,7 @@ import copy
 import torch
 
 from sylva_compile import BlockMask
-from sylva_compile.blocks.layout import BlockLayout, share_input_channels
+from sylva_compile.blocks.layout import BlockLayout, share_input_channels, update_input_channels
 from sylva_compile.kernels.sddmm.op import sddmm_reference
 
 CPU = torch.device("cpu")
@@ -81,3 +81,22 @@ def test_sizes_are_marked_once() -> None:
     one = layout([[0, 0, 1]], (8, 20))
     assert one.mark_sizes_dynamic()
     assert not one.mark_sizes_dynamic()
+
+
+def test_room_for_other_adapters_keeps_the_number_of_channels() -> None:
+    """Whichever of the masks is in place, and with weights that share: the last column of 36 has four channels."""
+    grids = {"a": [[1, 0, 0, 0, 0]], "b": [[1, 1, 0, 0, 0]], "c": [[0, 0, 1, 0, 0]]}
+    masks = {name: BlockMask.from_block_map(torch.tensor(grid), (8, 36), 8) for name, grid in grids.items()}
+    other = layout([[0, 1, 0, 0, 0]], (8, 36))
+    for shared in (False, True):
+        counts = set()
+        for name, mask in masks.items():
+            one = BlockLayout(mask, 1, CPU)
+            one.others = {key: value for key, value in masks.items() if key != name}
+            other.others = dict.fromkeys(one.others, other._mask)
+            if shared:
+                share_input_channels([one, other])
+            update_input_channels([one, other] if shared else [one])
+            counts.add(len(one.input_channels))
+            check(one, (8, 36))
+        assert counts == {20}

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from sylva_compile.kernels.blocks import BlockWriter, block_dtype, grid_shape, read_blocks
+from sylva_compile.kernels.blocks import BlockCopier, BlockWriter, block_dtype, grid_shape, read_blocks
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -101,6 +101,29 @@ def test_reading_what_was_written_gives_it_back_rounded(case: Case) -> None:
     inside = slow_read(torch.ones(case.m, case.n), case.positions, case.block_size).bool()
     assert torch.equal(found[inside], blocks.to(matrix.dtype)[inside])
     assert not found[~inside].any()
+
+
+@given(cases(), st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_a_copier_reads_and_writes_bit_for_bit(case: Case, whole: bool) -> None:
+    b = case.block_size
+    if whole:
+        # No block reaches over an edge: whole pieces of rows are copied.
+        case.m, case.n = (max(size // b, 1) * b for size in (case.m, case.n))
+        case.buffer = torch.cat([case.buffer] * (1 + 3 * case.m * case.n // len(case.buffer)))
+        case.positions = case.positions[:, (case.positions < torch.tensor([[case.m // b], [case.n // b]])).all(0)]
+    matrix = case.matrix(case.buffer.clone())
+    copier = BlockCopier(matrix, case.positions, b)
+    found = copier.read()
+    assert found.dtype == matrix.dtype
+    assert torch.equal(bits(found), bits(slow_read(matrix, case.positions, b)))
+    blocks = found.flip(0)
+    expected = case.buffer.clone()
+    slow_write(case.matrix(expected), case.positions, b, blocks)
+    version = matrix._version
+    copier.write(blocks)
+    assert torch.equal(bits(matrix), bits(case.matrix(expected)))
+    assert matrix._version > version or not case.positions.shape[1]
 
 
 class TestWriter:

@@ -9,7 +9,9 @@ from transformers import Trainer, TrainingArguments
 
 import sylva_compile
 from sylva_compile.errors import ArgumentError
-from sylva_compile.schedules import MovingBlocks, ScheduleCallback
+from sylva_compile.reports import read_history
+from sylva_compile.schedules import LayerSchedule, MovingBlocks, ScheduleCallback
+from sylva_compile.schedules.history import history_entry
 
 
 def made(directory: Path, steps: int) -> tuple[Case, MovingBlocks, Trainer]:
@@ -51,6 +53,26 @@ def test_a_trainer_moves_blocks_and_resumes(tmp_path: Path) -> None:
     assert not all(torch.equal(value, values[name]) for name, value in base.items())
     sylva_compile.unload_adapter(again.model)
     assert all(torch.equal(value, base[name]) for name, value in again.model.state_dict().items())
+
+
+def test_the_log_tells_moves_and_places_for_reports(tmp_path: Path) -> None:
+    _, schedule, trainer = made(tmp_path, 6)
+    trainer.args.logging_steps = 2
+    trainer.train()
+    history = read_history(tmp_path)
+    assert history.moves == [(2, 1.0), (4, 2.0), (6, 3.0)]
+    shares = [share for _, share in history.places]
+    assert 0.2 < shares[0] < shares[-1] == pytest.approx(history_entry([schedule])["places"])
+    assert [step for step, _ in history.loss] == [2, 4, 6]
+
+
+def test_the_log_tells_the_scores_of_layers(tmp_path: Path) -> None:
+    case = tiny("llama")
+    masks = sylva_compile.trace_and_mask(case.model, method="random", sparsity=0.8, block_size=8)
+    masks.embed(case.model)
+    schedule = LayerSchedule(masks, "random", fraction=0.5)
+    assert history_entry([schedule]) == {"importance": {"model.layers.0": 0.0, "model.layers.1": 0.0}}
+    assert history_entry([]) == {}
 
 
 def test_a_checkpoint_without_the_schedule_is_refused(tmp_path: Path) -> None:
