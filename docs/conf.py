@@ -4,7 +4,6 @@ import importlib
 import inspect
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ copyright = f"2026, {author}"
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns: list[str] = []
 html_theme = "furo"
 html_title = f"sylva_compile {version}"
 html_static_path = ["_static"]
@@ -41,15 +39,10 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-_ROOMS = ("sylva_compile", "sylva_compile.optim", "sylva_compile.schedules", "sylva_compile.reports")
-_OPTIONAL = "sylva_compile.integrations"
-if find_spec(_OPTIONAL):
-    _ROOMS += (_OPTIONAL,)
-else:
-    exclude_patterns.append("api/integrations.md")
+_ROOMS = ("sylva_compile", *(f"sylva_compile.{room}" for room in ("optim", "schedules", "reports", "integrations")))
 
 # No inventory of another project is read, since that needs a network: their names are no links.
-nitpick_ignore_regex = [("py:.*", r"(torch|transformers|accelerate|collections|typing|numpy|matplotlib|sympy|os|pathlib|nn)\b.*")]
+nitpick_ignore_regex = [("py:.*", r"(torch|transformers|accelerate|collections|typing|numpy|matplotlib|sympy|huggingface_hub|os|pathlib|nn)\b.*")]
 
 
 def _public_names() -> dict[str, str]:
