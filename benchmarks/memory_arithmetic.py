@@ -132,9 +132,7 @@ def count(model: Llama, config: SylvaConfig, moments: int) -> Bytes:
 
 def trace(model: Llama, config: SylvaConfig) -> TraceEstimate:
     """Return what `sylva_compile.estimate` says of a model of these shapes in bfloat16."""
-    specs = {
-        name: WeightSpec(name, shape, torch.bfloat16, torch.device("cuda")) for name, shape in model.weights()
-    }
+    specs = {name: WeightSpec(name, shape, torch.bfloat16, torch.device("cuda")) for name, shape in model.weights()}
     return estimate_bytes(specs, config)
 
 
@@ -147,7 +145,16 @@ def training_table() -> str:
             found = count(model, config, STATES["AdamW"])
             states = [gib(4 * moments * trainable(model, config)) for moments in STATES.values()]
             parts = (found.weights, found.blocks, found.gradients)
-            rows.append([name, f"{1 - sparsity:.0%}", *map(gib, parts), *states, gib(found.originals), gib(found.originals_moving)])
+            rows.append(
+                [
+                    name,
+                    f"{1 - sparsity:.0%}",
+                    *map(gib, parts),
+                    *states,
+                    gib(found.originals),
+                    gib(found.originals_moving),
+                ]
+            )
     columns = ["model", "blocks", "weights", "blocks, float32", "gradients", *STATES, "host", "host, moving"]
     return markdown(columns, rows)
 

@@ -28,7 +28,6 @@ html_static_path = ["_static"]
 # The theme would take its buttons' links from a host of the sources, and the project has no fixed one.
 html_show_sourcelink = False
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
 # Docstrings mark code by single backticks.
@@ -42,7 +41,12 @@ napoleon_use_ivar = True
 _ROOMS = ("sylva_compile", *(f"sylva_compile.{room}" for room in ("optim", "schedules", "reports", "integrations")))
 
 # No inventory of another project is read, since that needs a network: their names are no links.
-nitpick_ignore_regex = [("py:.*", r"(torch|transformers|accelerate|collections|typing|numpy|matplotlib|sympy|huggingface_hub|os|pathlib|nn)\b.*")]
+nitpick_ignore_regex = [
+    (
+        "py:.*",
+        r"(torch|transformers|accelerate|collections|typing|numpy|matplotlib|sympy|huggingface_hub|os|pathlib|nn)\b.*",
+    )
+]
 
 
 def _public_names() -> dict[str, str]:
@@ -77,7 +81,8 @@ def _mark_examples(app: Sphinx, what: str, name: str, obj: Any, options: Any, li
         deeper = _indent(line) >= _indent(earlier) + 4 and not re.match(r"\s*([*-]|\d+\.) ", earlier)
         if line and not before and earlier and deeper and not earlier.rstrip().endswith("::"):
             marked += [" " * _indent(earlier) + "::", ""]
-        marked.append(line)
+        # "b." alone would begin a list.
+        marked.append(re.sub(r": ([a-z])\.$", r": \\\1.", line))
     lines[:] = marked
 
 

@@ -43,9 +43,7 @@ def text_of_tests() -> str:
     "ignore:'pin_memory' argument is set as true:UserWarning",
 )
 @pytest.mark.parametrize("blocks", RUNS, ids=name_of)
-def test_python_runs_from_top_to_bottom(
-    blocks: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_runs_from_top_to_bottom(blocks: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # Trainers look for programs to report to unless they run under a CI.
     monkeypatch.setenv("CI", "1")
@@ -87,7 +85,9 @@ def test_environment_variables_are_read_somewhere() -> None:
         assert name in source
 
 
-@pytest.mark.parametrize("line", sorted({line for text in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in text.splitlines()}))
+@pytest.mark.parametrize(
+    "line", sorted({line for text in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in text.splitlines()})
+)
 def test_shell_commands_exist(line: str) -> None:
     program, *arguments = shlex.split(line, comments=True)
     assert program in PROGRAMS
@@ -96,7 +96,9 @@ def test_shell_commands_exist(line: str) -> None:
     if program == "pip":
         assert arguments[0] == "install"
         extras = re.findall(r"\[(.+?)\]", line)
-        assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE) for extra in extras)
+        assert all(
+            re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE) for extra in extras
+        )
     if program == "python" and arguments[0] == "-m":
         assert find_spec(arguments[1]) is not None
     for argument in arguments:

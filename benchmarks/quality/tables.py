@@ -3,8 +3,8 @@
     python -m benchmarks.quality.tables --grid benchmarks/quality/grids/small.toml
 
 prints the tables of a grid, or of several, writes them to benchmarks/results/quality/<grid>.md, and draws a plot beside
-it for each varied setting. With --readme it also puts them into README.md, benchmarks/quality/README.md and docs/choosing.md, between a
-comment that asks for them and the next `<!-- end -->`:
+it for each varied setting. With --readme it also puts them into README.md, benchmarks/quality/README.md and
+docs/choosing.md, between a comment that asks for them and the next `<!-- end -->`:
 
     <!-- quality small: begin -->                              all tables
     <!-- quality small without costs: begin -->                those of quality

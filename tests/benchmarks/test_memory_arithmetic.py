@@ -35,7 +35,8 @@ def nbytes(tensors: list[torch.Tensor]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("Llama-3.2-1B", 1_235_814_400), ("Llama-3-8B", 8_030_261_248), ("Llama-3-70B", 70_553_706_496)]
+    ("name", "parameters"),
+    [("Llama-3.2-1B", 1_235_814_400), ("Llama-3-8B", 8_030_261_248), ("Llama-3-70B", 70_553_706_496)],
 )
 def test_shapes_are_those_of_the_published_models(name: str, parameters: int) -> None:
     assert MODELS[name].parameters() == parameters
