@@ -154,7 +154,7 @@ def moving_table() -> str:
     machine = at[0]["machine"]
     note = (
         f"Measured on {machine['processor']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
-        f"{at[0]['date'][:10]}."
+        f"{' and '.join(sorted({found['date'][:10] for found in at}))}."
     )
     return f"{markdown(columns, rows)}\n\n{note}"
 
