@@ -176,6 +176,8 @@ def against_the_floor(model: PreTrainedModel, floor: PreTrainedModel, batches: S
 
     The frozen model's backward pass goes down to its embeddings. Both are compiled layer by layer.
     """
+    # As compile_layers does for ours: each layer's cache would need a graph of its own.
+    floor.config.use_cache = False
     for layer in layers_of(floor):
         layer.compile(backend=inner)
     model.train()

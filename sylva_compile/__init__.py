@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sylva_compile import errors, integrations, optim, schedules
     from sylva_compile.adapters.changes import changed_values
     from sylva_compile.adapters.disabling import disable_adapter
+    from sylva_compile.adapters.export_shira import export_peft
     from sylva_compile.adapters.hub import from_pretrained, push_to_hub
     from sylva_compile.adapters.loading import load_adapter, merge_and_unload, unload_adapter
     from sylva_compile.adapters.reference import reference_model
@@ -42,6 +43,7 @@ __all__ = [
     "disable_adapter",
     "errors",
     "estimate",
+    "export_peft",
     "from_pretrained",
     "integrations",
     "list_adapters",
@@ -71,6 +73,7 @@ _MODULES = {
     "delete_adapter": "adapters.switching",
     "disable_adapter": "adapters.disabling",
     "estimate": "tracing.trace",
+    "export_peft": "adapters.export_shira",
     "from_pretrained": "adapters.hub",
     "list_adapters": "adapters.switching",
     "load_adapter": "adapters.loading",

@@ -4,7 +4,6 @@
 choose blocks. Each field holds its help text, so that a command line needs no second list of fields.
 """
 
-import argparse
 import dataclasses
 import inspect
 import json
@@ -14,8 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
-
-import torch
 
 from sylva_compile.errors import ArgumentError
 
@@ -228,27 +225,6 @@ def takes_config(function: _F) -> _F:
     return function
 
 
-def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str], **defaults: Any) -> None:
-    """Add options for the fields `names` of SylvaConfig to a command line, with their help texts.
-
-    Args:
-        parser: gets `--block-size` for `block_size`, and so on.
-        names: fields that are numbers or choices.
-        defaults: by field, where the command has another default than SylvaConfig.
-    """
-    choices = {"method": get_args(Method), "score": get_args(Score), "allocation": get_args(Allocation)}
-    by_name = {one.name: one for one in fields(SylvaConfig)}
-    for name in names:
-        default = defaults.get(name, by_name[name].default)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            default=default,
-            type=float if name in ("column_budget", "damping") else type(default),
-            choices=choices.get(name),
-            help=by_name[name].metadata["help"].replace("%", "%%") + " (%(default)s)",
-        )
-
-
 def _check_count(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ArgumentError(f"{name}={value!r}; use an integer of {least} or more.")
@@ -256,6 +232,9 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 def _usable_device(device: Any) -> str:
     """Return the name of `device`. Raises ArgumentError unless tensors can be made there."""
+    # Settings alone do not need torch, which takes seconds to import; the help of the command line reads them.
+    import torch
+
     try:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError):

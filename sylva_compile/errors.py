@@ -9,6 +9,14 @@ class ArgumentError(SylvaError, ValueError):
     """An argument is outside the values it may take."""
 
 
+class UsageError(ArgumentError):
+    """Options of the command line do not go together, or one that is needed is missing."""
+
+
+class InputError(SylvaError, RuntimeError):
+    """A model, data or a folder that the command line was given cannot be used."""
+
+
 class ScopeError(SylvaError, ValueError):
     """The scope matches no weight, or a weight that cannot carry blocks."""
 

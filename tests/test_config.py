@@ -1,6 +1,5 @@
 """The settings of a trace: one class validates them, and everything that chooses blocks reads them."""
 
-import argparse
 import dataclasses
 import inspect
 from typing import Any, get_args
@@ -12,7 +11,7 @@ from torch import nn
 
 import sylva_compile
 from sylva_compile import SylvaConfig
-from sylva_compile.config import Method, add_arguments
+from sylva_compile.config import Method
 from sylva_compile.curvature.baselines import SCORES_WITHOUT_DATA
 from sylva_compile.curvature.estimators import ESTIMATORS
 from sylva_compile.errors import ArgumentError
@@ -130,10 +129,3 @@ class TestUse:
             sylva_compile.trace_and_mask(small(), method="random", sparsities=0.5)
         with pytest.raises(ArgumentError, match="give a SylvaConfig"):
             sylva_compile.trace_and_mask(small(), None, {"method": "random"})  # type: ignore[arg-type]
-
-    def test_command_lines_read_them(self) -> None:
-        parser = argparse.ArgumentParser()
-        add_arguments(parser, ["sparsity", "block_size", "method", "damping"], block_size=16)
-        found = parser.parse_args(["--method", "random", "--damping", "0.5"])
-        assert vars(found) == {"sparsity": 0.98, "block_size": 16, "method": "random", "damping": 0.5}
-        assert " ".join(FIELDS["sparsity"].metadata["help"].split()) in " ".join(parser.format_help().split())

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from transformers.utils import is_kernels_available
 
 import sylva_compile
+from sylva_compile.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -51,6 +52,10 @@ def test_public_names() -> None:
 def test_the_backend_is_registered() -> None:
     (entry,) = (found for found in entry_points(group="torch_dynamo_backends") if found.name == "sylva")
     assert callable(entry.load())
+
+
+def test_the_command_line_is_a_script() -> None:
+    assert pkgutil.resolve_name(CONFIG["project"]["scripts"]["sylva-compile"]) is main
 
 
 def test_imports_point_one_way() -> None:

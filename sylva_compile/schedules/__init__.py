@@ -1,20 +1,22 @@
-"""Schedules: which blocks are trained at which step."""
+"""Schedules: which blocks are trained at which step.
 
+Names load their modules when they are first used: torch and transformers take seconds to import.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from sylva_compile.schedules.layers import LayerSchedule
-from sylva_compile.schedules.moving import MovingBlocks
-
 if TYPE_CHECKING:
+    from sylva_compile.schedules.layers import LayerSchedule
+    from sylva_compile.schedules.moving import MovingBlocks
     from sylva_compile.schedules.trainer_callback import ScheduleCallback
 
 __all__ = ["LayerSchedule", "MovingBlocks", "ScheduleCallback"]
 
+_MODULES = {"LayerSchedule": "layers", "MovingBlocks": "moving", "ScheduleCallback": "trainer_callback"}
+
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import.
-    if name == "ScheduleCallback":
-        from sylva_compile.schedules.trainer_callback import ScheduleCallback
-
-        return ScheduleCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sylva_compile.schedules.{_MODULES[name]}"), name)
