@@ -2,7 +2,8 @@
 
 The wheel is installed into a new virtual environment, which sees Python's standard library, the wheel, and the packages
 that the wheel names as dependencies, with theirs; these are linked from the environment that runs this script, so that
-nothing is downloaded. There, in another folder, a model is trained, saved and loaded, and mypy checks a client.
+nothing is downloaded. There, in another folder, a model is trained, saved and loaded, the command line starts, and mypy
+checks a client.
 """
 
 import os
@@ -146,6 +147,7 @@ def main() -> None:
         elsewhere.mkdir()
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         run(python, "-c", USE, cwd=elsewhere, env=clean)
+        run(python.parent / "sylva-compile", "--help", cwd=elsewhere, env=clean, stdout=subprocess.DEVNULL)
         (elsewhere / "client.py").write_text(CLIENT)
         mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "--config-file="]
         run(*mypy, "--cache-dir", ROOT / ".mypy_cache" / "dist", "client.py", cwd=elsewhere, env=clean)

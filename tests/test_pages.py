@@ -125,6 +125,13 @@ def test_the_reference_names_every_module_of_public_names() -> None:
         assert f"automodule:: sylva_compile.{name}\n" in text
 
 
+def test_the_table_of_folders_has_each_once() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
+    folders = {path.name for path in (ROOT / "sylva_compile").iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert folders == set(rows)
+    assert len(rows) == len(folders)
+
+
 def literals() -> list[str]:
     """Return the strings in the source of the package, with "…" for what is put into them."""
     found = []
