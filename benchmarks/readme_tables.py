@@ -1,4 +1,4 @@
-"""Write the tables of figures in README.md from the newest results in `benchmarks/results`.
+"""Write the tables of figures in README.md and docs/ from the newest results in `benchmarks/results`.
 
 python -m benchmarks.readme_tables                     rewrites the tables between the markers
 python -m benchmarks.readme_tables --check             exits with an error if a table is out of date
@@ -6,15 +6,19 @@ python -m benchmarks.readme_tables --check             exits with an error if a 
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import parser_of
+from benchmarks.memory_arithmetic import card_table, trace_table, training_table
+from benchmarks.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RESULTS = ROOT / "benchmarks" / "results"
+
+_PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[^\n]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 VARIANTS = {
     "frozen": "frozen model",
@@ -22,6 +26,16 @@ VARIANTS = {
     "lora": "LoRA (PEFT), compiled",
     "lora eager": "LoRA (PEFT), eager",
     "full": "full fine-tuning, compiled",
+}
+MOVING = {
+    "frozen": "frozen model",
+    "fixed": "blocks that stay",
+    "random": "moving, at random",
+    "sketch": "moving, by a sketch",
+    "fixed, columns": "blocks that stay, columns",
+    "random, columns": "moving, columns",
+    "all layers": "all layers",
+    "layers": "layers",
 }
 
 
@@ -32,12 +46,6 @@ def newest(benchmark: str, **settings: Any) -> dict[str, Any]:
     if not fitting:
         raise LookupError(f"No result of {benchmark} with {settings}; run python -m benchmarks.{benchmark}.")
     return max(fitting, key=lambda row: str(row["date"]))
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table whose first column holds names and the others figures."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _count(value: int | None) -> str:
@@ -129,35 +137,74 @@ def saved_table() -> str:
     return markdown(["variant", "trainable", "MiB", "of the floor"], rows)
 
 
+def moving_table() -> str:
+    """Return the table of steps with blocks that move and layers that are drawn, at two budgets."""
+    at = [newest("moving", device="cpu", hidden=1024, tokens=1024, sparsity=sparsity) for sparsity in (0.95, 0.8)]
+    rows = []
+    for name, title in MOVING.items():
+        row = [title]
+        for found in at:
+            ours, floor = found["results"].get(name), found["results"]["frozen"]
+            row += ["–"] * 3 if ours is None else [f"{ours['step_ms']['median']:.0f}", f"{ours['of_floor']:.3f}"]
+            row += [] if ours is None else [_ratio(ours["peak_bytes"], floor["peak_bytes"])]
+        rows.append(row)
+    columns = ["variant"]
+    for found in at:
+        columns += [f"{1 - found['settings']['sparsity']:.0%} of blocks: ms", "of the floor", "peak, of it"]
+    machine = at[0]["machine"]
+    note = (
+        f"Measured on {machine['processor']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
+        f"{' and '.join(sorted({found['date'][:10] for found in at}))}."
+    )
+    return f"{markdown(columns, rows)}\n\n{note}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step on a GPU": gpu_table,
     "step": step_table,
     "saved activations": saved_table,
+    "moving": moving_table,
+    "memory of a training": training_table,
+    "memory of cards": card_table,
+    "memory of a trace": trace_table,
 }
 
 
 def rendered(text: str) -> str:
-    """Return `text` with every table between its markers made anew."""
-    for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise LookupError(f"README.md has no place for the table {name!r}.")
-        table = make()
-        text = pattern.sub(lambda match, table=table: match[1] + table + match[2], text)  # type: ignore[misc]
-    return text
+    """Return `text` with every table between its markers made anew.
+
+    Raises LookupError where `text` asks for a table that there is not.
+    """
+
+    def anew(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise LookupError(f"There is no table {match['name']!r}; there are {', '.join(TABLES)}.")
+        return f"{match['begin']}{TABLES[match['name']]()}\n{match['end']}"
+
+    return _PLACE.sub(anew, text)
+
+
+def check_places(texts: Iterable[str]) -> None:
+    """Raise LookupError if a table has no place in any of `texts`."""
+    found = {match["name"] for text in texts for match in _PLACE.finditer(text)}
+    if missing := TABLES.keys() - found:
+        raise LookupError(f"No document has a place for the table {min(missing)!r}.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Rewrite the README, or check it."""
+    """Rewrite the documents, or check them."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(argv)
-    before = README.read_text()
-    after = rendered(before)
-    if not options.check:
-        README.write_text(after)
-    elif after != before:
-        raise SystemExit("README.md is behind benchmarks/results; run python -m benchmarks.readme_tables.")
+    before = {document: document.read_text() for document in DOCUMENTS}
+    check_places(before.values())
+    for document, text in before.items():
+        after = rendered(text)
+        if not options.check:
+            document.write_text(after)
+        elif after != text:
+            name = document.relative_to(ROOT)
+            raise SystemExit(f"{name} is behind benchmarks/results; run python -m benchmarks.readme_tables.")
 
 
 if __name__ == "__main__":

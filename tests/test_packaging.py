@@ -1,6 +1,7 @@
 """The structure of the project: links, imports, names, files."""
 
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,8 @@ from types import FunctionType
 
 import grimp
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers.utils import is_kernels_available
 
 import sylva_compile
@@ -165,3 +168,24 @@ def test_trains_on_the_cpu_without(blocked: str, tmp_path: Path) -> None:
     code = WITHOUT.format(blocked=blocked)
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert run.stdout.endswith("done\n"), run.stderr
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert "version" not in CONFIG["project"]
+    assert CONFIG["project"]["dynamic"] == ["version"]
+    assert CONFIG["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "sylva_compile.version.__version__"}
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited is not None
+    assert cited[1] == sylva_compile.__version__
+    assert f"\n## {sylva_compile.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", CONFIG["project"]["optional-dependencies"])
+def test_what_an_extra_installs_has_a_pinned_version(name: str) -> None:
+    pinned = {
+        canonicalize_name(line.partition("==")[0])
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    needed = {canonicalize_name(Requirement(text).name) for text in CONFIG["project"]["optional-dependencies"][name]}
+    assert needed - {"sylva-compile"} <= pinned

@@ -230,7 +230,7 @@ class TestConversions:
 
 class TestGenerate:
     def test_runs_uncompiled_under_a_stance_and_training_goes_on(self) -> None:
-        """Generate the way that README recommends; without it, Dynamo compiles further graphs for the cache."""
+        """Generate as docs/recipes.md recommends; without it, Dynamo compiles further graphs for the cache."""
         case = tiny("llama")
         masks = sylva_compile.trace_and_mask(case.model, method="random", block_size=8, sparsity=0.5)
         case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))

@@ -3,8 +3,8 @@
     python -m benchmarks.quality.tables --grid benchmarks/quality/grids/small.toml
 
 prints the tables of a grid, or of several, writes them to benchmarks/results/quality/<grid>.md, and draws a plot beside
-it for each varied setting. With --readme it also puts them into README.md and benchmarks/quality/README.md, between a
-comment that asks for them and the next `<!-- end -->`:
+it for each varied setting. With --readme it also puts them into README.md, benchmarks/quality/README.md and
+docs/choosing.md, between a comment that asks for them and the next `<!-- end -->`:
 
     <!-- quality small: begin -->                              all tables
     <!-- quality small without costs: begin -->                those of quality
@@ -28,7 +28,7 @@ from benchmarks.quality.rows import Rows
 from benchmarks.quality.run import FOLDER
 
 HERE = Path(__file__).resolve().parent
-DOCUMENTS = (HERE.parents[1] / "README.md", HERE / "README.md")
+DOCUMENTS = (HERE.parents[1] / "README.md", HERE / "README.md", HERE.parents[1] / "docs" / "choosing.md")
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         "--grid", type=Path, nargs="+", required=True, help="files that benchmarks.quality.run was given"
     )
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
-    parser.add_argument("--readme", action="store_true", help="put the tables into the two README.md as well")
+    parser.add_argument("--readme", action="store_true", help="put the tables into the documents as well")
     options = parser.parse_args(argv)
     said = []
     for path in options.grid:

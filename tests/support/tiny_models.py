@@ -76,6 +76,6 @@ def checkpoint(model: PreTrainedModel) -> None:
     model.activation_checkpointing_enable()
     for module in model.modules():
         # T5 marks a bias of zeros as trainable for the sake of reentrant checkpoints, which Dynamo cannot trace.
-        # Without this line the first decoder layer would run uncompiled: correct, but dense (README, "Limits").
+        # Without this line the first decoder layer would run uncompiled: correct, but dense (docs/limits.md).
         if isinstance(module, T5Attention):
             module.gradient_checkpointing = False

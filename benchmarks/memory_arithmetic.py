@@ -1,0 +1,201 @@
+"""Count the bytes that fine-tuning a model takes: arithmetic from shapes, not a measurement.
+
+    python -m benchmarks.memory_arithmetic                 prints the tables of docs/memory.md
+
+What a step allocates for activations depends on batch and sequences and is not counted. Factors of a trace are counted
+by the library's own `estimate`, from shapes alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.command import parser_of
+from benchmarks.report import markdown
+from sylva_compile.config import SylvaConfig
+from sylva_compile.curvature.weight_spec import WeightSpec
+from sylva_compile.kernels.blocks import grid_shape
+from sylva_compile.tracing.memory import TraceEstimate, estimate_bytes
+
+GIB = 1 << 30
+SPARSITIES = (0.98, 0.95, 0.8)
+CARDS = (24, 48, 80)
+"""GiB of memory of the cards in the table."""
+STATES = {"AdamW": 2, "Muon": 1, "Muon without momentum": 0}
+"""Moments that an optimizer keeps of each trained value, float32 each."""
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The shapes of a model of the Llama architecture, in bfloat16.
+
+    Attributes:
+        hidden, mlp: channels.
+        layers: decoder layers.
+        heads, key_value_heads: of attention.
+        head_dim: channels of a head.
+        vocabulary: tokens.
+        tied: whether the head shares the embeddings' weight.
+    """
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+
+    def layer(self) -> dict[str, tuple[int, int]]:
+        """Return the shapes of a layer's seven weights, outputs by inputs."""
+        queries, keys = self.heads * self.head_dim, self.key_value_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (queries, self.hidden),
+            "self_attn.k_proj": (keys, self.hidden),
+            "self_attn.v_proj": (keys, self.hidden),
+            "self_attn.o_proj": (self.hidden, queries),
+            "mlp.gate_proj": (self.mlp, self.hidden),
+            "mlp.up_proj": (self.mlp, self.hidden),
+            "mlp.down_proj": (self.hidden, self.mlp),
+        }
+
+    def weights(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield the name and shape of every weight in the default scope."""
+        for number in range(self.layers):
+            for name, shape in self.layer().items():
+                yield f"model.layers.{number}.{name}.weight", shape
+
+    def masked(self) -> int:
+        """Return the number of values in these weights."""
+        return sum(m * n for _, (m, n) in self.weights())
+
+    def parameters(self) -> int:
+        """Return the number of all values, norms included."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return embeddings + self.masked() + (2 * self.layers + 1) * self.hidden
+
+
+MODELS = {
+    "Llama-3.2-1B": Llama(2048, 8192, 16, 32, 8, 64, 128256, tied=True),
+    "Llama-3-8B": Llama(4096, 14336, 32, 32, 8, 128, 128256, tied=False),
+    "Llama-3-70B": Llama(8192, 28672, 80, 64, 8, 128, 128256, tied=False),
+}
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The bytes of one fine-tuning, without activations.
+
+    Attributes:
+        weights: all of the model, bfloat16.
+        blocks: float32.
+        gradients: of the blocks, float32.
+        states: of the optimizer, float32.
+        originals: on the host: values from before training where blocks are, bfloat16.
+        originals_moving: the same once blocks have been everywhere.
+    """
+
+    weights: int
+    blocks: int
+    gradients: int
+    states: int
+    originals: int
+    originals_moving: int
+
+    @property
+    def device(self) -> int:
+        """The bytes on the device."""
+        return self.weights + self.blocks + self.gradients + self.states
+
+
+def trainable(model: Llama, config: SylvaConfig) -> int:
+    """Return the number of values that are trained; blocks at a weight's edges count whole."""
+    b = config.block_size
+    grids = (grid_shape(shape, b) for _, shape in model.weights())
+    return sum(config.blocks(rows * columns) * b * b for rows, columns in grids)
+
+
+def count(model: Llama, config: SylvaConfig, moments: int) -> Bytes:
+    """Count the bytes of fine-tuning `model`; `moments` as in `STATES`."""
+    trained = trainable(model, config)
+    return Bytes(
+        weights=2 * model.parameters(),
+        blocks=4 * trained,
+        gradients=4 * trained,
+        states=4 * moments * trained,
+        originals=2 * trained,
+        originals_moving=2 * model.masked(),
+    )
+
+
+def trace(model: Llama, config: SylvaConfig) -> TraceEstimate:
+    """Return what `sylva_compile.estimate` says of a model of these shapes in bfloat16."""
+    specs = {name: WeightSpec(name, shape, torch.bfloat16, torch.device("cuda")) for name, shape in model.weights()}
+    return estimate_bytes(specs, config)
+
+
+def training_table() -> str:
+    """Return the table of bytes of a training, by model and share of the blocks."""
+    rows = []
+    for name, model in MODELS.items():
+        for sparsity in SPARSITIES:
+            config = SylvaConfig(sparsity=sparsity)
+            found = count(model, config, STATES["AdamW"])
+            states = [gib(4 * moments * trainable(model, config)) for moments in STATES.values()]
+            parts = (found.weights, found.blocks, found.gradients)
+            rows.append(
+                [
+                    name,
+                    f"{1 - sparsity:.0%}",
+                    *map(gib, parts),
+                    *states,
+                    gib(found.originals),
+                    gib(found.originals_moving),
+                ]
+            )
+    columns = ["model", "blocks", "weights", "blocks, float32", "gradients", *STATES, "host", "host, moving"]
+    return markdown(columns, rows)
+
+
+def card_table() -> str:
+    """Return the table of what is left for activations on cards of some sizes."""
+    rows = []
+    for name, model in MODELS.items():
+        for sparsity in SPARSITIES:
+            row = [name, f"{1 - sparsity:.0%}"]
+            for optimizer in ("AdamW", "Muon"):
+                total = count(model, SylvaConfig(sparsity=sparsity), STATES[optimizer]).device
+                row += [gib(total), *(gib(card * GIB - total) if card * GIB > total else "–" for card in CARDS)]
+            rows.append(row)
+    left = [f"left of {card}" for card in CARDS]
+    return markdown(["model", "blocks", "AdamW, in all", *left, "Muon, in all", *left], rows)
+
+
+def trace_table() -> str:
+    """Return the table of bytes of a trace, by model and score."""
+    rows = []
+    for name, model in MODELS.items():
+        for score in ("greedy", "gain", "paper"):
+            held = trace(model, SylvaConfig(score=score, gradient_device="cpu"))
+            device = torch.device("cuda")
+            host = sum(weight.memory.gradient for weight in held.weights.values())
+            rows.append([name, score, gib(held.at_least()[device]), gib(held.at_most()[device]), gib(host)])
+    return markdown(["model", "score", "device, at least", "device, at most", "mean gradients"], rows)
+
+
+def gib(count: int) -> str:
+    """Format bytes in GiB."""
+    return f"{count / GIB:.2f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the tables."""
+    parser_of(__spec__, __doc__).parse_args(argv)
+    for table in (training_table(), card_table(), trace_table()):
+        print(f"{table}\n")
+
+
+if __name__ == "__main__":
+    main()
