@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sylva_compile.version import __version__
 
 if TYPE_CHECKING:
-    from sylva_compile import errors, integrations, optim, schedules
+    from sylva_compile import errors, integrations, optim, reports, schedules
     from sylva_compile.adapters.changes import changed_values
     from sylva_compile.adapters.disabling import disable_adapter
     from sylva_compile.adapters.export_shira import export_peft
@@ -53,6 +53,7 @@ __all__ = [
     "print_trainable_parameters",
     "push_to_hub",
     "reference_model",
+    "reports",
     "save_adapter",
     "schedules",
     "set_adapter",
@@ -89,7 +90,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "integrations", "optim", "schedules"):
+    if name in ("errors", "integrations", "optim", "reports", "schedules"):
         return importlib.import_module(f"sylva_compile.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
