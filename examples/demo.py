@@ -260,7 +260,8 @@ def run(settings: Settings, folder: Path, out: Path, console: Console) -> None:
     log += [{"step": 0, "eval_loss": loss_before}, {"step": len(losses), "eval_loss": loss_after}]
     history = history_of(log)
     write_report(out / "report.html", changes_of(model), title=TITLE, settings=masks.config, history=history)
-    whole = sum(value.numel() * value.element_size() for value in base.state_dict().values())
+    # Parameters, since a state dict names the tied head twice.
+    whole = sum(value.numel() * value.element_size() for value in base.parameters())
     share = sum(mask.trainable for mask in masks.values()) / sum(value.numel() for value in base.parameters())
     floor = against_the_floor(model, base, batches[: settings.timed], settings.inner)
     del base

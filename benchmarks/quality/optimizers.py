@@ -52,7 +52,8 @@ def _galore(
     low_rank = {
         "rank": options["rank"],
         "update_proj_gap": options["refresh"],
-        "scale": 1.0,
+        # As its authors have it. The learning rate of the other parameters is not scaled.
+        "scale": 0.25,
         "projection_type": "std",
     }
     divided = [

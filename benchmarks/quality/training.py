@@ -86,16 +86,18 @@ def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimiz
             model = [*ready.model.parameters(), *ready.model.buffers()]
             held = sum(storage.nbytes() for storage in _storages([*model, *_state(inner)]).values())
             _, added = peak_above(functools.partial(step, at, batch), model[0].device)
-            peak = held + added
+            peak = held + added - _bytes(inner)
         else:
             step(at, batch)
         if not math.isfinite(losses[-1]):
             break
+    # Methods that train layers in turns may make states later than the second step.
+    peak += _bytes(inner)
     last = losses[-max(1, len(losses) // 10) :]
     return Trained(
         loss=statistics.mean(last),
         step_ms=statistics.median(seconds) * 1e3,
-        state_bytes=sum(value.numel() * value.element_size() for value in _state(inner)),
+        state_bytes=_bytes(inner),
         saved_bytes=saved,
         peak_bytes=peak,
     )
@@ -131,6 +133,10 @@ def _state(optimizer: Any) -> list[Tensor]:
     # GaLore keeps the basis of its space in an object.
     values = [getattr(value, "ortho_matrix", value) for value in values]
     return [value for value in values if isinstance(value, Tensor)]
+
+
+def _bytes(optimizer: Any) -> int:
+    return sum(value.numel() * value.element_size() for value in _state(optimizer))
 
 
 def _check_gradients(parameters: Sequence[nn.Parameter]) -> None:

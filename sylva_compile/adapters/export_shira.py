@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from sylva_compile.adapters.other_tensors import replaced_tensors
+from sylva_compile.adapters.other_tensors import replaced_tensors, tensors_of_blocks
 from sylva_compile.adapters.saving import states_to_save
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.scope import unwrap
@@ -46,6 +46,13 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         raise AdapterError(
             f"The adapter holds {next(iter(whole))} whole, and SHiRA has single places alone; merge it instead."
         )
+    taken = tensors_of_blocks(states)
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken]
+    if others:
+        raise AdapterError(
+            f"{len(others)} trainable parameters outside of the blocks have no place in SHiRA, {others[0]} first; "
+            "freeze them if nothing has trained them, or merge instead."
+        )
     names = {id(module): name for name, module in model.named_modules()}
     modules = {name: names[id(_linear_of(name, state))] for name, state in states.items()}
     changes = {name: _changes(state) for name, state in states.items()}
@@ -79,7 +86,9 @@ def _linear_of(name: str, state: BlockState) -> nn.Module:
 
 def _changes(state: BlockState) -> tuple[Tensor, Tensor]:
     """Return the places that were ever trained, `int32[2, k]`, and how far values are from the base, float32 `[k]`."""
+    state.check_enabled()
     state.sync()
+    state.check_synced()
     state.check_base_known()
     positions, b = state.originals.places, state.mask.block_size
     now = read_blocks(state.weight.detach(), positions.to(state.weight.device), b).to("cpu", torch.float32)
@@ -88,6 +97,8 @@ def _changes(state: BlockState) -> tuple[Tensor, Tensor]:
     rows = (positions[0][:, None, None] * b + lane[:, None]).expand_as(values)
     cols = (positions[1][:, None, None] * b + lane).expand_as(values)
     inside = (rows < state.mask.shape[0]) & (cols < state.mask.shape[1])
+    if not bool(values.isfinite().all()):
+        raise AdapterError(f"{state.name} holds NaN or infinity; go back to the last good state before the export.")
     return torch.stack([rows[inside], cols[inside]]).to(torch.int32), values[inside]
 
 

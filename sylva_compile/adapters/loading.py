@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sylva_compile.adapters.format import read_adapter
 from sylva_compile.adapters.other_tensors import (
+    bases_of_replaced,
     check_replaced,
     check_whole,
     compare_frozen,
@@ -134,7 +135,7 @@ def _checked(
             mask, tensors[f"{name}/blocks"], left.to(torch.int64), tensors.get(f"{name}/left"), entry["base"]
         )
     by_weight = states_by_weight(states)
-    _check_base(config, parameters, by_weight, directory)
+    _check_base(config, parameters, by_weight, bases_of_replaced(model), directory)
     for name, weight in weights.items():
         weight.blocks = weight.blocks.to(parameters[name].device)
         state = by_weight.get(id(parameters[name]))
@@ -195,6 +196,7 @@ def _check_base(
     config: Mapping[str, Any],
     parameters: Mapping[str, nn.Parameter],
     by_weight: Mapping[int, BlockState],
+    replaced: Mapping[int, Tensor],
     directory: Path,
 ) -> None:
     """Raise AdapterError unless the masked weights have the shapes, dtypes and values of the adapter's base."""
@@ -213,7 +215,8 @@ def _check_base(
             )
         check_weight(name, weight)
         state = by_weight.get(id(weight))
-        if checksum(weight if state is None else state.base_weight()) != entry["base"]:
+        base = replaced.get(id(weight), weight) if state is None else state.base_weight()
+        if checksum(base) != entry["base"]:
             raise AdapterError(
                 f"{directory} was trained on another base: {name} holds other values here; load that base."
             )

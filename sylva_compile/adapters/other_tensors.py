@@ -96,6 +96,13 @@ def replaced_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def bases_of_replaced(model: nn.Module) -> dict[int, Tensor]:
+    """Return `replaced_tensors` by the `id` of the tensor that was replaced."""
+    replaced = replaced_tensors(model)
+    every = named_tensors(model) if replaced else {}
+    return {id(every[name]): value for name, value in replaced.items() if name in every}
+
+
 def check_replaced(replaced: Mapping[str, Tensor], every: Mapping[str, Tensor]) -> None:
     """Raise AdapterError where a value that an adapter replaced cannot be put back."""
     for name, value in replaced.items():

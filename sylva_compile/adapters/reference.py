@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ class ReferenceModel(nn.Module):
 
     It has no parameters, buffers or submodules of its own, so that no optimizer, DistributedDataParallel or checkpoint
     finds those of the model twice, and moves or modes of this module do not reach the model. Other attributes are the
-    model's; methods of the model (`generate`, `save_pretrained`) run with the base.
+    model's; methods of the model (`generate`, `save_pretrained`) run with the base. Modules of the model that are taken
+    from here (`reference.lm_head`) are the model's own, with the trained values.
     """
 
     _sylva_model: nn.Module
@@ -111,13 +112,9 @@ skip_code(ReferenceModel.__call__.__code__)
 
 @contextmanager
 def _as_base(model: nn.Module) -> Iterator[None]:
-    """Let `model` be its base, without gradients and in evaluation mode; nested calls change nothing."""
-    if is_disabled(model):
-        with torch.no_grad():
-            yield
-        return
+    """Let `model` be its base, without gradients and in evaluation mode; calls may be nested."""
     training = [module for module in model.modules() if module.training]
-    with disable_adapter(model), torch.no_grad():
+    with nullcontext() if is_disabled(model) else disable_adapter(model), torch.no_grad():
         try:
             for module in training:
                 module.training = False

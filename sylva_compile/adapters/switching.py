@@ -1,11 +1,12 @@
 """`set_adapter`, `delete_adapter`, `active_adapter` and `list_adapters`: several adapters on one base, by name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sylva_compile.adapters.other_tensors import (
+    bases_of_replaced,
     check_replaced,
     check_whole,
     named_tensors,
@@ -26,7 +27,7 @@ from sylva_compile.blocks.ddp import check_not_wrapped
 from sylva_compile.blocks.embed import block_states, embed, unembed
 from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.masks import Masks
-from sylva_compile.blocks.moving import check_no_gradients, check_same_on_all_ranks, restart_optimizers
+from sylva_compile.blocks.moving import check_no_gradients, check_same_on_all_ranks, restart_optimizers, unwrapped
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.errors import AdapterError, EmbedError
 
@@ -82,6 +83,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> Masks:
         now = block_states(model)
         for state in set(states.values()) & set(now.values()):
             restart_optimizers(state)
+        _forget_states(model, {*before.whole, *target.whole}, [*states.values(), *now.values()])
         make_room(now, adapters)
     states = block_states(model)
     config = next(iter(states.values())).masks_config
@@ -124,11 +126,19 @@ def _check(wrapped: nn.Module, states: Mapping[str, BlockState], target: StoredA
         state.sync()
         state.check_base_known()
     parameters, by_weight = named_weights(wrapped), states_by_weight(states)
+    replaced = bases_of_replaced(unwrap(wrapped))
     for name, weight in target.weights.items():
         if name not in states or not fits_in_place(states[name], weight):
             check_not_wrapped(wrapped, name)
-        _check_base(name, weight, parameters.get(name), by_weight.get(id(parameters.get(name))), adapter_name)
+        here = parameters.get(name)
+        _check_base(name, weight, here, by_weight.get(id(here)), replaced.get(id(here)), adapter_name)
     every = named_tensors(wrapped)
+    for name in {*replaced_tensors(unwrap(wrapped)), *target.whole}:
+        if name in every and every[name].grad is not None:
+            raise EmbedError(
+                f"{name} has a gradient, and an adapter stores its values; step the optimizer and call "
+                "zero_grad(set_to_none=True) before setting another adapter."
+            )
     masked = {id(parameters[name]): name for name in target.weights}
     check_whole(target.whole, every, masked, f"Adapter {adapter_name!r}")
     check_replaced(replaced_tensors(unwrap(wrapped)), every)
@@ -136,14 +146,23 @@ def _check(wrapped: nn.Module, states: Mapping[str, BlockState], target: StoredA
 
 
 def _check_base(
-    name: str, stored: StoredWeight, weight: nn.Parameter | None, state: BlockState | None, adapter_name: str
+    name: str,
+    stored: StoredWeight,
+    weight: nn.Parameter | None,
+    state: BlockState | None,
+    replaced: Tensor | None,
+    adapter_name: str,
 ) -> None:
-    """Raise AdapterError unless the weight has the base that the adapter was trained on."""
+    """Raise AdapterError unless the weight has the base that the adapter was trained on.
+
+    `replaced` are the weight's values before the active adapter, which stores it whole, replaced them.
+    """
     if state is not None and state.base_id == stored.base_id:
         return
     if weight is not None and tuple(weight.shape) == stored.mask.shape:
         check_weight(name, weight)
-        if checksum(weight if state is None else state.base_weight()) == stored.base:
+        base = state.base_weight() if state is not None else weight if replaced is None else replaced
+        if checksum(base) == stored.base:
             return
     raise AdapterError(
         f"Adapter {adapter_name!r} was trained on another base: {name} holds other values now, or is gone; load that "
@@ -185,3 +204,12 @@ def _put(model: nn.Module, target: StoredAdapter) -> None:
         state.masks_config = dict(target.config)
         state.take_trained(own.blocks, own.left, own.left_values, own.mask)
     replace_tensors(model, target.whole)
+
+
+def _forget_states(model: nn.Module, names: Iterable[str], states: Iterable[BlockState]) -> None:
+    """Let the optimizers that have stepped the blocks of `states` start anew on the tensors `names` of `model`."""
+    every = named_tensors(model)
+    for optimizer in {unwrapped(each) for state in states for each in state.stepped_by}:
+        for name in names:
+            if name in every:
+                optimizer.state.pop(every[name], None)

@@ -1,6 +1,7 @@
 """The modules of a model that are compiled one by one: its layers, which then share one compiled graph."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,13 +24,17 @@ def compile_units(model: nn.Module, weights: Iterable[Tensor]) -> list[nn.Module
         module that can be a unit.
     """
     units = dict(_units(model))
-    unit_of = {module: unit for unit in units for module in unit.modules()}
+    # Units may share a module.
+    units_of: dict[nn.Module, list[nn.Module]] = {}
+    for unit in units:
+        for module in unit.modules():
+            units_of.setdefault(module, []).append(unit)
     found: dict[nn.Module, None] = {}
     for weight in weights:
         for owner, _ in owners_of(model, weight):
-            if owner not in unit_of:
+            if owner not in units_of:
                 return None
-            found[unit_of[owner]] = None
+            found |= dict.fromkeys(units_of[owner])
     order = {module: at for at, module in enumerate(model.modules())}
     return sorted(found, key=order.__getitem__) if any(units[unit] for unit in found) else None
 
@@ -48,3 +53,13 @@ def _units(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 def _has_code(module: nn.Module) -> bool:
     # Dynamo does not compile torch's own `forward` where it is called from uncompiled code.
     return not type(module).forward.__module__.startswith("torch.nn.")
+
+
+def caching_configurations(model: nn.Module) -> list[Any]:
+    """Return the configurations, each once, that let transformers make a key-value cache in every forward pass.
+
+    With a cache, each layer would need a compiled graph of its own. A model may have several configurations: that of a
+    language model within it, or within a wrapper.
+    """
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if getattr(config, "use_cache", False)}.values())

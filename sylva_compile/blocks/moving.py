@@ -98,7 +98,7 @@ def _optimizers_of(
             raise ArgumentError(
                 f"The optimizer does not step the blocks of {state.name}; give the one that has masks.parameters()."
             )
-        found[state] = {_unwrapped(each) for each in (*state.stepped_by, *([given] if given is not None else []))}
+        found[state] = {unwrapped(each) for each in (*state.stepped_by, *([given] if given is not None else []))}
     return found
 
 
@@ -128,10 +128,10 @@ def restart_optimizers(state: BlockState) -> None:
     """Let every optimizer that has stepped the blocks of `state` start anew: other blocks have taken their place."""
     before = torch.full((state.mask.nnz,), -1, dtype=torch.int64, device="cpu")
     for optimizer in state.stepped_by:
-        _move_states(_unwrapped(optimizer), state.blocks, before, "none")
+        _move_states(unwrapped(optimizer), state.blocks, before, "none")
 
 
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimizer inside of wrappers such as accelerate's."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner

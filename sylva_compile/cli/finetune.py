@@ -41,7 +41,7 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
     model, _, examples = load(base, data)
     if folder.goes_on:
         folder.check_data(examples)
-    train, held_out = hold_out(examples, options.held_out, data)
+    train, held_out = hold_out(examples, data)
     _say(f"{len(train)} sequences of {len(train[0]['input_ids'])} tokens to train on, {len(held_out)} held out.")
 
     arguments = training_arguments(options.out, data, options)
@@ -77,6 +77,8 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
         before = trainer.evaluate()["eval_loss"] if held_out else None
         if is_first_rank():
             folder.begin(first_masks, examples, before)
+    # As in a run that goes on without a checkpoint, and so without the evaluation above.
+    set_seed(data.seed)
     try:
         with asked.listening():
             trainer.train(resume_from_checkpoint=bool(folder.goes_on and folder.checkpoints()) or None)

@@ -121,6 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return INTERRUPTED
         except (SylvaError, OSError, MemoryError) as error:
             return _fail(error)
+        except RuntimeError as error:
+            # torch's class, which cannot be named before torch is imported.
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            return _fail(error)
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:

@@ -1,6 +1,7 @@
 """Causal language models with their tokenizers: read from a folder, the hub or a GGUF file, and written to a folder."""
 
 import importlib.util
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -82,6 +83,8 @@ def check_new(folder: Path) -> None:
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise InputError(f"--out {folder} cannot be made: {parent} is a file; give a folder of yours.")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"--out {folder} cannot be made: {parent} may not be written to; give a folder of yours.")
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

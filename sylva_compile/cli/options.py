@@ -60,10 +60,19 @@ class DataConfig:
     )
     max_length: int = field(default=256, metadata=_about("tokens in a sequence, at most"))
     batch_size: int = field(default=8, metadata=_about("sequences in a batch, on each device"))
+    held_out: float = field(
+        default=0.1,
+        metadata=_about(
+            "share of the sequences that is neither traced nor trained on, and is measured before and after training; "
+            "0: none"
+        ),
+    )
     seed: int = field(default=0, metadata=_about("of all random choices"))
 
     def __post_init__(self) -> None:
         _check_positive(self, "max_length", "batch_size")
+        if not 0 <= self.held_out < 1:
+            raise ArgumentError(f"held_out={self.held_out}; use a share from 0 to 1, without 1.")
         if (self.prompt_template is None) != (self.response is None):
             missing = "--response" if self.response is None else "--prompt-template"
             raise UsageError(f"{missing} is missing; --prompt-template and --response go together.")
@@ -77,6 +86,7 @@ class FinetuneConfig:
 
     Raises:
         ArgumentError: a number is out of its range.
+        UsageError: options do not go together.
     """
 
     out: Path = field(default=Path("out/adapter"), metadata=_about("folder for the adapter and checkpoints"))
@@ -91,9 +101,6 @@ class FinetuneConfig:
     gradient_checkpointing: bool = field(default=False, metadata=_about("less memory, more time"))
     every: int = field(default=0, metadata=_about("steps between moves of the blocks; 0: they stay"))
     choose: Choose = field(default="random", metadata=_about("how moving blocks find their next places"))
-    held_out: float = field(
-        default=0.1, metadata=_about("share of the sequences that is held out and measured before and after; 0: none")
-    )
     inner: Inner = field(default="inductor", metadata=_about("compiler; aot_eager is for debugging"))
     save_every: int = field(default=0, metadata=_about("steps between checkpoints; 0: only where it is interrupted"))
     log_every: int = field(default=10, metadata=_about("steps between lines with the loss"))
@@ -106,8 +113,8 @@ class FinetuneConfig:
         _check_positive(self, "every", "save_every", zero=True)
         if self.steps is not None:
             _check_positive(self, "steps")
-        if not 0 <= self.held_out < 1:
-            raise ArgumentError(f"held_out={self.held_out}; use a share from 0 to 1, without 1.")
+        if self.choose != "random" and not self.every:
+            raise UsageError(f"--choose {self.choose} is for blocks that move; give --every, too.")
 
 
 @dataclass(frozen=True)

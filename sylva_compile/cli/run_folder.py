@@ -12,12 +12,16 @@ from sylva_compile.blocks.masks import Masks
 from sylva_compile.cli.models import check_new
 from sylva_compile.errors import InputError
 from sylva_compile.files import to_json, write_file
+from sylva_compile.integrations.checkpoints import is_whole
 from sylva_compile.version import __version__
 
 _RUN = "sylva_run.json"
 _MASKS = "masks.safetensors"
-_MAY_CHANGE = ("resume", "save_every", "log_every", "progress", "checkpoint", "checkpoint_every", "gradient_device")
-"""Options that a run may be resumed with other values of."""
+_MAY_CHANGE = (
+    *("resume", "save_every", "log_every", "progress", "checkpoint", "checkpoint_every", "gradient_device"),
+    *("out", "model", "data"),
+)
+"""Options that a run may be resumed with other values of; folders may have moved, and what is in them is checked."""
 
 
 class RunFolder:
@@ -63,8 +67,9 @@ class RunFolder:
         return loss
 
     def checkpoints(self) -> list[Path]:
-        """Return the checkpoints, whole or not."""
-        return sorted(self.path.glob("checkpoint-*"))
+        """Return the whole checkpoints, in the order of their steps."""
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+        return sorted(filter(is_whole, found), key=lambda path: int(path.name.rpartition("-")[2]))
 
     def masks(self) -> Masks:
         """Return the masks of the run that goes on."""

@@ -6,6 +6,7 @@ turns of a chat.
 
 import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -41,38 +42,47 @@ def encode(rows: Sequence[Row] | str, tokenizer: PreTrainedTokenizerBase, option
     if not len(rows):
         raise InputError(f"--data {options.data} has no rows; give one with some.")
     sequences = []
+    too_long = 0
     templated, pieces_of = _reader(list(rows[0]), tokenizer, options)
-    for row in rows:
-        tokens, labels = _tokens(pieces_of(row), tokenizer, templated=templated)
+    for at, row in enumerate(rows):
+        try:
+            pieces = pieces_of(row)
+        except InputError:
+            raise
+        except Exception as error:
+            # Templates and rows of any kind raise any error.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise InputError(f"Row {at + 1} of --data {options.data} cannot be read ({reason}); mend it.") from error
+        tokens, labels = _tokens(pieces, tokenizer, templated=templated)
+        too_long += len(tokens) > options.max_length
         if any(label != IGNORED for label in labels[1 : options.max_length]):
             sequences.append((tokens[: options.max_length], labels[: options.max_length]))
     if left_out := len(rows) - len(sequences):
         log.info("%d of %d rows carry no loss in %d tokens and are left out.", left_out, len(rows), options.max_length)
+    if too_long:
+        log.info("%d of %d rows are cut to %d tokens.", too_long, len(rows), options.max_length)
     longest = max((len(tokens) for tokens, _ in sequences), default=0)
     # Padding gets neither attention nor loss, so any token serves where the tokenizer defines none for padding.
     filler = tokenizer.pad_token_id or 0
     return [_padded(tokens, labels, longest, filler) for tokens, labels in sequences]
 
 
-def hold_out(
-    examples: Sequence[Example], share: float, options: DataConfig, least: int = 1
-) -> tuple[list[Example], list[Example]]:
-    """Shuffle and split into training and held-out sequences; the held-out ones are whole batches.
+def hold_out(examples: Sequence[Example], options: DataConfig) -> tuple[list[Example], list[Example]]:
+    """Shuffle and split into training and held-out sequences; the held-out ones are whole batches of every process.
 
     Args:
         examples: all of them.
-        share: to hold out; with 0 there are none, otherwise there is a batch at least.
-        options: with the batch size and the seed.
-        least: batches that training needs.
+        options: with the share to hold out (with 0 there are none, otherwise a batch at least), the batch size and the
+            seed.
 
     Raises:
         InputError: there are too few sequences for training beside the held-out ones.
     """
-    batch = options.batch_size
-    out = max(1, round(len(examples) * share / batch)) * batch if share else 0
-    if len(examples) < out + least * batch:
+    batch = options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    out = max(1, round(len(examples) * options.held_out / batch)) * batch if options.held_out else 0
+    if len(examples) < out + batch:
         raise InputError(
-            f"--data {options.data} gives {len(examples)} sequences, and {out + least * batch} are needed; give more, "
+            f"--data {options.data} gives {len(examples)} sequences, and {out + batch} are needed; give more, "
             "or lower --batch-size or --max-length."
         )
     order = torch.randperm(len(examples), generator=torch.Generator("cpu").manual_seed(options.seed)).tolist()
@@ -109,7 +119,10 @@ def _reader(
         # A shell hands `\n` on as two characters.
         template = options.prompt_template.replace("\\n", "\n").replace("\\t", "\t")
         _check_column(response, columns, "--response", options)
-        return False, lambda row: [(_fill(template, row), False), (_text(row[response]), True)]
+        return (
+            False,
+            lambda row: [(_fill(template, row), False), (text, True)] if (text := _text(row[response])) else [],
+        )
     if "messages" not in columns and not {"prompt", "response"} <= {*columns}:
         raise InputError(f"--data {options.data} has several columns; choose --column from {', '.join(columns)}.")
     if not tokenizer.chat_template:
@@ -132,14 +145,21 @@ def _fill(template: str, row: Row) -> str:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list | dict):
+        raise TypeError(f"a {type(value).__name__} where text belongs")
     return "" if value is None else str(value).strip()
 
 
 def _messages(row: Row) -> list[dict[str, str]]:
     if "messages" in row:
         return list(row["messages"] or [])
+    # TRL's conversational form has lists of messages here.
     turns = {"user": row["prompt"], "assistant": row["response"]}
-    return [{"role": role, "content": _text(content)} for role, content in turns.items()]
+    return [
+        message
+        for role, content in turns.items()
+        for message in (content if isinstance(content, list) else [{"role": role, "content": _text(content)}])
+    ]
 
 
 def _turns(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
@@ -156,7 +176,8 @@ def _turns(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
                 "The chat template changes earlier turns, so their loss cannot be told apart; give --prompt-template "
                 "and --response."
             )
-        pieces += [(ask[len(said) :], False), (whole[len(ask) :], True)]
+        # An empty answer, as of a turn that calls tools, would teach the model to say nothing.
+        pieces += [(ask[len(said) :], False), (whole[len(ask) :], bool(message.get("content")))]
         said = whole
     return pieces
 

@@ -3,7 +3,8 @@
 import csv
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_rows(source: str, split: str, subset: str | None) -> Sequence[Row] | st
 def _read_file(path: Path) -> Sequence[Row] | str:
     kind = path.suffix.lower()
     if kind in _SEPARATORS:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file, _fields_of_any_length():
             table = csv.DictReader(file, delimiter=_SEPARATORS[kind])
             if not table.fieldnames:
                 raise InputError(f"--data {path} is empty; give a table with a first line of column names.")
@@ -55,12 +56,22 @@ def _read_file(path: Path) -> Sequence[Row] | str:
     if kind == ".json":
         rows = json.loads(text)
     elif kind == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     else:
         return text
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"--data {path} is no list of objects; give one object for each row.")
     return rows
+
+
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """Let the csv module read long texts meanwhile."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_hub(name: str, split: str, subset: str | None) -> Sequence[Row]:

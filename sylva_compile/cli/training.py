@@ -45,6 +45,12 @@ class StopCallback(TrainerCallback):
         self._asked = asked
         self.stopped = False
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let a resumed run save and log as often as it is asked now, not as the checkpoint says."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let the Trainer save and stop where any process was asked to."""
         noted = self._asked.noted

@@ -1,14 +1,16 @@
 """Compile the layers of a model in place, one by one, so that they share one compiled graph."""
 
+import functools
 import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from sylva_compile._torch import compiled_call, set_compiled_call, uncompiled_call
-from sylva_compile.blocks.compile_units import compile_units
+from sylva_compile.blocks.compile_units import caching_configurations, compile_units
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import unwrap
 from sylva_compile.errors import EmbedError
@@ -23,7 +25,8 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any], **option
     model without a list of layers is compiled whole, in place.
 
     A key-value cache of transformers would need a graph for every layer. So the model's configuration gets
-    `use_cache=False`, and calls with a cache, as `generate` makes them, run uncompiled.
+    `use_cache=False`, and calls with a cache, as `generate` makes them, run uncompiled. A model that calls parts of its
+    layers and not the layers themselves needs `model.compile`; `backend.report()` tells.
 
     Args:
         model: a model whose weights carry blocks; `backend(masks)` and `masks.embed(model)` put them there.
@@ -41,10 +44,9 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any], **option
     if not states:
         raise EmbedError("The model carries no blocks; call masks.embed(model) first.")
     units = compile_units(model, (state.weight for state in states.values())) or [model]
-    config = getattr(model, "config", None)
-    if getattr(config, "use_cache", False):
+    for config in caching_configurations(model):
         log.info("The model's use_cache is off now: each layer's cache would need a compiled graph of its own.")
-        config.use_cache = False  # type: ignore[union-attr]
+        config.use_cache = False
     for unit in units:
         unit.compile(backend=backend, **options)
         if unit is not model:
@@ -59,7 +61,17 @@ def _without_cache(compiled: Callable[..., Any], uncompiled: Callable[..., Any])
         # A cache exists only once transformers is imported, which this library does not need.
         caches = sys.modules.get("transformers.cache_utils")
         if caches is not None and any(isinstance(value, caches.Cache) for value in (*args, *kwargs.values())):
+            if torch.is_grad_enabled():
+                _warn_of_cache()
             return uncompiled(*args, **kwargs)
         return compiled(*args, **kwargs)
 
     return call
+
+
+@functools.cache
+def _warn_of_cache() -> None:
+    log.warning(
+        "A compiled layer got a key-value cache with gradients on, and runs uncompiled, with dense weight gradients; "
+        "call the model with use_cache=False, or under torch.no_grad()."
+    )

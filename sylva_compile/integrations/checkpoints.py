@@ -35,7 +35,7 @@ def last_whole_checkpoint(directory: Path) -> Path:
         if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
     for _, path in sorted(found.items(), reverse=True):
-        if _is_whole(path):
+        if is_whole(path):
             return path
         log.warning("%s was not written to its end, so an earlier checkpoint is resumed.", path)
     raise AdapterError(f"{directory} holds no whole checkpoint; train without resume_from_checkpoint.")
@@ -54,7 +54,7 @@ def check_checkpoint(directory: Path, *, only_model: bool = False) -> None:
         )
     if only_model:
         return
-    if not _is_whole(directory):
+    if not is_whole(directory):
         raise AdapterError(f"{directory} was not written to its end (no whole {_STATE}); resume an earlier checkpoint.")
     if not (directory / OPTIMIZER).is_file():
         raise AdapterError(
@@ -63,7 +63,8 @@ def check_checkpoint(directory: Path, *, only_model: bool = False) -> None:
         )
 
 
-def _is_whole(directory: Path) -> bool:
+def is_whole(directory: Path) -> bool:
+    """Whether the checkpoint in `directory` was written to its end."""
     try:
         return "global_step" in json.loads((directory / _STATE).read_text())
     except (OSError, ValueError):

@@ -48,7 +48,7 @@ def changes_of(model: nn.Module) -> list[WeightChange]:
     """Return the change of every weight of `model` that carries blocks, in the order of the model.
 
     Raises:
-        EmbedError: the model carries no blocks, or the base of a weight is not known.
+        EmbedError: the model carries no blocks, the base of a weight is not known, or `disable_adapter` shows the base.
     """
     states = block_states(model)
     if not states:
@@ -65,8 +65,9 @@ def by_kind(changes: Iterable[WeightChange]) -> dict[str, list[WeightChange]]:
 
 
 def _change_of(name: str, state: BlockState) -> WeightChange:
-    state.check_base_known()
+    state.check_enabled()
     state.sync()
+    state.check_base_known()
     b, (m, n) = state.mask.block_size, state.mask.shape
     places, grid = state.originals.places, grid_shape((m, n), b)
     now = read_blocks(state.weight.detach(), places.to(state.weight.device), b).cpu().double()

@@ -106,7 +106,10 @@ def _tiles(changes: Sequence[WeightChange], history: History) -> str:
     tiles = [
         (f"{sum(int(each.present.sum()) for each in changes) / blocks:.1%}", "of the blocks train at a time"),
         (f"{sum(each.trained for each in changes) / blocks:.1%}", "of the blocks have been trained"),
-        (f"{(sum(each.squares for each in changes) / elements) ** 0.5:.2e}", "root mean square change of all weights"),
+        (
+            f"{(sum(each.squares for each in changes) / elements) ** 0.5:.2e}",
+            "root mean square change of these weights",
+        ),
     ]
     if history.moves:
         tiles.append((f"{history.moves[-1][1]:.0f}", "moves of the blocks"))

@@ -5,21 +5,25 @@ whichever Python code computes the forward pass.
 """
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from sylva_compile._torch import (
     PlainAOTInput,
+    compiled_call,
     dynamo_config,
     functorch_config,
     register_bytecode_hook,
     remove_from_cache,
+    set_compiled_call,
 )
+from sylva_compile.blocks.compile_units import compile_units
 from sylva_compile.compiler.aot import compile_eagerly
 from sylva_compile.passes.observe_weight_gradients import observe_weight_gradients_pass
 from sylva_compile.passes.runner import run_passes
@@ -51,6 +55,32 @@ def capture_backend(missed: Missed) -> Callable[..., Any]:
             )
 
     return compile_graph
+
+
+def compile_layers_or_model(
+    model: nn.Module, weights: Iterable[nn.Parameter], backend: Callable[..., Any]
+) -> tuple[nn.Module, set[nn.Module]]:
+    """Compile the layers of `model` in place, so that they share one graph, or else the model.
+
+    Returns:
+        The module to call, and the layers that nobody has called yet; calls take them out of the set.
+    """
+    units = compile_units(model, weights)
+    if units is None:
+        return torch.compile(model, backend=backend), set()  # type: ignore[return-value]
+    waiting = set(units)
+
+    def noted(unit: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            waiting.discard(unit)
+            return call(*args, **kwargs)
+
+        return run
+
+    for unit in units:
+        unit.compile(backend=backend)
+        set_compiled_call(unit, noted(unit, compiled_call(unit)))
+    return model, waiting
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sylva_compile._torch import compiled_call, set_compiled_call
-from sylva_compile.blocks.compile_units import compile_units
+from sylva_compile.blocks.compile_units import caching_configurations
 from sylva_compile.errors import TraceError
 from sylva_compile.kernels.observe import observing
 from sylva_compile.tracing.batches import LossFn, count_sequences, loss_of, tensors_of, to_device
-from sylva_compile.tracing.capture import capture_backend, compilations_forgotten
+from sylva_compile.tracing.capture import capture_backend, compilations_forgotten, compile_layers_or_model
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,8 @@ def observe(
 
     device = next(iter(weights.values())).device
     with _untouched(model, weights.values()), compilations_forgotten(), observing(listen):
-        compiled = _compiled(model, weights.values(), capture_backend(miss))
+        backend = capture_backend(miss)
+        compiled, waiting = compile_layers_or_model(model, weights.values(), backend)
         bar = tqdm(
             total=num_samples,
             initial=min(done.sequences, num_samples),
@@ -137,6 +138,13 @@ def observe(
                 sequences = count_sequences(batch)
                 # loss_fn gets its own containers: it may pop the labels, which `_check_loss` needs in `batch`.
                 loss = loss_of(compiled, to_device(batch, device), loss_fn)
+                if waiting:
+                    # The model does not call these layers, but parts of them. Nothing has been observed yet.
+                    waiting.clear()
+                    for module in model.modules():
+                        set_compiled_call(module, None)
+                    compiled = torch.compile(model, backend=backend)  # type: ignore[assignment]
+                    loss = loss_of(compiled, to_device(batch, device), loss_fn)
                 _check_loss(model, loss, batch, loss_fn, weights)
                 # The loss is a mean over the batch; only a sum over sequences can be added up over batches.
                 gradients = torch.autograd.grad(loss * sequences, list(weights.values()), allow_unused=True)
@@ -163,16 +171,6 @@ def observe(
             num_samples,
         )
     return done
-
-
-def _compiled(model: nn.Module, weights: Iterable[nn.Parameter], backend: Callable[..., Any]) -> nn.Module:
-    """Compile the layers of `model` in place, so that they share one graph, or else the model; return what to call."""
-    units = compile_units(model, weights)
-    if units is None:
-        return torch.compile(model, backend=backend)  # type: ignore[return-value]
-    for unit in units:
-        unit.compile(backend=backend)
-    return model
 
 
 def observed(weights: Iterable[str], progress: TraceProgress) -> list[str]:
@@ -208,8 +206,7 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
     # A model compiled in place would run its own graphs in place of those of the capture backend.
     compiled = {module: call for module in modes if (call := compiled_call(module)) is not None}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
+    configurations = caching_configurations(model)
     devices = {parameter.device for parameter in flags if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:
@@ -222,14 +219,14 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
                 parameter.requires_grad_(False)
             for weight in weights:
                 weight.requires_grad_(True)
-            if use_cache:
-                config.use_cache = False  # type: ignore[union-attr]
+            for config in configurations:
+                config.use_cache = False
             yield
         finally:
             for module in modes:
                 set_compiled_call(module, compiled.get(module))
-            if use_cache:
-                config.use_cache = use_cache  # type: ignore[union-attr]
+            for config in configurations:
+                config.use_cache = True
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
             for module, mode in modes.items():

@@ -6,7 +6,7 @@ from peft import PeftModel
 from tiny_models import tiny
 
 import sylva_compile
-from sylva_compile.errors import AdapterError
+from sylva_compile.errors import AdapterError, EmbedError
 from sylva_compile.schedules import MovingBlocks
 
 # PEFT makes a sparse tensor and neither asks for checks nor declines them.
@@ -47,7 +47,7 @@ def test_peft_gives_the_same_logits(dtype: torch.dtype, every: int, tmp_path: Pa
 
 
 def test_another_module_than_linear_is_refused(tmp_path: Path) -> None:
-    model = tiny("gpt2").model
+    model = tiny("gpt2").model.requires_grad_(False)
     sylva_compile.trace_and_mask(model, method="random", block_size=8).embed()
     with pytest.raises(
         AdapterError, match=r"c_attn.weight belongs to a Conv1D, and PEFT's SHiRA knows nn.Linear alone"
@@ -57,7 +57,7 @@ def test_another_module_than_linear_is_refused(tmp_path: Path) -> None:
 
 
 def test_too_many_places_are_refused(tmp_path: Path) -> None:
-    model = tiny("llama").model
+    model = tiny("llama").model.requires_grad_(False)
     sylva_compile.trace_and_mask(model, method="random", sparsity=0.0, block_size=8).embed()
     with pytest.raises(AdapterError, match=r"needs SHiRA's r = \d+, and model.layers.0.self_attn.q_proj.weight"):
         sylva_compile.export_peft(model, tmp_path / "out")
@@ -75,3 +75,20 @@ def test_modules_that_are_stored_whole_are_refused(tmp_path: Path) -> None:
     sylva_compile.load_adapter(model, tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"lm_head.weight whole, and SHiRA has single places alone"):
         sylva_compile.export_peft(model, tmp_path / "out")
+
+
+def test_what_shira_cannot_hold_is_refused(tmp_path: Path) -> None:
+    model = tiny("llama").model.requires_grad_(False)
+    masks = sylva_compile.trace_and_mask(model, method="random", sparsity=0.9, block_size=8)
+    masks.embed(model)
+    with sylva_compile.disable_adapter(model), pytest.raises(EmbedError, match="shows its base"):
+        sylva_compile.export_peft(model, tmp_path / "shown")
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(AdapterError, match=r"outside of the blocks .* lm_head\.weight first"):
+        sylva_compile.export_peft(model, tmp_path / "head")
+    model.lm_head.requires_grad_(False)
+    with torch.no_grad():
+        masks.parameters()[0].view(-1)[0] = float("nan")
+    with pytest.raises(AdapterError, match="NaN or infinity"):
+        sylva_compile.export_peft(model, tmp_path / "nan")
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_invariant, block_gradients, blocks_by_loops
 from safetensors.torch import load_file
+from tiny_models import tiny
 from torch import nn
 
 import sylva_compile
@@ -468,3 +469,43 @@ class TestRefused:
             sylva_compile.load_adapter(base, tmp_path / "c", "c")
         assert same(values(base), then)
         assert sylva_compile.list_adapters(base) == ["a", "b"]
+
+
+def test_one_adapter_stores_a_weight_whole_in_which_another_has_blocks(tmp_path: Path) -> None:
+    """Each finds its base, whichever comes first, and the optimizer forgets the weight that was replaced."""
+    case = tiny("llama")
+    base = copy.deepcopy(case.model.requires_grad_(False))
+    inside = sylva_compile.trace_and_mask(case.model, method="random", scope=["lm_head"], block_size=8, sparsity=0.9)
+    inside.embed(case.model)
+    with torch.no_grad():
+        inside.parameters()[0].add_(1.0)
+    sylva_compile.save_adapter(case.model, tmp_path / "blocks")
+    sylva_compile.unload_adapter(case.model)
+    masks = sylva_compile.trace_and_mask(case.model, method="random", block_size=8, sparsity=0.9)
+    masks.embed(case.model)
+    with torch.no_grad():
+        case.model.lm_head.weight.add_(2.0)
+    sylva_compile.save_adapter(case.model, tmp_path / "whole", modules_to_save=["lm_head"])
+    for order in (("blocks", "whole"), ("whole", "blocks")):
+        model = copy.deepcopy(base)
+        for name in order:
+            sylva_compile.load_adapter(model, tmp_path / name, name)
+        for name in ("whole", "blocks", "whole"):
+            sylva_compile.set_adapter(model, name)
+            expected = base.lm_head.weight + 2.0 if name == "whole" else None
+            if expected is not None:
+                assert torch.equal(model.lm_head.weight, expected)
+        optimizer = sylva_compile.AdamW([p for n, p in model.named_parameters() if n.endswith("_blocks")], lr=0.1)
+        model.lm_head.weight.requires_grad_(True)
+        optimizer.add_param_group({"params": [model.lm_head.weight]})
+        model(**case.batch).loss.backward()
+        with pytest.raises(EmbedError, match="gradient"):
+            sylva_compile.set_adapter(model, "blocks")
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.state[model.lm_head.weight]
+        model.lm_head.weight.requires_grad_(False)
+        sylva_compile.set_adapter(model, "blocks")
+        assert model.lm_head._parameters["weight"] not in optimizer.state
+        sylva_compile.unload_adapter(model)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in base.state_dict().items())

@@ -94,6 +94,15 @@ def test_no_list_compiles_the_model_whole() -> None:
     assert compile_units(model, weights_of(model)) is None
 
 
+def test_a_module_that_layers_share_belongs_to_each() -> None:
+    shared = Block()
+    layers = [Model(shared), Model(shared)]
+    for each in layers:
+        each.__class__ = type("Layer", (Model,), {"forward": lambda self, x: self.layers(x)})
+    model = Model(nn.ModuleList(layers))
+    assert compile_units(model, [shared.lin.weight]) == layers
+
+
 def test_a_weight_that_layers_share_belongs_to_each() -> None:
     model = Model(nn.ModuleList([Block(), Block()]))
     model.layers[1].lin.weight = model.layers[0].lin.weight

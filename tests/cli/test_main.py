@@ -23,6 +23,7 @@ WRONG_USAGE = [
     (["finetune", *MODEL, "--data", "x", "--lr", "-1"], "lr=-1.0; use a number above 0"),
     (["finetune", *MODEL, "--data", "x", "--batch-size", "0"], "batch_size=0; use a number above 0"),
     (["finetune", *MODEL, "--data", "x", "--every", "-1"], "every=-1; use a number from 0 on"),
+    (["finetune", *MODEL, "--data", "x", "--choose", "cycle"], "give --every, too"),
     (["finetune", *MODEL, "--data", "x", "--held-out", "1"], "held_out=1.0; use a share"),
     (["finetune", *MODEL, "--data", "x", "--sparsity", "2"], "sparsity=2.0"),
     (["finetune", *MODEL, "--data", "x", "--response", "a"], "--prompt-template is missing"),

@@ -58,8 +58,66 @@ def test_rows_whose_response_is_cut_off_are_left_out(caplog: pytest.LogCaptureFi
     assert "1 of 2 rows carry no loss in 12 tokens" in caplog.text
 
 
+def test_an_empty_response_is_left_out() -> None:
+    rows = [{"q": "The pub ", "a": ""}, {"q": "The ", "a": None}, {"q": "The", "a": "near"}]
+    (example,) = encode(rows, TOKENIZER, DataConfig(prompt_template="{q} ", response="a"))
+    assert with_loss(example) == "near<|end|>"
+
+
+def test_rows_that_are_cut_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="sylva_compile.cli.sequences"):
+        encode([{"text": "The pub " * 20}, {"text": "near"}], TOKENIZER, DataConfig(column="text", max_length=12))
+    assert "1 of 2 rows are cut to 12 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"text": "a"}, {"other": "b"}], {"column": "text"}, r"Row 2 .*KeyError"),
+        ([{"text": ["a"]}], {"column": "text"}, r"Row 1 .*a list where text belongs"),
+        ([{"messages": "no list"}], {}, "Row 1 "),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(
+    rows: list[dict[str, object]], options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        encode(rows, TOKENIZER, DataConfig(**options))
+
+
+def test_several_processes_hold_out_whole_batches_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [{"input_ids": [at], "attention_mask": [1], "labels": [at]} for at in range(40)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train, out = hold_out(examples, DataConfig(batch_size=4))
+    assert (len(train), len(out)) == (32, 8)
+
+
+def test_lines_of_json_hold_every_character(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert list(read_rows(str(path), "train", None)) == [{"text": "one\u2028two\u0085three"}]
+
+
+def test_a_table_may_hold_long_texts(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("text\n" + "a" * 200_000 + "\n")
+    (row,) = read_rows(str(path), "train", None)
+    assert len(row["text"]) == 200_000
+
+
 class TestChat:
     """The chat template is used where columns are named for it."""
+
+    def test_messages_as_prompt_and_response(self) -> None:
+        row = {"prompt": [{"role": "user", "content": "A?"}], "response": [{"role": "assistant", "content": "Yes."}]}
+        (example,) = encode([row], TOKENIZER, DataConfig())
+        assert with_loss(example) == "Yes.<|end|>\n"
+
+    def test_an_empty_answer_carries_no_loss(self) -> None:
+        said = [("user", "A?"), ("assistant", ""), ("user", "B?"), ("assistant", "No.")]
+        messages = [{"role": role, "content": content} for role, content in said]
+        (example,) = encode([{"messages": messages}], TOKENIZER, DataConfig())
+        assert with_loss(example) == "No.<|end|>\n"
 
     def test_prompt_and_response(self) -> None:
         (example,) = encode([{"prompt": "Where?", "response": "Near."}], TOKENIZER, DataConfig())
@@ -90,12 +148,12 @@ class TestChat:
 
 def test_held_out_sequences_are_whole_batches_and_the_same_again() -> None:
     examples = encode([{"text": f"The pub {k}"} for k in range(30)], TOKENIZER, DataConfig(column="text"))
-    train, out = hold_out(examples, 0.1, DataConfig(batch_size=4, seed=3))
+    train, out = hold_out(examples, DataConfig(batch_size=4, seed=3))
     assert len(out) == 4 and len(train) == 26
-    assert hold_out(examples, 0.1, DataConfig(batch_size=4, seed=3)) == (train, out)
-    assert hold_out(examples, 0.0, DataConfig(batch_size=4))[1] == []
+    assert hold_out(examples, DataConfig(batch_size=4, seed=3)) == (train, out)
+    assert hold_out(examples, DataConfig(batch_size=4, held_out=0.0))[1] == []
     with pytest.raises(InputError, match="gives 30 sequences, and 40 are needed"):
-        hold_out(examples, 0.1, DataConfig(batch_size=20))
+        hold_out(examples, DataConfig(batch_size=20))
     assert [batch["labels"].shape[0] for batch in batches_of(train, 4, most=9)] == [4, 4]
 
 

@@ -9,6 +9,7 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 import sylva_compile
+from sylva_compile.compiler import layers
 from sylva_compile.errors import EmbedError
 
 
@@ -66,6 +67,35 @@ def test_the_key_value_cache_costs_no_graph(caplog: pytest.LogCaptureFixture) ->
     assert torch.equal(written, twin.generate(input_ids=prompt, **options))
     # One for the first layer, whose input has no gradient, one for the others, and their second traces.
     assert len(graphs) == trained <= 4
+
+
+def test_a_cache_of_a_model_in_a_wrapper_is_turned_off_too() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **batch: Tensor) -> Any:
+            return self.inner(**batch)
+
+    case = tiny("llama", layers=3)
+    case.model.config.use_cache = True
+    model = Wrapper(case.model)
+    # Inside of a wrapper nothing tells that the head is one.
+    masks = sylva_compile.trace_and_mask(model, method="random", scope=r".*layers.*", block_size=8, sparsity=0.75)
+    backend = sylva_compile.backend(masks, inner="aot_eager", on_miss="error")
+    assert sylva_compile.compile_layers(model, backend) == 3
+    model(**case.batch).loss.backward()
+    assert backend.report().rewritten == len(masks)
+
+
+def test_a_cache_in_training_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    layers._warn_of_cache.cache_clear()
+    case = tiny("llama")
+    backend = sylva_compile.backend(masks_of(case.model), inner="aot_eager")
+    sylva_compile.compile_layers(case.model, backend)
+    case.model(**case.batch, use_cache=True).loss.backward()
+    assert caplog.text.count("runs uncompiled, with dense weight gradients") == 1
 
 
 def test_a_model_without_layers_is_compiled_whole() -> None:

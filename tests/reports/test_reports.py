@@ -68,6 +68,11 @@ class TestChanges:
         moved = sum(each.trained for each in found) > sum(int(each.present.sum()) for each in found)
         assert moved == (moves > 0)
 
+    def test_the_base_that_is_shown_is_refused(self) -> None:
+        model, _ = trained("llama", 0)
+        with sylva_compile.disable_adapter(model), pytest.raises(EmbedError, match="shows its base"):
+            changes_of(model)
+
     def test_a_model_without_blocks(self) -> None:
         with pytest.raises(EmbedError, match="no blocks"):
             changes_of(nn.Linear(4, 4))

@@ -19,7 +19,7 @@ from sylva_compile import Masks
 from sylva_compile._torch import compiled_call
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.errors import ArgumentError, EmbedError, ScopeError, TraceError
-from sylva_compile.tracing import capture, observation
+from sylva_compile.tracing import capture
 
 OPTIONS: dict[str, Any] = {"block_size": 8, "sparsity": 0.7, "progress": False}
 
@@ -83,9 +83,45 @@ class TestWhatIsSeen:
         case = tiny(architecture)
         options = {"num_samples": 8, "method": "kfac", "score": "gain", **OPTIONS}
         found = sylva_compile.trace_and_mask(case.model, [case.batch] * 2, **options)
-        monkeypatch.setattr(observation, "compile_units", lambda model, weights: None)
+        monkeypatch.setattr(capture, "compile_units", lambda model, weights: None)
         whole = sylva_compile.trace_and_mask(case.model, [case.batch] * 2, **options)
         assert dict(found) == dict(whole)
+
+    def test_layers_whose_parts_the_model_calls_itself(self) -> None:
+        """Nobody calls these layers, so the model is compiled whole."""
+
+        class Layer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+            def forward(self, x: Tensor) -> Tensor:
+                raise AssertionError("the model calls the parts")
+
+        class Parts(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+            def forward(self, x: Tensor) -> Tensor:
+                for layer in self.layers:
+                    x = x + layer.second(layer.first(x).relu())
+                return x
+
+        model = Parts()
+        data = [(torch.randn(8, 16), torch.randn(8, 16)) for _ in range(2)]
+        options = {"method": "fisher", "loss_fn": regression, "num_samples": 16, **OPTIONS}
+        masks = sylva_compile.trace_and_mask(model, data, **options)
+        assert len(masks) == 6
+        for name, mask in masks.items():
+            total = torch.zeros(16, 16)
+            for batch in data:
+                (gradient,) = torch.autograd.grad(regression(model, batch), [model.get_parameter(name)])
+                total += gradient.square()
+            scores = total.view(2, 8, 2, 8).sum((1, 3)).flatten()
+            assert set(scores.topk(mask.nnz).indices.tolist()) == set(
+                mask.block_map().flatten().nonzero().flatten().tolist()
+            )
 
     def test_conv1d_masks_are_in_the_stored_orientation(self) -> None:
         case = tiny("gpt2")
