@@ -19,7 +19,7 @@ DEFAULT = "default"
 
 @dataclass
 class StoredWeight:
-    """What an adapter holds of one weight.
+    """The part of an adapter that belongs to one weight.
 
     Attributes:
         mask: where its blocks are.

@@ -14,6 +14,7 @@ from sylva_compile.blocks.masks import Masks
 from sylva_compile.cli.options import InspectConfig
 from sylva_compile.errors import InputError
 from sylva_compile.files import to_json
+from sylva_compile.reports.changes import layer_and_kind
 
 _NOT_SETTINGS = ("base", "versions", "moves", "schedule", "adapter")
 """Entries of the masks that are shown by themselves."""
@@ -67,7 +68,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     for name, fact in facts.items():
         wrapped = textwrap.wrap(fact, 70, break_long_words=False, break_on_hyphens=False)
         lines += [f"{first:<10}{line}" for first, line in zip([name] + [""] * len(wrapped), wrapped, strict=False)]
-    for title, key in (("kind", _kind_of), ("layer", _layer_of)):
+    for title, key in (("kind", lambda name: layer_and_kind(name)[1]), ("layer", _layer_of)):
         lines += ["", *_table(title, _grouped(found["weights"], key))]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -124,11 +125,6 @@ def _elements(positions: Tensor, rows: int, cols: int, block_size: int) -> int:
     heights = (rows - positions[0].long() * block_size).clamp(max=block_size)
     widths = (cols - positions[1].long() * block_size).clamp(max=block_size)
     return int((heights * widths).sum())
-
-
-def _kind_of(name: str) -> str:
-    """Return the name of a weight without its layers' numbers: "mlp.up_proj"."""
-    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")
 
 
 def _layer_of(name: str) -> str:

@@ -126,7 +126,7 @@ class TraceConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What `inspect` reads and prints."""
+    """The file or folder that `inspect` reads, and the form in which it prints."""
 
     path: Path = field(metadata=_about("folder of an adapter or of a run, or file of masks", positional=True))
     json: bool = field(default=False, metadata=_about("print JSON"))

@@ -1,4 +1,4 @@
-"""What the log of a training keeps of its schedules, for reports."""
+"""The entries about schedules in the log of a training, for reports."""
 
 from collections.abc import Iterable
 from typing import Any
