@@ -142,6 +142,8 @@ class Grid:
         settings: the settings of every run.
         vary: values of single settings, changed one at a time.
         learning_rates: the learning rates that every method chooses from.
+        choose_by: "metric" or "loss", the validation result that chooses among them. Metrics of generated text waver
+            too much on few examples to choose by.
         walk: whether a line tries the middle three of them first and goes on past the best one until that has tried
             neighbours; otherwise every line tries all.
         seeds: runs with the first seed choose each method's learning rate; all seeds are then reported at that rate.
@@ -156,16 +158,19 @@ class Grid:
     learning_rates: Sequence[float]
     seeds: Sequence[int]
     walk: bool = False
+    choose_by: str = "metric"
 
     @classmethod
     def read(cls, path: Path) -> "Grid":
         """Read and check a TOML file. Raises GridError for unknown or missing names."""
         with path.open("rb") as file:
             said = tomllib.load(file)
-        known = {"tasks", "methods", "settings", "vary", "learning_rates", "seeds", "walk"}
+        known = {"tasks", "methods", "settings", "vary", "learning_rates", "seeds", "walk", "choose_by"}
         _check(path, set(said) <= known, f"unknown keys {sorted(set(said) - known)}; use {sorted(known)}")
-        missing = known - {"settings", "vary", "walk"} - set(said)
+        missing = known - {"settings", "vary", "walk", "choose_by"} - set(said)
         _check(path, not missing, f"{sorted(missing)} missing; add them")
+        choose_by = said.get("choose_by", "metric")
+        _check(path, choose_by in ("metric", "loss"), f"choose_by={choose_by!r}; use 'metric' or 'loss'")
         hub = {name: table.pop("hub") for name, table in said["tasks"].items() if "hub" in table}
         for name in said["tasks"]:
             try:
@@ -190,6 +195,7 @@ class Grid:
             learning_rates=said["learning_rates"],
             seeds=said["seeds"],
             walk=said.get("walk", False),
+            choose_by=choose_by,
         )
 
     def about(self, task: str) -> Task:
@@ -226,7 +232,7 @@ class Grid:
         wanted = set(range(max(0, middle - 1), min(middle + 2, len(runs))))
         tried = {at for at, run in enumerate(runs) if run.key() in rows}
         if wanted <= tried:
-            rate = best_learning_rate([rows[runs[at].key()] for at in tried])
+            rate = best_learning_rate([rows[runs[at].key()] for at in tried], self.choose_by)
             best = next(at for at in tried if runs[at].learning_rate == rate)
             wanted |= {best - 1, best + 1} & set(range(len(runs)))
         return [runs[at] for at in sorted(wanted | tried)]
@@ -236,15 +242,16 @@ class Grid:
         return [replace(group, learning_rate=learning_rate, seed=seed) for seed in self.seeds]
 
 
-def best_learning_rate(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the learning rate of the row with the best validation metric.
+def best_learning_rate(rows: Sequence[Mapping[str, Any]], choose_by: str = "metric") -> float:
+    """Return the learning rate of the row with the best validation metric, or the lowest loss; see `Grid.choose_by`.
 
-    Among equal metrics the lower validation loss wins. A metric that is NaN is worse than any number.
+    Among equal metrics the lower validation loss wins. NaN is worse than any number.
     """
 
     def goodness(row: Mapping[str, Any]) -> tuple[float, float]:
         found = row["result"]["validation"]
-        return -math.inf if math.isnan(found["metric"]) else found["metric"], -found["loss"]
+        metric, loss = (-math.inf if math.isnan(value) else value for value in (found["metric"], -found["loss"]))
+        return (loss, metric) if choose_by == "loss" else (metric, loss)
 
     best = max(rows, key=goodness)
     rate: float = best["run"]["learning_rate"]

@@ -5,7 +5,7 @@
 Rows go to benchmarks/results/quality/<grid>.jsonl. A run that has a row is skipped, so an interrupted grid continues
 where it stopped. At the first seed, each method runs with every learning rate of the grid; with `walk = true` it starts
 with the middle ones and goes on until the best has tried neighbours. At the other seeds, it runs with the learning rate
-of the best validation metric. `benchmarks.quality.tables` prints the tables. `--processes 2` does two runs at a time,
+of the best validation result. `benchmarks.quality.tables` prints the tables. `--processes 2` does two runs at a time,
 each with half of the threads.
 
 SST-2, CoLA and E2E are read from --data. Tasks that a grid describes by a table `[tasks.NAME.hub]` take data and models
@@ -205,7 +205,8 @@ def run_grid(
             _do(runner, grid.tuning(group, rows.read()), rows)
     known = rows.read()
     chosen = {
-        line.group(): best_learning_rate([known[run.key()] for run in grid.tuning(line, known)]) for line in lines
+        line.group(): best_learning_rate([known[run.key()] for run in grid.tuning(line, known)], grid.choose_by)
+        for line in lines
     }
     # Runs go seed by seed: if there is no time for all, every line still has about as many seeds as the others.
     for at in range(len(grid.seeds)):

@@ -65,7 +65,7 @@ def lines_of(grid: Grid, rows: Rows) -> list[Line]:
         done = [row for row in tuning if row is not None]
         if len(done) < len(tuning):
             continue
-        rate = best_learning_rate(done)
+        rate = best_learning_rate(done, grid.choose_by)
         reported = [known[run.key()] for run in grid.reported(group, rate) if run.key() in known]
         lines.append(Line(group, rate, reported))
     return lines

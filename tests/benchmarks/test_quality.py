@@ -425,8 +425,11 @@ class TestGrid:
             for rate, metric, loss in ((1, 0.5, 0.1), (2, 0.9, 0.3), (3, 0.9, 0.2))
         ]
         assert best_learning_rate(rows) == 3
+        assert best_learning_rate(rows, "loss") == 1
         rows[0]["run"]["learning_rate"], rows[0]["result"]["validation"]["metric"] = 4, float("nan")
         assert best_learning_rate(rows) == 3
+        rows[0]["result"]["validation"]["loss"] = float("nan")
+        assert best_learning_rate(rows, "loss") == 3
 
     @pytest.mark.parametrize(
         ("best", "tried"), [(3, [2, 3, 4]), (5, [2, 3, 4, 5, 6]), (0, [0, 1, 2, 3, 4]), (6, [2, 3, 4, 5, 6])]
