@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import sylva_compile
+from sylva_compile.optim import Muon
 
 
 def read_examples(
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--column", required=True, help="column with texts")
     parser.add_argument("--out", type=Path, default=Path("out/adapter"), help="folder for the adapter (%(default)s)")
     parser.add_argument("--steps", type=int, default=-1, help="number of steps (one pass over the data)")
-    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate (%(default)s)")
+    parser.add_argument("--lr", type=float, default=6e-3, help="learning rate (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in a step (%(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.98, help="share of the blocks that stays frozen")
     parser.add_argument("--block-size", type=int, default=64, help="rows and columns of a block (%(default)s)")
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments,
         train_dataset=examples,
         data_collator=default_data_collator,
-        optimizers=(sylva_compile.AdamW(masks.parameters(), lr=options.lr), None),
+        optimizers=(Muon(masks.parameters(), lr=options.lr, momentum=0.8), None),
     )
     trainer.train()
     sylva_compile.save_adapter(model, options.out)

@@ -134,7 +134,11 @@ def make_trainer(
         stop: ends the training at a signal.
     """
     callbacks: list[TrainerCallback] = [stop, LogCallback()]
-    optimizer = (Muon if options.optimizer == "muon" else AdamW)(masks.parameters(), lr=options.lr)
+    optimizer = (
+        Muon(masks.parameters(), lr=options.lr, momentum=0.8)
+        if options.optimizer == "muon"
+        else AdamW(masks.parameters(), lr=options.lr)
+    )
     if options.every:
         moving = MovingBlocks(
             masks,
