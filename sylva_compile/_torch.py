@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
     from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
     from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as shard_shape_and_offset
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 
@@ -87,6 +88,11 @@ PRIVATE = {
         "torch._inductor.custom_graph_pass", "get_hash_for_files", "hash the files with hashlib"
     ),
     "FakeTensor": Private("torch._subclasses.fake_tensor", "FakeTensor", "import it from torch.fx.experimental"),
+    "shard_shape_and_offset": Private(
+        "torch.distributed.tensor._utils",
+        "compute_local_shape_and_global_offset",
+        "find how the rows of a DTensor on this process are computed now",
+    ),
     "disable_current_modes": Private(
         "torch.utils._python_dispatch", "_disable_current_modes", "use torch.utils._python_dispatch.no_dispatch"
     ),
@@ -127,6 +133,37 @@ def parameters_of_ddp(ddp: Any) -> list[nn.Parameter]:
     """Return the parameters whose gradients a DistributedDataParallel averages."""
     parameters: list[nn.Parameter] = ddp._module_parameters
     return parameters
+
+
+def shard_of(tensor: Any) -> Tensor:
+    """Return what this process holds of a DTensor, in the same memory, without autograd."""
+    shard: Tensor = tensor._local_tensor
+    return shard
+
+
+def reduces_gradients(module: Any) -> bool:
+    """Whether a module that `fully_shard` has taken reduces gradients now; see its `set_requires_gradient_sync`."""
+    state: Any = module._get_fsdp_state()
+    # torch 2.11 has one group a module.
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return all(group.reduce_grads for group in groups if group is not None)
+
+
+def forget_sharded(model: nn.Module, parameters: Any) -> None:
+    """Let `fully_shard`, which has taken modules of `model`, gather these parameters no more."""
+    gone = {id(parameter) for parameter in parameters}
+    for module in model.modules():
+        get_state: Any = getattr(module, "_get_fsdp_state", None)
+        state = None if get_state is None else get_state()
+        groups = [] if state is None else getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            if group is not None:
+                group.fsdp_params = [each for each in group.fsdp_params if id(each.sharded_param) not in gone]
+
+
+def at_end_of_backward(function: Any) -> None:
+    """Call `function` at the end of the backward pass that is running."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def compiled_call(module: nn.Module) -> Any:

@@ -14,6 +14,8 @@ from sylva_compile.adapters.disabling import check_embedded, disable_adapter, is
 from sylva_compile.adapters.other_tensors import named_tensors, replaced_tensors
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import unwrap
+from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.errors import EmbedError
 
 
 def reference_model(model: nn.Module) -> "ReferenceModel":
@@ -31,6 +33,11 @@ def reference_model(model: nn.Module) -> "ReferenceModel":
         AdapterError: the model carries no blocks.
     """
     model = unwrap(model)
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise EmbedError(
+            "fully_shard splits the weights of this model, and a reference model would need them whole; use "
+            "disable_adapter(model) around its passes, or load the base as a model of its own."
+        )
     check_embedded(block_states(model))
     return ReferenceModel(model)
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile.adapters.format import write_adapter
+from sylva_compile.adapters.on_first import on_first_of
 from sylva_compile.adapters.other_tensors import frozen_tensors, tensors_of_blocks, tensors_to_save
 from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.scope import unwrap
+from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.blocks.shards import whole as values_of
 from sylva_compile.errors import AdapterError
 
 log = logging.getLogger(__name__)
@@ -70,7 +73,7 @@ def write_trained(
     for name, state in states.items():
         state.check_enabled()
         state.sync()
-        blocks = state.zero_outside(state.blocks.detach())
+        blocks = state.zero_outside(state.whole_blocks())
         _check_finite(name + SUFFIX, blocks)
         state.check_synced()
         state.check_base_known()
@@ -90,8 +93,9 @@ def write_trained(
         }
     for name, value in whole.items():
         # A buffer may be a mask of attention scores, with -infinity where nothing is attended to.
-        _check_finite(name, value, infinity=not isinstance(value, nn.Parameter))
-        tensors[f"{name}/whole"] = value.detach().to("cpu", copy=True).contiguous()
+        values = values_of(value)
+        _check_finite(name, values, infinity=not isinstance(value, nn.Parameter))
+        tensors[f"{name}/whole"] = values.to("cpu", copy=True).contiguous()
     entries = {
         # Where an adapter was loaded from is a path of this machine.
         "masks": {key: value for key, value in next(iter(states.values())).masks_config.items() if key != "adapter"},
@@ -99,7 +103,8 @@ def write_trained(
         "modules_to_save": {name: checksum(value) for name, value in whole.items()},
         "frozen": {name: checksum(value) for name, value in frozen_tensors(model, states, whole).items()},
     }
-    write_adapter(directory, tensors, entries)
+    sharded = next((state.weight for state in states.values() if is_sharded(state.weight)), None)
+    on_first_of(sharded, lambda: write_adapter(directory, tensors, entries))
 
 
 def _check_finite(name: str, value: Tensor, *, infinity: bool = False) -> None:

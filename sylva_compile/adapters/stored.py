@@ -58,7 +58,7 @@ class StoredAdapter:
         weights = {}
         for name, state in states.items():
             left, values = state.left_behind()
-            blocks = state.blocks.detach().clone()
+            blocks = state.whole_blocks().clone()
             weights[name] = StoredWeight(state.mask, blocks, left, values, None, state.base_id)
         replaced = replaced_tensors(model)
         every = named_tensors(model) if replaced else {}

@@ -1,21 +1,4 @@
-"""`BlockState`: the state of one embedded weight, and the rule that keeps its blocks and its dense weight one value.
-
-The rule: the blocks of the dense weight always equal the `<name>_blocks` parameter, rounded to the weight's dtype. The
-`<name>_blocks` parameter holds the master values.
-
-| what changed since both were equal          | what happens                                                         |
-| ------------------------------------------- | -------------------------------------------------------------------- |
-| the blocks (an optimizer, an edit in place) | they are written into the dense weight                               |
-| the dense weight, in place                  | the blocks are read from it; its base is unknown from then on        |
-| both                                        | the blocks win: they hold more bits                                  |
-| the dense weight, by loading or assigning   | the blocks are read; a weight that differs outside is a new base     |
-
-`sync` applies the first three rows. It runs before anything reads either tensor: forward passes, steps, moves, copies,
-state dicts. `follow_assignment` applies the last row, when the module's weight is loaded or assigned.
-
-The rule rests while `disable_adapter` shows the base (`base_values`): the dense weight holds the values from before
-training then, the blocks keep theirs, and whatever would write one into the other raises an error.
-"""
+"""`BlockState`: the state of one embedded weight, and how it follows loads, moves and other adapters."""
 
 import itertools
 import weakref
@@ -29,15 +12,17 @@ from sylva_compile.blocks.base_warnings import warn_of_another_base, warn_of_who
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.layout import BlockLayout
 from sylva_compile.blocks.originals import Originals
-from sylva_compile.blocks.places import round_stochastically, where, zero_outside
+from sylva_compile.blocks.places import round_stochastically, where
+from sylva_compile.blocks.shards import equal_everywhere, is_sharded, read_places, rows_of, writer_of
+from sylva_compile.blocks.synced_blocks import SyncedBlocks
 from sylva_compile.errors import EmbedError
-from sylva_compile.kernels.blocks import BlockWriter, block_dtype, grid_shape, read_blocks
+from sylva_compile.kernels.blocks import block_dtype, grid_shape
 from sylva_compile.kernels.step.table import TYPES, Target
 
 _bases = itertools.count(1)
 
 
-class BlockState:
+class BlockState(SyncedBlocks):
     """The state of one embedded weight: its dense Parameter, its blocks, and what is needed to undo the embedding.
 
     Attributes:
@@ -45,6 +30,8 @@ class BlockState:
         mask: the blocks, where they are now.
         weight: the dense Parameter `[m, n]`, frozen.
         blocks: the trainable Parameter `[nnz, b, b]`, float32 or wider.
+        live_weight, live_blocks: what passes read: the whole tensors while `fully_shard` has gathered them, and
+            `weight` and `blocks` at all other times.
         layout: index tensors on the weight's device.
         writer: writes blocks at the mask's positions into a dense weight.
         originals: the values from before training of every place where blocks have been.
@@ -55,6 +42,7 @@ class BlockState:
         was_trainable: `requires_grad` of the dense weight before it was embedded.
         had_gradient: whether the blocks had a gradient when the optimizer's step began.
         stepped_by: the optimizers that have stepped the blocks, as long as they live.
+        earlier_blocks: the blocks that `fully_shard` has replaced, as long as an optimizer holds them.
         masks_config: `Masks.config` of the masks that the weight was embedded with.
     """
 
@@ -66,8 +54,8 @@ class BlockState:
         self.masks_config = dict(masks_config or {})
         self.was_trainable = weight.requires_grad
         self.layout = BlockLayout(mask, axis, weight.device)
-        self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
-        values = self._dense_blocks()
+        self.writer = writer_of(weight, self.layout.positions, mask.block_size)
+        values = read_places(weight, self.layout.positions, mask.block_size)
         self.originals = Originals(weight, mask.positions, mask.block_size)
         self.base_known, self.base_id = True, next(_bases)
         self.moves = self.disabled = 0
@@ -75,12 +63,15 @@ class BlockState:
         self.stepped_by: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._owners: list[tuple[weakref.ref[nn.Module], str]] = []
         self.blocks = nn.Parameter(values.to(block_dtype(weight.dtype)).contiguous())
+        self.live_weight, self.live_blocks = weight, self.blocks
+        self.earlier_blocks: weakref.ref[nn.Parameter] | None = None
         self.mark_synced()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the owners and the optimizers: a copy of the model has others."""
         self.check_enabled()
-        return {name: value for name, value in self.__dict__.items() if name != "stepped_by"} | {"_owners": []}
+        kept = {name: value for name, value in self.__dict__.items() if name != "stepped_by"}
+        return kept | {"_owners": [], "earlier_blocks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, stepped_by=weakref.WeakSet())
@@ -96,60 +87,15 @@ class BlockState:
             if (module := ref()) is not None:
                 yield module, attribute
 
-    def sync(self) -> None:
-        """Make blocks and dense weight equal again after an edit in place that autograd has counted."""
-        weight_version, blocks_version = self._versions
-        if self.disabled and self._versions != (self.weight._version, self.blocks._version):
-            self.check_enabled()
-        if self.blocks._version != blocks_version:
-            self.push()
-        elif self.weight._version != weight_version:
-            self.base_known = False
-            self.pull()
-
-    def pull(self) -> None:
-        """Read the blocks from the dense weight. Blocks that still round to the dense value keep their low bits."""
-        with torch.no_grad():
-            dense = self._dense_blocks()
-            unchanged = self.blocks.to(dense.dtype) == dense
-            self.blocks.copy_(torch.where(unchanged, self.blocks, dense.to(self.blocks.dtype)))
-        self.mark_synced()
-
-    def push(self) -> None:
-        """Write the blocks, rounded, into the dense weight."""
-        self.check_enabled()
-        self.writer.write(self.weight, self.blocks)
-        self.mark_synced()
-
-    def mark_synced(self) -> None:
-        """Record that weight and blocks are equal now; a kernel that wrote both by address calls this."""
-        self._versions = (self.weight._version, self.blocks._version)
-
-    def mark_weight_written(self) -> None:
-        """Record that the dense weight is as it should be; an edit of the blocks that nobody has followed stays one."""
-        self._versions = (self.weight._version, self._versions[1])
-
-    def is_synced(self) -> bool:
-        """Whether the dense weight's blocks equal the rounded blocks; compares all values and waits for the device."""
-        dense = self._dense_blocks()
-        rounded = self.zero_outside(self.blocks.detach().to(dense.dtype))
-        # NaN has many bit patterns, and rounding may change one into another.
-        return bool(((dense == rounded) | (dense.isnan() & rounded.isnan())).all())
-
-    def check_synced(self) -> None:
-        """Raise EmbedError unless blocks and dense weight are equal; a weight on the meta device has no values."""
-        if self.weight.device.type != "meta" and not self.is_synced():
+    def check_not_earlier(self, stepped: set[int]) -> None:
+        """Raise EmbedError if an optimizer steps, by `id`, the blocks that `fully_shard` has replaced."""
+        earlier = None if self.earlier_blocks is None else self.earlier_blocks()
+        if earlier is None:
+            self.earlier_blocks = None
+        elif id(earlier) in stepped:
             raise EmbedError(
-                f"{self.name}: blocks and dense weight differ, so something wrote past autograd (`.data`, a raw "
-                "pointer); call masks.write_through() to keep the blocks, or change the weight under torch.no_grad()."
-            )
-
-    def check_enabled(self) -> None:
-        """Raise EmbedError while `disable_adapter` shows the base."""
-        if self.disabled:
-            raise EmbedError(
-                f"{self.name} shows its base inside of disable_adapter, where nothing is trained, moved, copied, saved "
-                "or loaded; leave the block first."
+                f"The optimizer holds the blocks of {self.name} from before fully_shard, and would train nothing; make "
+                "it after fully_shard, from masks.parameters()."
             )
 
     def check_base_known(self) -> None:
@@ -171,7 +117,7 @@ class BlockState:
             self.originals.fill(values, 0.0)
         if self.originals.is_whole and self.base_known:
             warn_of_whole(self.name)
-        if not torch.equal(new, old) or not self.base_known:
+        if not equal_everywhere(new, old) or not self.base_known:
             warn_of_another_base()
             self.originals = Originals(self.weight, self.mask.positions, self.mask.block_size)
             self.base_known, self.base_id = True, next(_bases)
@@ -179,7 +125,7 @@ class BlockState:
 
     def follow_move(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
         """Follow the module's tensors to another device or dtype; `masters` are the blocks before the move."""
-        self.weight, self.blocks = weight, blocks
+        self.weight, self.blocks = self.live_weight, self.live_blocks = weight, blocks
         wide = block_dtype(weight.dtype)
         if blocks.dtype != wide:
             gradient, blocks.grad = blocks.grad, None
@@ -187,7 +133,7 @@ class BlockState:
             blocks.grad = None if gradient is None else gradient.to(wide)
         if weight.device.type != "meta":
             self.layout.to(weight.device)
-            self.writer = BlockWriter(self.mask.shape, self.layout.positions, self.mask.block_size)
+            self.writer = writer_of(weight, self.layout.positions, self.mask.block_size)
             self.push()
 
     def move(self, mask: BlockMask, generator: torch.Generator | None = None) -> Tensor:
@@ -207,17 +153,18 @@ class BlockState:
         before = where(self.mask.positions, mask.positions, grid_shape(mask.shape, mask.block_size))
         if generator is not None and self.weight.dtype == torch.bfloat16:
             leave = torch.ones(mask.nnz, dtype=torch.bool, device="cpu").index_fill_(0, before[before >= 0], False)
-            values = self.blocks.detach()[leave.to(self.blocks.device)]
+            values = self.whole_blocks()[leave.to(self.blocks.device)]
             positions = self.mask.positions[:, leave].to(self.weight.device)
-            writer = BlockWriter(self.mask.shape, positions, self.mask.block_size)
+            writer = writer_of(self.weight, positions, self.mask.block_size)
             writer.write(self.weight, round_stochastically(values, generator))
         self.originals.add(self.weight, mask.positions)
         self._go_to(mask)
         with torch.no_grad():
             values = self._dense_blocks().to(self.blocks.dtype)
             stay = (before >= 0).to(values.device)
-            values[stay] = self.blocks.detach()[before[before >= 0].to(values.device)]
-            self.blocks.copy_(values)
+            values[stay] = self.whole_blocks()[before[before >= 0].to(values.device)]
+            self.put_blocks(values)
+        self.follow_home()
         self.mark_synced()
         return before
 
@@ -231,7 +178,7 @@ class BlockState:
         """Return the places where blocks have been and are no more, and the weight's values there, on the CPU."""
         places = self.originals.places
         left = places[:, where(self.mask.positions, places, grid_shape(self.mask.shape, self.mask.block_size)) < 0]
-        values = read_blocks(self.weight.detach(), left.to(self.weight.device), self.mask.block_size)
+        values = read_places(self.weight, left.to(self.weight.device), self.mask.block_size)
         return left, values.cpu()
 
     def take_trained(self, blocks: Tensor, left: Tensor, values: Tensor | None, mask: BlockMask | None = None) -> None:
@@ -251,10 +198,11 @@ class BlockState:
                 self._go_to(mask)
             self.originals.add(self.weight, left)
             if values is not None:
-                writer = BlockWriter(self.mask.shape, left.to(self.weight.device), self.mask.block_size)
+                writer = writer_of(self.weight, left.to(self.weight.device), self.mask.block_size)
                 writer.write(self.weight, values.to(self.weight.device))
-            self.blocks.copy_(blocks)
+            self.put_blocks(blocks)
         self.push()
+        self.follow_home()
 
     def resume(self, mask: BlockMask, blocks: Tensor, places: Tensor, originals: Tensor) -> None:
         """Go on with a training that was interrupted: its blocks were at `mask` and had the values `blocks`.
@@ -272,16 +220,19 @@ class BlockState:
         self.originals.put_missing(known)
         self.base_known = True
         with torch.no_grad():
-            self.blocks.copy_(blocks)
+            self.put_blocks(blocks)
         self.push()
+        self.follow_home()
 
-    def zero_outside(self, blocks: Tensor) -> Tensor:
-        """Return `blocks [nnz, b, b]` with zeros where a block crosses the weight's edge."""
-        return zero_outside(blocks, self.layout.positions, self.mask.shape)
-
-    def step_target(self) -> Target:
-        """Return the dense weight as a target of an optimizer's kernel."""
+    def step_target(self) -> Target | None:
+        """Return the dense weight as a target of an optimizer's kernel; None if it is written after the step."""
         blocks, weight, positions = self.blocks, self.weight, self.layout.positions
+        if is_sharded(weight):
+            # The weight is written after the step. A kernel need not know it unless blocks reach over its edges.
+            if not any(size % self.mask.block_size for size in self.mask.shape):
+                return None
+            first, end = rows_of(blocks) if is_sharded(blocks) else (0, len(blocks))
+            return Target(weight, positions[:, first:end], self.mask.block_size, by_address=False)
         reachable = blocks.device == weight.device == positions.device and weight.layout == torch.strided
         wide = blocks.dtype in (torch.float32, torch.float64) and weight.dtype in TYPES
         by_address = reachable and wide and blocks.is_contiguous() and positions.is_contiguous()
@@ -291,8 +242,5 @@ class BlockState:
         """Let everything that depends on the places follow `mask`, but the values."""
         self.mask = mask
         self.layout.move(mask)
-        self.writer = BlockWriter(mask.shape, self.layout.positions, mask.block_size)
+        self.writer = writer_of(self.weight, self.layout.positions, mask.block_size)
         self.moves += 1
-
-    def _dense_blocks(self) -> Tensor:
-        return read_blocks(self.weight.detach(), self.layout.positions, self.mask.block_size)

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sylva_compile._torch import active_ddp, parameters_of_ddp
 from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.shards import group_of, is_sharded
 from sylva_compile.errors import EmbedError
 
 _averaged_by: "weakref.WeakKeyDictionary[BlockState, weakref.ref[Any]]" = weakref.WeakKeyDictionary()
@@ -38,6 +39,8 @@ def group_that_averages(states: Iterable[BlockState]) -> Any:
     It is known from the first training pass on.
     """
     for state in states:
+        if is_sharded(state.weight):
+            return group_of(state.weight)
         ddp = known() if (known := _averaged_by.get(state)) is not None else None
         if ddp is not None:
             return ddp.process_group

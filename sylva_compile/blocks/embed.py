@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from sylva_compile._torch import forget_sharded
 from sylva_compile.blocks import registry
+from sylva_compile.blocks.averaging import average_gradients
 from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import check_not_wrapped
 from sylva_compile.blocks.embedded_module import EmbeddedModule, embedded_class
 from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
+from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.errors import EmbedError
 
 _Owners = list[tuple[nn.Module, str]]
@@ -73,6 +76,7 @@ def embed(
         taken[id(weight)] = name
         owners = _owners(model, name, weight)
         planned.append((BlockState(name, weight, mask, input_axis(owners[0][0]), dict(masks_config or {})), owners))
+    average_gradients(model, [state for state, _ in planned])
     _install_all(planned)
     for state, _ in planned:
         state.weight.requires_grad_(False)
@@ -105,9 +109,11 @@ def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] |
         state.sync()
         if restore:
             state.check_base_known()
+    forget_sharded(model, [state.blocks for state in states.values() if is_sharded(state.blocks)])
     for state in states.values():
         if restore:
             state.originals.restore(state.weight)
+            state.follow_home()
         state.weight.requires_grad_(state.was_trainable)
         registry.remove(state)
     leaving = set(states.values())

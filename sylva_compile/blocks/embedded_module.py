@@ -17,6 +17,8 @@ from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import check_averaged
 from sylva_compile.blocks.dense_view import DenseView
+from sylva_compile.blocks.fully_sharded import follows
+from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.block_norms import block_norms
 from sylva_compile.kernels.blocks import block_dtype
@@ -65,8 +67,11 @@ def _weight_property(attribute: str) -> property:
         eager = not torch.compiler.is_compiling()
         training = torch.is_grad_enabled() and blocks.requires_grad
         if eager:
+            if is_sharded(weight):
+                # No pass reads shards: this is `fully_shard` itself, or somebody who looks at them.
+                return weight
             # Without gradients, torch.func.functional_call may read another dense weight: no gradient can be lost.
-            if blocks is not state.blocks or (training and weight is not state.weight):
+            if blocks is not state.live_blocks or (training and weight is not state.live_weight):
                 raise swapped(state)
             if training:
                 check_averaged([state])
@@ -154,7 +159,8 @@ class EmbeddedModule:
         for state in self._sylva_states.values():
             state.check_enabled()
             # Both are moved; where they differ, one of them would be lost.
-            state.check_synced()
+            if not is_sharded(state.weight):
+                state.check_synced()
         masters = {attribute: state.blocks.detach() for attribute, state in self._sylva_states.items()}
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         for attribute, state in self._sylva_states.items():
@@ -167,7 +173,16 @@ class EmbeddedModule:
         return result
 
     def __setattr__(self, name: str, value: Any) -> None:
-        state = self.__dict__.get("_sylva_states", {}).get(name)
+        states = self.__dict__.get("_sylva_states", {})
+        state = states.get(name)
+        of_blocks = states.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
+        followed = state or of_blocks
+        if followed is not None and follows(followed, state is not None, value):
+            module: Any = self
+            if module._parameters[name] is not value:
+                module._parameters[name] = value
+                registry.note_tensor(value, followed)
+            return
         if state is None:
             super().__setattr__(name, value)
             return
@@ -181,7 +196,7 @@ class EmbeddedModule:
         # A shared weight has one set of blocks, so all modules that share it get the new one.
         for module, attribute in state.owners():
             module._parameters[attribute] = value
-        state.weight = value
+        state.weight = state.live_weight = value
         state.follow_assignment(old)
         registry.note_change()
 
@@ -246,8 +261,8 @@ def _check_assigned(state: BlockState, value: Any) -> None:
         )
     if is_traceable_wrapper_subclass(value):
         raise EmbedError(
-            f"{state.name} carries blocks and takes no {type(value.data).__name__} (fully_shard?); train with "
-            "DistributedDataParallel, or unload the adapter first."
+            f"{state.name} carries blocks and takes no {type(value.data).__name__}; unload the "
+            "adapter before the weight is converted."
         )
     if value.device != state.weight.device or block_dtype(value.dtype) != state.blocks.dtype:
         raise EmbedError(

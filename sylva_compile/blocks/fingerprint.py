@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from sylva_compile.blocks.shards import whole as values_of
+
 _CHUNK = 1 << 22
 _MULTIPLIER = 0x5851F42D4C957F2D
 
@@ -17,7 +19,7 @@ def checksum(tensor: Tensor) -> str:
     Words of 64 bits are multiplied by a factor of their place and summed modulo 2⁶⁴: exact integer arithmetic, so the
     result is the same on every device, at the speed of memory. It guards against mistakes, not against malice.
     """
-    whole = tensor.detach().contiguous()
+    whole = values_of(tensor).contiguous()
     if whole.storage_offset() * whole.element_size() % 8:
         # A slice of a larger tensor that begins amid a word cannot be seen as words.
         whole = whole.clone()

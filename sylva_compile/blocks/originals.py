@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from sylva_compile.kernels.blocks import BlockCopier, grid_shape, read_blocks
+from sylva_compile.blocks.shards import ShardCopier, copier_of, local, read_places
+from sylva_compile.kernels.blocks import BlockCopier, grid_shape
 
 
 class Originals:
@@ -60,7 +61,7 @@ class Originals:
         """Keep the blocks of `weight [m, n]` at those of `positions` that are new; the others keep what they have."""
         new = positions[:, self._slots[positions[0], positions[1]] < 0]
         if new.shape[1]:
-            values = read_blocks(weight.detach(), new.to(weight.device), self.block_size)
+            values = read_places(weight, new.to(weight.device), self.block_size)
             self.put(new, values.to("cpu", self._values.dtype))
 
     def put_missing(self, other: "Originals") -> None:
@@ -83,13 +84,13 @@ class Originals:
 
     def fill(self, matrix: Tensor, value: float) -> None:
         """Set `matrix [m, n]` to `value` at every place."""
-        blocks = matrix.new_full((self._count, self.block_size, self.block_size), value)
+        blocks = local(matrix).new_full((self._count, self.block_size, self.block_size), value)
         self.copier(matrix).write(blocks)
 
     def restore(self, matrix: Tensor) -> None:
         """Write the values from before training into `matrix [m, n]`, at every place."""
         self.copier(matrix).write(self.values.to(matrix.device))
 
-    def copier(self, matrix: Tensor) -> BlockCopier:
+    def copier(self, matrix: Tensor) -> BlockCopier | ShardCopier:
         """Return what copies the blocks of `matrix [m, n]` at `places` out and in."""
-        return BlockCopier(matrix, self.places.to(matrix.device), self.block_size)
+        return copier_of(matrix, self.places.to(matrix.device), self.block_size)

@@ -1,5 +1,7 @@
 """Small functions about places of blocks and the values that they leave."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ def where(places: Tensor, wanted: Tensor, grid: tuple[int, int]) -> Tensor:
     return index[wanted[0], wanted[1]]
 
 
-def zero_outside(blocks: Tensor, positions: Tensor, shape: tuple[int, int]) -> Tensor:
+def zero_outside(blocks: Tensor, positions: Tensor, shape: Sequence[int]) -> Tensor:
     """Return `blocks [nnz, b, b]` at `positions int64[2, nnz]` with zeros beyond the edges of a weight of `shape`."""
     b, (m, n) = blocks.shape[-1], shape
     if m % b == 0 and n % b == 0:

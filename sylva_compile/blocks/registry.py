@@ -30,6 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from sylva_compile.blocks.base_warnings import not_shareable
 from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.shards import gather, is_sharded
 
 _live: "weakref.WeakKeyDictionary[BlockState, None]" = weakref.WeakKeyDictionary()
 _changes = 0
@@ -74,10 +75,16 @@ def changes() -> int:
     return _changes
 
 
+def note_tensor(tensor: Tensor, state: BlockState) -> None:
+    """Let the look-up find `state` by `tensor`, which `fully_shard` has assigned; it assigns the same ones in turns."""
+    if _find(tensor) is not state:
+        note_change()
+
+
 def state_of_weight(tensor: Tensor) -> BlockState | None:
-    """Return the state whose dense weight is `tensor`."""
+    """Return the state whose dense weight is `tensor`, at home or gathered."""
     state = _find(tensor)
-    return state if state is not None and state.weight is tensor else None
+    return state if state is not None and (state.weight is tensor or state.live_weight is tensor) else None
 
 
 def state_of_blocks(tensor: Tensor) -> BlockState | None:
@@ -101,7 +108,7 @@ def _find(tensor: Any) -> BlockState | None:
         found = {
             id(own): weakref.ref(state)
             for state in live_states()
-            for own in (state.weight, state.blocks, state.layout.positions)
+            for own in (state.weight, state.live_weight, state.blocks, state.live_blocks, state.layout.positions)
         }
         _by_tensor = changes, found
     ref = found.get(id(tensor))
@@ -175,11 +182,12 @@ def _on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Sync every state before any optimizer's step; a few integer comparisons where nothing was edited."""
     states = live_states()
-    if any(state.disabled for state in states):
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(state.disabled or state.earlier_blocks is not None for state in states):
+        stepped = _stepped_by(optimizer)
         for state in states:
             if id(state.blocks) in stepped:
                 state.check_enabled()
+            state.check_not_earlier(stepped)
     for state in states:
         state.sync()
         state.had_gradient = state.blocks.grad is not None
@@ -191,15 +199,25 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     # before the step or from its closure, are written in any case; blocks without one are written if they differ.
     # The project's own optimizers move the counters, and their kernel has written the dense weights already.
     writes_through = getattr(optimizer, "writes_through", False)
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stepped = _stepped_by(optimizer)
+    sharded = []
     for state in live_states():
         if id(state.blocks) not in stepped:
             continue
         state.stepped_by.add(optimizer)
-        if writes_through:
+        if is_sharded(state.blocks):
+            sharded.append(state)
+        elif writes_through:
             state.sync()
         elif state.had_gradient or state.blocks.grad is not None or not state.is_synced():
             state.push()
+    # Every process needs all blocks of its rows. No condition may depend on what this one knows: all take part.
+    for state, values in zip(sharded, gather([state.blocks for state in sharded]), strict=True):
+        state.push_values(values)
+
+
+def _stepped_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _restored(values: dict[str, Any]) -> BlockState:

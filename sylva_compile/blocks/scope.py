@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile._torch import is_traceable_wrapper_subclass
+from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.config import Scope
 from sylva_compile.errors import ScopeError
 
@@ -45,8 +46,11 @@ def layer_numbers(name: str) -> tuple[str, ...]:
 
 
 def plain_name(name: str) -> str:
-    """Return a module or parameter name without the parts that `torch.compile`'s wrapper puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """Return a module or parameter name without the parts that wrappers of modules put into it.
+
+    They are those of `torch.compile` and of torch's checkpoint wrapper.
+    """
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -143,11 +147,12 @@ def _hint(scope: Scope, layers: Sequence[str]) -> str:
 
 def check_weight(name: str, weight: Tensor | None) -> None:
     """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory that autograd can follow."""
-    if not isinstance(weight, nn.Parameter) or is_traceable_wrapper_subclass(weight):
+    sharded_by_rows = is_sharded(weight) and all(p.is_shard(0) or p.is_replicate() for p in weight.placements)  # type: ignore[union-attr]
+    if not isinstance(weight, nn.Parameter) or (is_traceable_wrapper_subclass(weight) and not sharded_by_rows):
         kind = "" if weight is None else f" but a {type(weight.data).__name__}"
         raise ScopeError(
-            f"{name} is no plain Parameter{kind} (quantised, or sharded by fully_shard?); load the model unquantised "
-            "and unsharded, or leave it out of scope."
+            f"{name} is no plain Parameter{kind} (quantised, or split otherwise than by rows?); load the model "
+            "unquantised, or leave it out of scope."
         )
     if weight.is_inference():
         raise ScopeError(

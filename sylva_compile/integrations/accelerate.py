@@ -40,7 +40,7 @@ class BlocksState:
             state.sync()
             weights[name] = {
                 "positions": state.mask.positions.to(torch.int32),
-                "blocks": state.blocks.detach().to("cpu", copy=True),
+                "blocks": state.whole_blocks().to("cpu", copy=True),
             }
         return {"format": _FORMAT, "weights": weights}
 
@@ -64,8 +64,7 @@ class BlocksState:
                     "MovingBlocks that moves them."
                 )
         for name, state in states.items():
-            with torch.no_grad():
-                state.blocks.copy_(saved[name]["blocks"])
+            state.put_blocks(saved[name]["blocks"])
             state.push()
 
 

@@ -41,20 +41,23 @@ class Launches:
             products: the precision of matrix products' factors.
         """
         self._options: dict[str, Any] = {"stochastic": stochastic, "products": products}
-        self._made: dict[Rule, dict[tuple[torch.device, type[Launch]], Launch]] = {}
+        self._made: dict[Rule, dict[tuple[torch.device, type[Launch], bool], Launch]] = {}
         self._hyper: dict[tuple[Rule, torch.device], tuple[list[float | None], Tensor]] = {}
 
-    def by(self, rule: Rule) -> Callable[[Slot, Tensor | None], Launch]:
+    def by(self, rule: Rule) -> Callable[[Slot, Tensor | None, bool], Launch]:
         """Return a function that maps a parameter's slot and gradient to the launch that steps them by `rule`.
+
+        Parameters of which each process holds a part, the last argument, have launches of their own: the sums of
+        squares of these are added over processes.
 
         Hashing a rule takes long, so call this once a parameter group and not once a parameter.
         """
         made = self._made.setdefault(rule, {})
         over_blocks = rule.is_over_blocks
 
-        def launch(slot: Slot, gradient: Tensor | None) -> Launch:
+        def launch(slot: Slot, gradient: Tensor | None, sharded: bool) -> Launch:
             device = slot.param.device
-            key = (device, _kind(slot, gradient, over_blocks))
+            key = (device, _kind(slot, gradient, over_blocks), sharded)
             if key not in made:
                 made[key] = _make(key[1], lowered(rule), device, **self._options)
             return made[key]

@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ReduceOp, all_reduce
 from torch.optim.optimizer import ParamsT
 
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.moving import Carry
+from sylva_compile.blocks.places import zero_outside
+from sylva_compile.blocks.shards import group_of, is_sharded, local, rows_of
 from sylva_compile.errors import ArgumentError, GradientError
 from sylva_compile.kernels.step.codegen import cpp_source, triton_source
 from sylva_compile.kernels.step.lowering import Rule
@@ -205,21 +208,24 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                 states, count, born = settle_state(state, parameter, rule, self.options.state_dtype, counted=counted)
                 block_state = registry.state_of_blocks(parameter)
                 target = None if block_state is None else block_state.step_target()
-                slot = Slot(parameter, states, count, number, index - 1, target, born)
-                gradient = parameter.grad
-                if gradient is not None and lies_dense(parameter):
-                    gradient = laid_out_as(gradient, parameter, gradient.dtype)
-                launch = launch_of(slot, gradient)
-                if gradient is not None and block_state is not None and not launch.writes_by_address:
+                gradient, sharded, held = parameter.grad, is_sharded(parameter), local(parameter)
+                if sharded:
+                    gradient, states = None if gradient is None else local(gradient), tuple(map(local, states))
+                    born = None if born is None else born[slice(*rows_of(parameter))]
+                slot = Slot(held, states, count, number, index - 1, target, born)
+                if gradient is not None and lies_dense(held):
+                    gradient = laid_out_as(gradient, held, gradient.dtype)
+                launch = launch_of(slot, gradient, sharded)
+                if gradient is not None and target is not None and not launch.writes_by_address:
                     # The kernels never touch elements beyond the edge of a dense weight.
-                    gradient = block_state.zero_outside(gradient)
+                    gradient = zero_outside(gradient, target.positions, target.matrix.shape)
                 member = _Member(parameter, slot, gradient, block_state)
                 work.setdefault(launch, (rule, []))[1].append(member)
         return work
 
     def _launch(self, work: _Work) -> bool:
         """Launch the kernels; return False if the step is known to be skipped."""
-        scale, skip = self._scale_and_skip(list(work))
+        scale, skip = self._scale_and_skip(work)
         if skip.device.type == "cpu" and skip.item():
             return False
         for launch, (rule, members) in work.items():
@@ -230,9 +236,13 @@ class GeneratedOptimizer(torch.optim.Optimizer):
             _mark_written(launch, [member for member in members if member.gradient is not None])
         return True
 
-    def _scale_and_skip(self, launches: list[Launch]) -> tuple[Tensor, Tensor]:
-        """Return the factor of all gradients, and a value that is 0 unless the step is skipped; float64 `[]`."""
-        home, limit = launches[0].device, self.options.max_grad_norm
+    def _scale_and_skip(self, work: _Work) -> tuple[Tensor, Tensor]:
+        """Return the factor of all gradients, and a value that is 0 unless the step is skipped; float64 `[]`.
+
+        They are the same on all processes that hold parts of a parameter.
+        """
+        home, limit = next(iter(work)).device, self.options.max_grad_norm
+        groups = {launch: group_of(members[0].parameter) for launch, (_, members) in work.items()}
         scale = torch.ones((), dtype=torch.float64, device=home)
         skip = torch.zeros((), dtype=torch.float64, device=home)
         # GradScaler sets these two for the time of a step.
@@ -240,9 +250,16 @@ class GeneratedOptimizer(torch.optim.Optimizer):
             scale = scale / grad_scale.to(home).reshape(())
         if (found_inf := getattr(self, "found_inf", None)) is not None:
             skip = skip + found_inf.to(home).reshape(())
+            for group in groups.values():
+                if group is not None:
+                    all_reduce(skip, op=ReduceOp.MAX, group=group)
         if limit is None and self.options.nonfinite == "ignore":
             return scale, skip
-        total = torch.stack([launch.squares().sum().to(home) for launch in launches]).sum()
+        sums = {launch: launch.squares().sum() for launch in work}
+        for launch, group in groups.items():
+            if group is not None:
+                all_reduce(sums[launch], group=group)
+        total = torch.stack([each.to(home) for each in sums.values()]).sum()
         if self.options.nonfinite == "raise" and not bool(skip) and not bool(torch.isfinite(total)):
             raise GradientError(f"The gradient of {self._culprit()} holds NaN or infinity; nothing was stepped.")
         if self.options.nonfinite == "skip":
@@ -256,7 +273,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         """Return the name of the first parameter whose gradient is not finite, or its place."""
         for number, group in enumerate(self.param_groups):
             for place, parameter in enumerate(group["params"]):
-                if parameter.grad is None or bool(torch.isfinite(parameter.grad).all()):
+                if parameter.grad is None or bool(torch.isfinite(local(parameter.grad)).all()):
                     continue
                 if "param_names" in group:
                     return str(group["param_names"][place])
@@ -267,14 +284,16 @@ class GeneratedOptimizer(torch.optim.Optimizer):
 
 def _mark_written(launch: Launch, members: list[_Member]) -> None:
     """Tell autograd and the block states which tensors the launch has written."""
-    if not launch.writes_by_address:
-        for member in members:
-            if member.block_state is not None:
-                member.block_state.push()
-        return
-    written = [tensor for member in members for tensor in (member.parameter, *member.slot.states)]
-    written += [member.block_state.weight for member in members if member.block_state is not None]
-    torch.autograd.graph.increment_version(written)
+    if launch.writes_by_address:
+        written = [tensor for each in members for tensor in (each.parameter, each.slot.param, *each.slot.states)]
+        written += [each.block_state.weight for each in members if each.block_state is not None]
+        torch.autograd.graph.increment_version({id(tensor): tensor for tensor in written}.values())
     for member in members:
-        if member.block_state is not None:
-            member.block_state.mark_synced()
+        state, target = member.block_state, member.slot.target
+        if state is None or is_sharded(state.blocks):
+            # Blocks of which this process holds a part are written after the step, by one message for all.
+            continue
+        if launch.writes_by_address and target is not None and target.by_address:
+            state.mark_synced()
+        else:
+            state.push()

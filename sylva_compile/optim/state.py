@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sylva_compile._torch import is_traceable_wrapper_subclass
 from sylva_compile.blocks.moving import Carry
+from sylva_compile.blocks.shards import is_sharded, put, whole
 from sylva_compile.errors import ArgumentError
 from sylva_compile.kernels.step.lowering import Rule
 from sylva_compile.kernels.step.table import TYPES
@@ -114,8 +115,8 @@ def move_blocks(state: dict[str, Any], parameter: Tensor, order: Tensor, carry: 
         return
     arrived, earlier = order < 0, order.clamp(min=0)
     for value in states:
-        moved = value[earlier.to(value.device)]
-        value.copy_(moved.masked_fill_(arrived.to(value.device)[:, None, None], 0))
+        moved = whole(value)[earlier.to(value.device)]
+        put(value, moved.masked_fill_(arrived.to(value.device)[:, None, None], 0))
     if not counted or (born is None and not bool(arrived.any())):
         return
     if born is None:
@@ -126,10 +127,10 @@ def move_blocks(state: dict[str, Any], parameter: Tensor, order: Tensor, carry: 
 
 def check_parameter(parameter: Tensor, over_blocks: bool) -> None:
     """Raise ArgumentError for a parameter that no kernel can step, or that a rule over blocks cannot."""
-    if is_traceable_wrapper_subclass(parameter):
+    if is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter):
         raise ArgumentError(
-            f"A parameter is a {type(parameter).__name__}, whose values lie elsewhere (fully_shard makes them); train "
-            "with DistributedDataParallel, or step it with torch's own optimizer."
+            f"A parameter is a {type(parameter).__name__}, whose values lie elsewhere; step it with torch's own "
+            "optimizer."
         )
     if parameter.dtype not in TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)

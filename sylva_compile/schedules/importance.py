@@ -10,8 +10,9 @@ from torch.distributed import ProcessGroup, all_reduce, get_world_size
 
 from sylva_compile._torch import compiled_call, set_compiled_call
 from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.shards import read_places, writer_of
 from sylva_compile.errors import ArgumentError
-from sylva_compile.kernels.blocks import BlockWriter, block_dtype, read_blocks
+from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.tracing.batches import LossFn, loss_of, to_device
 
 
@@ -120,16 +121,14 @@ def _suppressed(states: Sequence[BlockState], factor: float) -> Iterator[None]:
         state.sync()
         state.check_base_known()
     places = [state.originals.places.to(state.weight.device) for state in states]
-    trained = [
-        read_blocks(state.weight.detach(), at, state.mask.block_size) for state, at in zip(states, places, strict=True)
-    ]
+    trained = [read_places(state.weight, at, state.mask.block_size) for state, at in zip(states, places, strict=True)]
     try:
         for state, at, values in zip(states, places, trained, strict=True):
             wide = block_dtype(values.dtype)
             base = state.originals.values.to(values.device, wide)
             # What blocks have left behind is trained change too.
             _write(state, at, base + factor * (values.to(wide) - base))
-            base, blocks = state.originals.at(state.mask.positions).to(values.device, wide), state.blocks.detach()
+            base, blocks = state.originals.at(state.mask.positions).to(values.device, wide), state.whole_blocks()
             _write(state, state.layout.positions, base + factor * (blocks - base))
         yield
     finally:
@@ -139,5 +138,6 @@ def _suppressed(states: Sequence[BlockState], factor: float) -> Iterator[None]:
 
 def _write(state: BlockState, places: Tensor, values: Tensor) -> None:
     """Write `values [k, b, b]` at `places` into the dense weight, so that no sync takes them for an edit."""
-    BlockWriter(state.mask.shape, places, state.mask.block_size).write(state.weight, values)
+    writer_of(state.weight, places, state.mask.block_size).write(state.weight, values)
+    state.follow_home()
     state.mark_synced()

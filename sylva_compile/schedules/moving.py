@@ -165,7 +165,7 @@ class MovingBlocks:
             state.sync()
             weights[name] = {
                 "positions": state.mask.positions.to(torch.int32),
-                "blocks": state.blocks.detach().cpu().clone(),
+                "blocks": state.whole_blocks().cpu().clone(),
                 "places": state.originals.places.to(torch.int32),
                 "originals": state.originals.values,
                 "cycle": self._cycles[name].state_dict() if name in self._cycles else None,

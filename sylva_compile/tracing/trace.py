@@ -14,9 +14,10 @@ from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import input_axis, log_share_left_out, owners_of, unwrap, weights_in_scope
+from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.config import SylvaConfig, takes_config
 from sylva_compile.curvature.weight_spec import WeightSpec
-from sylva_compile.errors import ArgumentError, EmbedError
+from sylva_compile.errors import ArgumentError, EmbedError, TraceError
 from sylva_compile.tracing.batches import LossFn
 from sylva_compile.tracing.memory import TraceEstimate, estimate_bytes
 from sylva_compile.tracing.ranks import same_on_all_ranks
@@ -107,6 +108,11 @@ def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, 
             "unload_adapter(model) to go back to the base, before tracing."
         )
     weights = weights_in_scope(model, config.scope)
+    if config.method != "random" and any(map(is_sharded, weights.values())):
+        raise TraceError(
+            f"fully_shard has split this model, and method={config.method!r} reads whole weights; trace before it, "
+            "load masks that were saved, or use method='random'."
+        )
     check_block_fits(config.block_size, {name: tuple(weight.shape) for name, weight in weights.items()})
     return weights, weight_specs(model, weights)
 

@@ -716,7 +716,7 @@ class TestRefusals:
         for value, message in (
             (torch.empty(50, 40, device="meta"), "on meta"),
             (torch.empty(50, 40, dtype=torch.float64), "torch.float64 on cpu"),
-            (TwoTensor(torch.zeros(50, 40), torch.zeros(50, 40)), "fully_shard"),
+            (TwoTensor(torch.zeros(50, 40), torch.zeros(50, 40)), "TwoTensor"),
         ):
             with pytest.raises(EmbedError, match=message):
                 model[0].weight = nn.Parameter(value)

@@ -141,7 +141,7 @@ class TestOtherModels:
         elif odd == "integer":
             model[0].weight = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
         elif odd == "wrapper":
-            # As torchao's quantised weights and the DTensors of fully_shard.
+            # As torchao's quantised weights.
             model[0].weight = nn.Parameter(TwoTensor(torch.zeros(16, 16), torch.zeros(16, 16)))
         else:
             name = "0.bias"

@@ -1,0 +1,78 @@
+"""Averaging the gradients of blocks that were embedded after `fully_shard`, which does not know them.
+
+Each process then holds all blocks. When a gradient is there, its sum over processes is under way at once, beside the
+rest of the backward pass, and the end of the pass waits for all of them. FSDP2's `set_requires_gradient_sync(False)`
+holds for these gradients as well.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import all_reduce
+
+from sylva_compile._torch import at_end_of_backward, reduces_gradients
+from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.errors import EmbedError
+
+
+def average_gradients(model: nn.Module, states: Iterable[BlockState]) -> None:
+    """Average the gradients of those blocks in `states` whose dense weight is sharded, from now on.
+
+    Raises:
+        EmbedError: a weight is a DTensor that `fully_shard` does not gather.
+    """
+    planned = [(state, _sharded_by(model, state)) for state in states if is_sharded(state.weight)]
+    averager = _Averager()
+    for state, module in planned:
+        averager.follow(state, module)
+
+
+def _sharded_by(model: nn.Module, state: BlockState) -> nn.Module:
+    """Return the innermost module that `fully_shard` has taken and that holds the weight of `state`."""
+    from torch.distributed.fsdp import FSDPModule
+
+    found = None
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and any(p is state.weight for p in module.parameters()):
+            found = module
+    if found is None:
+        raise EmbedError(
+            f"{state.name} is split over processes, and not by fully_shard (tensor parallelism?); leave it out of the "
+            "scope."
+        )
+    return found
+
+
+class _Averager:
+    """The gradients whose sums are under way in a backward pass."""
+
+    def __init__(self) -> None:
+        self._under_way: list[tuple[Any, Tensor, int]] = []
+
+    def follow(self, state: BlockState, module: nn.Module) -> None:
+        """Average the gradient of the blocks of `state` in each backward pass in which `module` reduces its own."""
+        mesh: Any = state.weight.device_mesh  # type: ignore[attr-defined]
+        groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+        def reduce(blocks: Tensor) -> None:
+            if not reduces_gradients(module):
+                return
+            assert blocks.grad is not None
+            if not self._under_way:
+                at_end_of_backward(self._finish)
+            *outer, last = groups
+            for group in outer:
+                all_reduce(blocks.grad, group=group)
+            self._under_way.append((all_reduce(blocks.grad, group=last, async_op=True), blocks.grad, mesh.size()))
+
+        state.blocks.register_post_accumulate_grad_hook(reduce)
+
+    def _finish(self) -> None:
+        under_way, self._under_way = self._under_way, []
+        with torch.no_grad():
+            for work, gradient, count in under_way:
+                work.wait()
+                gradient.div_(count)

@@ -1,0 +1,202 @@
+"""Weights and blocks that `fully_shard` splits over processes: reading and writing their values.
+
+FSDP2 keeps a DTensor in place of each parameter, of which every process holds a range of rows, and gathers the whole
+tensor before a pass. Blocks that lie in a weight's rows are written by the process that holds the rows, a range of each
+block if need be. To read them, every process gives what it holds, and -0.0 elsewhere: the sum is exact, since x + -0.0
+is x for every x.
+
+The functions take ordinary tensors as well, and then do nothing but the obvious. All that read a DTensor are
+collective: every process calls them, in the same order.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_gather, all_reduce, get_world_size
+
+from sylva_compile._torch import shard_of
+from sylva_compile.blocks.places import zero_outside
+from sylva_compile.kernels.blocks import BlockCopier, BlockWriter, read_blocks
+
+_MOST_GATHERED = 1 << 28
+"""The most bytes of blocks that are gathered at a time."""
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether `tensor` is a DTensor."""
+    # One exists only once its module is imported, which takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of `tensor`, in the same memory."""
+    return shard_of(tensor) if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """Return the values of all of `tensor`; those of a DTensor are gathered."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def put(tensor: Tensor, values: Tensor) -> None:
+    """Copy `values`, in the shape of all of `tensor`, into what this process holds of it."""
+    if not is_sharded(tensor):
+        tensor.copy_(values)
+        return
+    first, end = rows_of(tensor)
+    local(tensor).copy_(values[first:end])
+    # Autograd counts the writes into a DTensor apart from those into its memory.
+    torch.autograd.graph.increment_version(tensor)
+
+
+def rows_of(tensor: Any) -> tuple[int, int]:
+    """Return the range of rows that this process holds of a DTensor."""
+    # Importing it takes a second, and who has a DTensor has done so.
+    from sylva_compile._torch import shard_shape_and_offset
+
+    shape, offset = shard_shape_and_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return int(offset[0]), int(offset[0]) + int(shape[0])
+
+
+def group_of(tensor: Any) -> ProcessGroup | None:
+    """Return the processes over which a DTensor is split; None for an ordinary tensor, and for one that is not."""
+    if not is_sharded(tensor):
+        return None
+    at = [number for number, placement in enumerate(tensor.placements) if placement.is_shard()]
+    group: ProcessGroup | None = tensor.device_mesh.get_group(at[0]) if at else None
+    return group
+
+
+class ShardCopier:
+    """Copies blocks out of a matrix that is split by rows, and back into it: the `BlockCopier` of a DTensor."""
+
+    def __init__(self, matrix: Any, positions: Tensor, block_size: int) -> None:
+        """Copy blocks of `matrix [m, n]` at `positions int64[2, nnz]`; each process its own rows."""
+        self._matrix, self._positions, self._b = matrix, positions.to(local(matrix).device), block_size
+        self._inside = matrix.shape[1] // block_size
+        first, end = rows_of(matrix)
+        lane = torch.arange(block_size, device=self._positions.device)
+        row = self._positions[0][:, None] * block_size + lane
+        # The rows of blocks that lie here: the block, the row in it, the row of this process, and the block column.
+        self._block, self._lane = ((row >= first) & (row < end)).nonzero(as_tuple=True)
+        self._row = row[self._block, self._lane] - first
+        self._column = self._positions[1][self._block]
+        self._over = self._column >= self._inside
+
+    def _pieces(self) -> tuple[tuple[Tensor, Tensor, int], ...]:
+        """Return views `[rows, columns, width]` of this process's rows, each with the pieces that lie in it."""
+        rows, width = local(self._matrix), self._matrix.shape[1] % self._b
+        inner = rows[:, : self._inside * self._b].unflatten(1, (self._inside, self._b))
+        parts = [(inner, (~self._over).nonzero().squeeze(1), self._b)] if self._inside else []
+        if width:
+            parts.append((rows[:, None, self._inside * self._b :], self._over.nonzero().squeeze(1), width))
+        return tuple(parts)
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """Return the blocks, `[nnz, b, b]`, on every process."""
+        rows = local(self._matrix)
+        blocks = rows.new_full((self._positions.shape[1], self._b, self._b), -0.0)
+        for view, at, width in self._pieces():
+            column = self._column[at].clamp(max=view.shape[1] - 1)
+            blocks[self._block[at], self._lane[at], :width] = view[self._row[at], column]
+        group = group_of(self._matrix)
+        if group is not None:
+            all_reduce(blocks, op=ReduceOp.SUM, group=group)
+        return zero_outside(blocks, self._positions, self._matrix.shape)
+
+    @torch.no_grad()
+    def write(self, blocks: Tensor) -> None:
+        """Write `blocks [nnz, b, b]`, rounded to the matrix's dtype, into the rows of this process."""
+        rows = local(self._matrix)
+        blocks = blocks.to(rows.device)
+        for view, at, width in self._pieces():
+            column = self._column[at].clamp(max=view.shape[1] - 1)
+            view[self._row[at], column] = blocks[self._block[at], self._lane[at], :width].to(rows.dtype)
+
+
+class ShardWriter:
+    """The `BlockWriter` of a DTensor: writes blocks into matrices that are split as the first one was."""
+
+    def __init__(self, matrix: Tensor, positions: Tensor, block_size: int) -> None:
+        """Sort the rows of blocks at `positions int64[2, nnz]`, which are copied."""
+        self._copier = ShardCopier(matrix, positions.clone(), block_size)
+
+    def write(self, matrix: Tensor, blocks: Tensor) -> None:
+        """Write `blocks [nnz, b, b]` into the rows of `matrix` that this process holds."""
+        self._copier._matrix = matrix
+        self._copier.write(blocks)
+
+
+def writer_of(matrix: Tensor, positions: Tensor, block_size: int) -> BlockWriter | ShardWriter:
+    """Return what writes blocks into `matrix [m, n]`."""
+    if is_sharded(matrix):
+        return ShardWriter(matrix, positions, block_size)
+    return BlockWriter(matrix.shape, positions, block_size)
+
+
+def copier_of(matrix: Tensor, positions: Tensor, block_size: int) -> BlockCopier | ShardCopier:
+    """Return what copies blocks out of `matrix [m, n]` and back."""
+    kind = ShardCopier if is_sharded(matrix) else BlockCopier
+    return kind(matrix, positions, block_size)
+
+
+def read_places(matrix: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """Return the blocks of `matrix [m, n]` at `positions int64[2, nnz]`: `[nnz, b, b]`."""
+    if is_sharded(matrix):
+        return ShardCopier(matrix, positions, block_size).read()
+    return read_blocks(matrix.detach(), positions, block_size)
+
+
+@torch.no_grad()
+def equal_everywhere(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, split alike, are equal on all processes."""
+    same = torch.equal(local(one), local(other))
+    group = group_of(one)
+    if group is None:
+        return same
+    agreed = torch.tensor(int(same), device=local(one).device)
+    all_reduce(agreed, op=ReduceOp.MIN, group=group)
+    return bool(agreed)
+
+
+@torch.no_grad()
+def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the whole values of DTensors that are split by rows alike, by one message for many of them."""
+    found: list[Tensor] = []
+    for batch in _batches(tensors):
+        group = group_of(batch[0])
+        if group is None:
+            found += [whole(tensor) for tensor in batch]
+            continue
+        ranks = get_world_size(group)
+        most = [-(-tensor.shape[0] // ranks) for tensor in batch]
+        sizes = [rows * tensor[:1].numel() if tensor.shape[0] else 0 for rows, tensor in zip(most, batch, strict=True)]
+        mine = local(batch[0]).new_zeros(sum(sizes))
+        for piece, tensor in zip(mine.split(sizes), batch, strict=True):
+            piece[: local(tensor).numel()] = local(tensor).flatten()
+        every = mine.new_empty((ranks, mine.numel()))
+        all_gather(list(every.unbind()), mine, group=group)
+        for piece, rows, tensor in zip(every.split(sizes, dim=1), most, batch, strict=True):
+            found.append(piece.reshape(ranks * rows, *tensor.shape[1:])[: tensor.shape[0]])
+    return found
+
+
+def _batches(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors in order, in runs of one dtype and group that are not too large."""
+    batches: list[list[Tensor]] = []
+    size, last = 0, None
+    for tensor in tensors:
+        kind = (tensor.dtype, group_of(tensor), local(tensor).device)
+        size += tensor.numel() * tensor.element_size()
+        if kind != last or size > _MOST_GATHERED:
+            batches.append([])
+            size, last = tensor.numel() * tensor.element_size(), kind
+        batches[-1].append(tensor)
+    return batches
