@@ -140,6 +140,8 @@ def _one_process() -> Iterator[None]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     wanted = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # accelerate warns where a distributed run leaves it open.
+    wanted["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     before = dict(os.environ)
     os.environ.update(wanted)
     try:
