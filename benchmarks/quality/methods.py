@@ -99,6 +99,16 @@ def prepare_full(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
     return Ready(model.requires_grad_(True), _besides_head(model), lambda: _state_bytes(model), make)
 
 
+def prepare_linear(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
+    """Prepare full fine-tuning of the weights in scope, which is what blocks could train at most."""
+    make = optimizers.for_dense(model, options)
+    _head_alone(model)
+    trained = list(weights_in_scope(model, budget.scope).values())
+    for weight in trained:
+        weight.requires_grad_(True)
+    return Ready(model, trained, lambda: _state_bytes(model), make)
+
+
 def prepare_layers(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
     """Prepare BAdam or LISA, which train whole layers, few at a time."""
     layers = layerwise.KINDS[options["kind"]](model, options, budget.scope, seed)
@@ -257,6 +267,7 @@ _OF_BLOCKS = {"trace", "score", "damping", "pattern", "allocation", "prune", "sp
 
 METHODS = {
     "full": Method(prepare_full, has_budget=False, options=optimizers.OPTIONS),
+    "linear": Method(prepare_linear, has_budget=False, options=optimizers.OPTIONS),
     "sharded": Method(prepare_sharded, has_budget=False),
     "badam": Method(prepare_layers, has_budget=False, options=layerwise.OPTIONS - {"layers"}),
     "lisa": Method(prepare_layers, has_budget=False, options=layerwise.OPTIONS),

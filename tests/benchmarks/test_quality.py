@@ -79,7 +79,7 @@ METHODS_TO_TRY: dict[str, Mapping[str, Any]] = {
     "rectangle": {**CHANCE, "pattern": "rectangle"},
     "narrow": {**CHANCE, "column_budget": 0.5, "allocation": "global"},
     "pruned": {**CHANCE, "prune": True},
-    **{f"{kind}, Muon": {"kind": kind, "optimizer": "muon"} for kind in ("full", "lora")},
+    **{f"{kind}, Muon": {"kind": kind, "optimizer": "muon"} for kind in ("full", "linear", "lora")},
     "blocks, Muon": {**CHANCE, "optimizer": "muon", "momentum": 0.8},
     "moving": {**CHANCE, "optimizer": "muon", "every": 2, "choose": "sketch"},
 }
