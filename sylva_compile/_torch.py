@@ -143,22 +143,25 @@ def shard_of(tensor: Any) -> Tensor:
 
 def reduces_gradients(module: Any) -> bool:
     """Whether a module that `fully_shard` has taken reduces gradients now; see its `set_requires_gradient_sync`."""
-    state: Any = module._get_fsdp_state()
-    # torch 2.11 has one group a module.
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    return all(group.reduce_grads for group in groups if group is not None)
+    return all(group.reduce_grads for group in _groups_of_fsdp(module))
 
 
 def forget_sharded(model: nn.Module, parameters: Any) -> None:
     """Let `fully_shard`, which has taken modules of `model`, gather these parameters no more."""
     gone = {id(parameter) for parameter in parameters}
     for module in model.modules():
-        get_state: Any = getattr(module, "_get_fsdp_state", None)
-        state = None if get_state is None else get_state()
-        groups = [] if state is None else getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for group in groups:
-            if group is not None:
-                group.fsdp_params = [each for each in group.fsdp_params if id(each.sharded_param) not in gone]
+        for group in _groups_of_fsdp(module):
+            group.fsdp_params = [each for each in group.fsdp_params if id(each.sharded_param) not in gone]
+
+
+def _groups_of_fsdp(module: Any) -> list[Any]:
+    """Return the groups of parameters that `fully_shard` gathers for `module`; none if it has not taken it."""
+    if not hasattr(module, "_get_fsdp_state"):
+        return []
+    state = module._get_fsdp_state()
+    # torch 2.11 has one group a module.
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
 
 
 def at_end_of_backward(function: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile.adapters.format import write_adapter
-from sylva_compile.adapters.on_first import on_first_of
+from sylva_compile.adapters.on_first_rank import on_first_rank
 from sylva_compile.adapters.other_tensors import frozen_tensors, tensors_of_blocks, tensors_to_save
 from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
@@ -103,8 +103,10 @@ def write_trained(
         "modules_to_save": {name: checksum(value) for name, value in whole.items()},
         "frozen": {name: checksum(value) for name, value in frozen_tensors(model, states, whole).items()},
     }
-    sharded = next((state.weight for state in states.values() if is_sharded(state.weight)), None)
-    on_first_of(sharded, lambda: write_adapter(directory, tensors, entries))
+    if any(is_sharded(state.weight) for state in states.values()):
+        on_first_rank(lambda: write_adapter(directory, tensors, entries))
+    else:
+        write_adapter(directory, tensors, entries)
 
 
 def _check_finite(name: str, value: Tensor, *, infinity: bool = False) -> None:

@@ -109,7 +109,8 @@ def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] |
         state.sync()
         if restore:
             state.check_base_known()
-    forget_sharded(model, [state.blocks for state in states.values() if is_sharded(state.blocks)])
+    if sharded := [state.blocks for state in states.values() if is_sharded(state.blocks)]:
+        forget_sharded(model, sharded)
     for state in states.values():
         if restore:
             state.originals.restore(state.weight)

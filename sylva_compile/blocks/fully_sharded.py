@@ -1,4 +1,4 @@
-"""What `fully_shard` does to the parameters of an embedded module, and what follows from it.
+"""`follows`: how a state follows the tensors that `fully_shard` assigns to its module.
 
 FSDP2 assigns to a module's attributes: once a DTensor in place of each parameter, and then in turns the gathered tensor
 for a pass and the DTensor after it. The DTensors are the home of the values: optimizers step them, checkpoints hold
@@ -6,11 +6,12 @@ them. The gathered tensors live as long as a pass.
 """
 
 import weakref
+from typing import Any
 
 from torch import Tensor, nn
 
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.shards import is_sharded, writer_of
+from sylva_compile.blocks.shards import is_sharded, is_split_by_rows, writer_of
 from sylva_compile.errors import EmbedError
 
 
@@ -41,11 +42,10 @@ def follows(state: BlockState, is_weight: bool, value: object) -> bool:
 
 def _shard(state: BlockState, is_weight: bool, value: nn.Parameter) -> None:
     """Let `value`, the rows that each process holds, be the home from now on."""
-    placements = value.placements  # type: ignore[attr-defined]
-    split = [placement for placement in placements if not placement.is_replicate()]
-    if len(split) > 1 or not all(placement.is_shard(0) for placement in split):
+    if not is_split_by_rows(value):
+        placements: Any = getattr(value, "placements", "another tensor")
         raise EmbedError(
-            f"{state.name} would be split as {tuple(placements)}; blocks work in weights that fully_shard splits by "
+            f"{state.name} would be split as {placements}; blocks work in weights that fully_shard splits by "
             "rows, so shard it by its default."
         )
     if is_weight:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile._torch import is_traceable_wrapper_subclass
-from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.blocks.shards import is_split_by_rows
 from sylva_compile.config import Scope
 from sylva_compile.errors import ScopeError
 
@@ -147,7 +147,7 @@ def _hint(scope: Scope, layers: Sequence[str]) -> str:
 
 def check_weight(name: str, weight: Tensor | None) -> None:
     """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory that autograd can follow."""
-    sharded_by_rows = is_sharded(weight) and all(p.is_shard(0) or p.is_replicate() for p in weight.placements)  # type: ignore[union-attr]
+    sharded_by_rows = is_split_by_rows(weight)
     if not isinstance(weight, nn.Parameter) or (is_traceable_wrapper_subclass(weight) and not sharded_by_rows):
         kind = "" if weight is None else f" but a {type(weight.data).__name__}"
         raise ScopeError(

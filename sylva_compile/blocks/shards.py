@@ -10,7 +10,7 @@ collective: every process calls them, in the same order.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,14 @@ def is_sharded(tensor: Any) -> bool:
     # One exists only once its module is imported, which takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_split_by_rows(tensor: Any) -> bool:
+    """Whether `tensor` is a DTensor that processes hold in ranges of rows, along one dimension of their mesh."""
+    if not is_sharded(tensor):
+        return False
+    split = [placement for placement in tensor.placements if not placement.is_replicate()]
+    return len(split) <= 1 and all(placement.is_shard(0) for placement in split)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -73,65 +81,71 @@ def group_of(tensor: Any) -> ProcessGroup | None:
     return group
 
 
-class ShardCopier:
-    """Copies blocks out of a matrix that is split by rows, and back into it: the `BlockCopier` of a DTensor."""
+class ShardWriter:
+    """Copies blocks into matrices that are split by rows as the first one is, and out of them.
+
+    It is the `BlockWriter` of DTensors, and reads as well.
+    """
 
     def __init__(self, matrix: Any, positions: Tensor, block_size: int) -> None:
-        """Copy blocks of `matrix [m, n]` at `positions int64[2, nnz]`; each process its own rows."""
-        self._matrix, self._positions, self._b = matrix, positions.to(local(matrix).device), block_size
-        self._inside = matrix.shape[1] // block_size
+        """Find the rows of the blocks at `positions int64[2, nnz]` that this process holds of `matrix [m, n]`."""
+        positions = positions.to(local(matrix).device, copy=True)
+        self._shape, self._positions, self._b = matrix.shape, positions, block_size
+        self._inside, self._width = matrix.shape[1] // block_size, matrix.shape[1] % block_size
         first, end = rows_of(matrix)
-        lane = torch.arange(block_size, device=self._positions.device)
-        row = self._positions[0][:, None] * block_size + lane
-        # The rows of blocks that lie here: the block, the row in it, the row of this process, and the block column.
-        self._block, self._lane = ((row >= first) & (row < end)).nonzero(as_tuple=True)
-        self._row = row[self._block, self._lane] - first
-        self._column = self._positions[1][self._block]
-        self._over = self._column >= self._inside
+        lane = torch.arange(block_size, device=positions.device)
+        row = positions[0][:, None] * block_size + lane
+        block, lane = ((row >= first) & (row < end)).nonzero(as_tuple=True)
+        row, column = row[block, lane] - first, positions[1][block]
+        over = column >= self._inside
+        # Of each row of a block: the block, the row in it, the row of this process, and the block column.
+        self._inner, self._over = (
+            tuple(index[chosen] for index in (block, lane, row, column)) for chosen in (~over, over)
+        )
 
-    def _pieces(self) -> tuple[tuple[Tensor, Tensor, int], ...]:
-        """Return views `[rows, columns, width]` of this process's rows, each with the pieces that lie in it."""
-        rows, width = local(self._matrix), self._matrix.shape[1] % self._b
-        inner = rows[:, : self._inside * self._b].unflatten(1, (self._inside, self._b))
-        parts = [(inner, (~self._over).nonzero().squeeze(1), self._b)] if self._inside else []
-        if width:
-            parts.append((rows[:, None, self._inside * self._b :], self._over.nonzero().squeeze(1), width))
-        return tuple(parts)
+    def _pieces(self, matrix: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...], int]]:
+        """Yield views `[rows, columns, width]` of this process's rows, each with the rows of blocks that lie in it."""
+        rows, inner = local(matrix), self._inside * self._b
+        if self._inside:
+            yield rows[:, :inner].unflatten(1, (self._inside, self._b)), self._inner, self._b
+        if self._width:
+            block, lane, row, column = self._over
+            yield rows[:, None, inner:], (block, lane, row, torch.zeros_like(column)), self._width
 
     @torch.no_grad()
-    def read(self) -> Tensor:
-        """Return the blocks, `[nnz, b, b]`, on every process."""
-        rows = local(self._matrix)
-        blocks = rows.new_full((self._positions.shape[1], self._b, self._b), -0.0)
-        for view, at, width in self._pieces():
-            column = self._column[at].clamp(max=view.shape[1] - 1)
-            blocks[self._block[at], self._lane[at], :width] = view[self._row[at], column]
-        group = group_of(self._matrix)
+    def read(self, matrix: Tensor) -> Tensor:
+        """Return the blocks of `matrix`, `[nnz, b, b]`, on every process."""
+        blocks = local(matrix).new_full((self._positions.shape[1], self._b, self._b), -0.0)
+        for view, (block, lane, row, column), width in self._pieces(matrix):
+            blocks[block, lane, :width] = view[row, column]
+        group = group_of(matrix)
         if group is not None:
             all_reduce(blocks, op=ReduceOp.SUM, group=group)
-        return zero_outside(blocks, self._positions, self._matrix.shape)
+        return zero_outside(blocks, self._positions, self._shape)
 
     @torch.no_grad()
-    def write(self, blocks: Tensor) -> None:
+    def write(self, matrix: Tensor, blocks: Tensor) -> None:
         """Write `blocks [nnz, b, b]`, rounded to the matrix's dtype, into the rows of this process."""
-        rows = local(self._matrix)
+        rows = local(matrix)
         blocks = blocks.to(rows.device)
-        for view, at, width in self._pieces():
-            column = self._column[at].clamp(max=view.shape[1] - 1)
-            view[self._row[at], column] = blocks[self._block[at], self._lane[at], :width].to(rows.dtype)
+        for view, (block, lane, row, column), width in self._pieces(matrix):
+            view[row, column] = blocks[block, lane, :width].to(rows.dtype)
 
 
-class ShardWriter:
-    """The `BlockWriter` of a DTensor: writes blocks into matrices that are split as the first one was."""
+class ShardCopier:
+    """The `BlockCopier` of a DTensor."""
 
     def __init__(self, matrix: Tensor, positions: Tensor, block_size: int) -> None:
-        """Sort the rows of blocks at `positions int64[2, nnz]`, which are copied."""
-        self._copier = ShardCopier(matrix, positions.clone(), block_size)
+        """Copy blocks of `matrix [m, n]`, which is split by rows, at `positions int64[2, nnz]`."""
+        self._matrix, self._writer = matrix, ShardWriter(matrix, positions, block_size)
 
-    def write(self, matrix: Tensor, blocks: Tensor) -> None:
-        """Write `blocks [nnz, b, b]` into the rows of `matrix` that this process holds."""
-        self._copier._matrix = matrix
-        self._copier.write(blocks)
+    def read(self) -> Tensor:
+        """Return the blocks, `[nnz, b, b]`, on every process."""
+        return self._writer.read(self._matrix)
+
+    def write(self, blocks: Tensor) -> None:
+        """Write `blocks [nnz, b, b]` into the rows of this process."""
+        self._writer.write(self._matrix, blocks)
 
 
 def writer_of(matrix: Tensor, positions: Tensor, block_size: int) -> BlockWriter | ShardWriter:
@@ -150,7 +164,7 @@ def copier_of(matrix: Tensor, positions: Tensor, block_size: int) -> BlockCopier
 def read_places(matrix: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """Return the blocks of `matrix [m, n]` at `positions int64[2, nnz]`: `[nnz, b, b]`."""
     if is_sharded(matrix):
-        return ShardCopier(matrix, positions, block_size).read()
+        return ShardWriter(matrix, positions, block_size).read(matrix)
     return read_blocks(matrix.detach(), positions, block_size)
 
 

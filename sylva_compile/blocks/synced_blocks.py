@@ -17,7 +17,8 @@ The rule rests while `disable_adapter` shows the base (`base_values`): the dense
 training then, the blocks keep theirs, and whatever would write one into the other raises an error.
 
 A weight that `fully_shard` has split has a home, its shards, and is alive, gathered, during passes. The rule holds for
-both. What is alive is whole on every process, so that a pass needs no message to follow an edit.
+both. What is alive is whole on every process, so that a pass needs no message to follow an edit, unless a
+MixedPrecisionPolicy has gathered it in another dtype.
 """
 
 import torch

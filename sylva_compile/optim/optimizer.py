@@ -285,9 +285,11 @@ class GeneratedOptimizer(torch.optim.Optimizer):
 def _mark_written(launch: Launch, members: list[_Member]) -> None:
     """Tell autograd and the block states which tensors the launch has written."""
     if launch.writes_by_address:
-        written = [tensor for each in members for tensor in (each.parameter, each.slot.param, *each.slot.states)]
-        written += [each.block_state.weight for each in members if each.block_state is not None]
-        torch.autograd.graph.increment_version({id(tensor): tensor for tensor in written}.values())
+        written = [tensor for each in members for tensor in (each.slot.param, *each.slot.states)]
+        # Autograd counts the writes into a DTensor apart from those into its memory.
+        written += [each.parameter for each in members if each.parameter is not each.slot.param]
+        written += [each.slot.target.matrix for each in members if each.slot.target is not None]
+        torch.autograd.graph.increment_version(written)
     for member in members:
         state, target = member.block_state, member.slot.target
         if state is None or is_sharded(state.blocks):

@@ -1,26 +1,18 @@
-"""Writing files once, where several processes hold parts of what is written."""
+"""`on_first_rank`: write files once, where several processes hold parts of what is written."""
 
 from collections.abc import Callable
 
-from torch import Tensor
 from torch.distributed import broadcast_object_list, get_rank
 
 from sylva_compile.errors import AdapterError
 
 
-def on_first_of(sharded: Tensor | None, write: Callable[[], None]) -> None:
-    """Call `write` on the first process alone, and let the others wait for it; without shards, on every process.
-
-    Args:
-        sharded: a tensor of which every process holds a part; None if there is none.
-        write: writes the files.
+def on_first_rank(write: Callable[[], None]) -> None:
+    """Call `write`, which writes files, on the first process alone, and let the others wait for it.
 
     Raises:
         AdapterError: the files cannot be written; on every process.
     """
-    if sharded is None:
-        write()
-        return
     failed: list[str | None] = [None]
     if get_rank() == 0:
         try:
