@@ -242,7 +242,8 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         They are the same on all processes that hold parts of a parameter.
         """
         home, limit = next(iter(work)).device, self.options.max_grad_norm
-        groups = {launch: group_of(members[0].parameter) for launch, (_, members) in work.items()}
+        found = {launch: group_of(members[0].parameter) for launch, (_, members) in work.items()}
+        groups = {launch: group for launch, group in found.items() if group is not None}
         scale = torch.ones((), dtype=torch.float64, device=home)
         skip = torch.zeros((), dtype=torch.float64, device=home)
         # GradScaler sets these two for the time of a step.
@@ -251,14 +252,12 @@ class GeneratedOptimizer(torch.optim.Optimizer):
         if (found_inf := getattr(self, "found_inf", None)) is not None:
             skip = skip + found_inf.to(home).reshape(())
             for group in groups.values():
-                if group is not None:
-                    all_reduce(skip, op=ReduceOp.MAX, group=group)
+                all_reduce(skip, op=ReduceOp.MAX, group=group)
         if limit is None and self.options.nonfinite == "ignore":
             return scale, skip
         sums = {launch: launch.squares().sum() for launch in work}
         for launch, group in groups.items():
-            if group is not None:
-                all_reduce(sums[launch], group=group)
+            all_reduce(sums[launch], group=group)
         total = torch.stack([each.to(home) for each in sums.values()]).sum()
         if self.options.nonfinite == "raise" and not bool(skip) and not bool(torch.isfinite(total)):
             raise GradientError(f"The gradient of {self._culprit()} holds NaN or infinity; nothing was stepped.")
