@@ -1,0 +1,37 @@
+"""`sylva::nm_mm`: the product of a dense matrix and an N:M sparse one.
+
+The sparse matrix `W [rows, in_features]` keeps at most n of every m neighbours in a row. It is given as
+`values [rows, p]` and their columns, `W[i, columns[i, k]] = values[i, k]`; every other element is zero. The op knows
+neither n nor m.
+"""
+
+import torch
+from torch import Tensor
+
+
+def nm_mm_reference(x: Tensor, values: Tensor, columns: Tensor, in_features: int, transposed: bool) -> Tensor:
+    """Return the product by way of the dense matrix, as an oracle. Arguments as those of `nm_mm`."""
+    dense = values.new_zeros((values.shape[0], in_features)).scatter_(1, columns.long(), values)
+    return (x @ dense if transposed else x @ dense.t()).contiguous()
+
+
+@torch.library.custom_op("sylva::nm_mm", mutates_args=())
+def nm_mm(x: Tensor, values: Tensor, columns: Tensor, in_features: int, transposed: bool) -> Tensor:
+    """Return `x · Wᵀ`, or `x · W` if `transposed`.
+
+    Args:
+        x: `[T, in_features]`, or `[T, rows]` if `transposed`; any strides.
+        values: `[rows, p]`, in the dtype of `x`.
+        columns: int16 or int32 `[rows, p]`: the column of each value, ascending and each once in a row.
+        in_features: the number of columns of W.
+        transposed: which of the two products.
+
+    Returns:
+        `[T, rows]`, or `[T, in_features]` if `transposed`; contiguous, in the dtype of `x`.
+    """
+    return nm_mm_reference(x, values, columns, in_features, transposed)
+
+
+@nm_mm.register_fake
+def _(x: Tensor, values: Tensor, columns: Tensor, in_features: int, transposed: bool) -> Tensor:
+    return x.new_empty((x.shape[0], in_features if transposed else values.shape[0]))
