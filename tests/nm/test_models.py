@@ -1,0 +1,410 @@
+"""Whole models with pruned weights: compiled and not, moved, copied, saved, with what trainings add around them."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import Case, checkpoint, tiny
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import sylva_compile
+from sylva_compile import NMMasks
+from sylva_compile.errors import EmbedError, MaskError, ScopeError
+from sylva_compile.schedules import MaskChange
+
+
+class Counting:
+    """A backend that counts the graphs that it compiles."""
+
+    def __init__(self, masks: NMMasks) -> None:
+        self.backend, self.graphs = sylva_compile.backend(masks, inner="aot_eager"), 0
+
+    def __call__(self, gm: Any, example_inputs: Any) -> Any:
+        self.graphs += 1
+        return self.backend(gm, example_inputs)
+
+
+def pruned(
+    architecture: str = "llama", dtype: torch.dtype = torch.float64, layers: int = 1, **options: Any
+) -> tuple[Case, NMMasks]:
+    torch.manual_seed(0)
+    case = tiny(architecture, layers=layers)
+    case.model.to(dtype)
+    masks = sylva_compile.prune_masks(case.model, **options)
+    masks.embed()
+    return case, masks
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], **tolerance: float) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "roberta", "opt", "qwen2"])
+def test_architectures_train_as_their_dense_model_without_double_pruning(architecture: str) -> None:
+    case, masks = pruned(architecture, double=False)
+    dense = tiny(architecture, layers=1).model.double()
+    dense.load_state_dict(case.model.state_dict())
+    found, wanted = gradients(case.model, case.batch), gradients(dense, case.batch)
+    for name, module in masks.modules().items():
+        wanted[name + "_values"] = module._nm_layout.read(wanted.pop(name))
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize(("architecture", "how"), [("gpt2", "whole"), ("llama", "layers")])
+def test_graphs_stay_over_mask_changes_and_adapters_cost_one_more(architecture: str, how: str) -> None:
+    case, masks = pruned(architecture, layers=1 if how == "whole" else 2)
+    eager = copy.deepcopy(case.model)
+    theirs = NMMasks(masks, model=eager)
+    counting = Counting(masks)
+    if how == "whole":
+        case.model.compile(backend=counting)
+    else:
+        sylva_compile.compile_layers(case.model, counting)
+    one, other = (torch.optim.AdamW(m.parameters(), lr=0.01) for m in (case.model, eager))
+    graphs = []
+    for step in range(6):
+        if step == 4:
+            for model, optimizer in ((case.model, one), (eager, other)):
+                added = sylva_compile.add_low_rank(model, 4, generator=torch.Generator().manual_seed(1))
+                optimizer.add_param_group({"params": added})
+        found, wanted = gradients(case.model, case.batch), gradients(eager, case.batch)
+        assert_same(found, wanted)
+        one.step(), other.step()
+        masks.change_masks(), theirs.change_masks()
+        graphs.append(counting.graphs)
+    first = graphs[0]
+    assert graphs[:4] == [first] * 4
+    assert first < graphs[4] == graphs[5] <= 2 * first
+    assert_same(case.model.state_dict(), eager.state_dict())
+
+
+def test_inductor_and_float32_agree() -> None:
+    model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8))
+    masks = sylva_compile.prune_masks(model)
+    masks.embed()
+    sylva_compile.add_low_rank(model, 2)
+    x = torch.randn(2, 5, 16)
+
+    def gradients_of() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted = gradients_of()
+    model.compile(backend=sylva_compile.backend(masks))
+    assert_same(gradients_of(), wanted, rtol=1e-4, atol=1e-5)
+
+
+class Broken(nn.Module):
+    """A layer with graph breaks on both sides of its linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x).relu()
+        torch._dynamo.graph_break()
+        x = self.outer(x)
+        torch._dynamo.graph_break()
+        return x.sum()
+
+
+def test_a_graph_break_changes_nothing() -> None:
+    model = Broken().double()
+    masks = sylva_compile.prune_masks(model)
+    masks.embed()
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    model(x).backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None} | {"x": x.grad}
+    # The second mask matters here: the exact input gradient is another one.
+    exact = copy.deepcopy(model)
+    for module in exact.children():
+        module._nm_layout.double = False  # type: ignore[union-attr]
+    x.grad = None
+    exact(x).backward()
+    assert x.grad is not None and wanted["x"] is not None
+    assert (x.grad - wanted["x"]).abs().max() > 0.1 * wanted["x"].abs().max()
+    x.grad = None
+    model.zero_grad()
+    counting = Counting(masks)
+    model.compile(backend=counting)
+    model(x).backward()
+    assert counting.graphs > 1
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert_same(found | {"x": x.grad}, wanted)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_edit_by_hand_reaches_both_passes(compiled: bool) -> None:
+    case, masks = pruned("gpt2")
+    if compiled:
+        case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
+    gradients(case.model, case.batch)
+    for values in masks.parameters():
+        with torch.no_grad():
+            values.mul_(1.5)
+        values.data.add_(0.01)
+    # A copy made from the dense weights has nothing that could be stale.
+    fresh = tiny("gpt2", layers=1).model.double()
+    fresh.load_state_dict(case.model.state_dict())
+    others = NMMasks(masks, config=masks.config)
+    others.embed(fresh)
+    others.load_state_dict(masks.state_dict())
+    assert_same(gradients(case.model, case.batch), gradients(fresh, case.batch))
+
+
+def test_a_change_between_forward_and_backward_is_refused() -> None:
+    case, masks = pruned()
+    loss = case.model(**case.batch).loss
+    masks.change_masks()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_dense_weight_cannot_be_read_or_replaced() -> None:
+    case, masks = pruned()
+    name = next(iter(masks))
+    module = case.model.get_submodule(name.removesuffix(".weight"))
+    for act in (lambda: module.weight, lambda: setattr(module, "weight", nn.Parameter(torch.zeros(2)))):
+        with pytest.raises(EmbedError, match=f"{name} is pruned 2:4 and has no dense weight"):
+            act()
+
+
+def test_state_dicts_are_those_of_the_dense_model(tmp_path: Path) -> None:
+    case, masks = pruned(dtype=torch.float32)
+    dense = tiny("llama", layers=1).model
+    assert list(case.model.state_dict()) == list(dense.state_dict())
+    torch.optim.AdamW(masks.parameters(), lr=0.1).step()
+    gradients(case.model, case.batch)
+    torch.optim.SGD(case.model.parameters(), lr=0.1).step()
+    case.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same(dict(loaded.state_dict()), dict(case.model.state_dict()))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**case.batch).loss, case.model(**case.batch).loss)
+    for name, mask in masks.items():
+        assert not loaded.get_parameter(name)[~mask.dense()].any()
+    again, _ = pruned(dtype=torch.float32)
+    again.model.load_state_dict(loaded.state_dict())
+    assert_same(dict(again.model.state_dict()), dict(case.model.state_dict()))
+
+
+def test_a_dense_state_dict_is_refused_before_anything_changes() -> None:
+    case, masks = pruned(dtype=torch.float32)
+    before = {name: value.clone() for name, value in case.model.state_dict().items()}
+    name = next(iter(masks))
+    with pytest.raises(RuntimeError, match="not zero outside of its mask"):
+        case.model.load_state_dict({name: torch.ones(masks[name].shape)}, strict=False)
+    assert_same(dict(case.model.state_dict()), before)
+    with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
+        case.model.load_state_dict({key: value for key, value in before.items() if key != name})
+
+
+def test_masks_are_saved_and_bound_again(tmp_path: Path) -> None:
+    case, masks = pruned()
+    masks.save(tmp_path / "masks.safetensors")
+    loaded = NMMasks.load(tmp_path / "masks.safetensors")
+    assert loaded.config["m"] == 4 and loaded.double and loaded.model is None
+    assert all(loaded[name].same_as(mask) for name, mask in masks.items())
+    loaded.embed(case.model)
+    with pytest.raises(EmbedError, match="pruned by other masks"):
+        NMMasks(masks, double=False).embed(case.model)
+    with pytest.raises(MaskError, match="this model lacks"):
+        loaded.embed(tiny("gpt2").model)
+    with pytest.raises(MaskError, match="not bound"):
+        pickle.loads(pickle.dumps(masks)).parameters()
+    (tmp_path / "other").write_bytes(b"nothing")
+    for path in ("other", "none"):
+        with pytest.raises(MaskError, match=path):
+            NMMasks.load(tmp_path / path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_a_resumed_training_is_the_undisturbed_one(dtype: torch.dtype, ranks: int | None) -> None:
+    def made() -> tuple[Case, MaskChange, Any]:
+        case, masks = pruned(dtype=dtype)
+        if ranks is not None:
+            sylva_compile.add_low_rank(case.model, ranks)
+        return case, MaskChange(masks, every=2), torch.optim.AdamW(case.model.parameters(), lr=0.01)
+
+    def train(case: Case, schedule: MaskChange, optimizer: Any) -> None:
+        for _ in range(3):
+            gradients(case.model, case.batch)
+            optimizer.step()
+            schedule.step()
+
+    once = made()
+    train(*once)
+    file = io.BytesIO()
+    torch.save([each.state_dict() for each in (once[0].model, *once[1:])], file)
+    train(*once)
+    torch.manual_seed(3)
+    again = made()
+    file.seek(0)
+    for each, state in zip((again[0].model, *again[1:]), torch.load(file), strict=True):
+        each.load_state_dict(state)
+    train(*again)
+    for one, other in zip(once[0].model.parameters(), again[0].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert once[1].steps == again[1].steps == 6
+
+
+def test_copies_and_pickles_are_models_of_their_own() -> None:
+    case, masks = pruned()
+    sylva_compile.add_low_rank(case.model, 2)
+    wanted = gradients(case.model, case.batch)
+    for twin in (copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))):
+        assert_same(gradients(twin, case.batch), wanted)
+        NMMasks(masks).embed(twin)
+        with torch.no_grad():
+            NMMasks(masks, model=twin).parameters()[0].zero_()
+    assert_same(gradients(case.model, case.batch), wanted)
+
+
+def test_values_stay_wide_when_the_model_is_narrowed() -> None:
+    case, masks = pruned(dtype=torch.float32)
+    sylva_compile.add_low_rank(case.model, 2)
+    before = [values.detach().clone() for values in masks.parameters()]
+    case.model.bfloat16()
+    for values, old in zip(masks.parameters(), before, strict=True):
+        assert values.dtype == torch.float32 and torch.equal(values, old)
+    assert case.model.state_dict()[next(iter(masks))].dtype == torch.bfloat16
+    assert case.model(**case.batch).logits.dtype == torch.bfloat16
+    case.model.double()
+    assert {values.dtype for values in masks.parameters()} == {torch.float64}
+    case.model(**case.batch).loss.backward()
+    with pytest.raises(EmbedError, match=r"computes in torch\.float64 and is given torch\.float32"):
+        case.model.get_submodule("model.layers.0.mlp.up_proj")(torch.ones(1, 32))
+
+
+def test_trainings_around_it_work() -> None:
+    case, masks = pruned(dtype=torch.float32)
+    wanted = gradients(case.model, case.batch)
+    half = {name: value[:2] for name, value in case.batch.items()}, {n: v[2:] for n, v in case.batch.items()}
+    case.model.zero_grad()
+    for part in half:
+        (case.model(**part).loss / 2).backward()
+    accumulated = {name: p.grad.clone() for name, p in case.model.named_parameters() if p.grad is not None}
+    assert_same(accumulated, wanted, rtol=1e-4, atol=1e-6)
+    checkpoint(case.model)
+    assert_same(gradients(case.model, case.batch), wanted)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.0)
+    case.model.zero_grad()
+    scaler.scale(case.model(**case.batch).loss).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(case.model.parameters(), 1e9)
+    assert float(norm) == pytest.approx(float(torch.stack([g.norm() for g in wanted.values()]).norm()), rel=1e-4)
+    scaler.step(optimizer)
+    assert all(values.grad is not None for values in masks.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_computes_as_the_dense_model_does(compiled: bool) -> None:
+    model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8))
+    dense = copy.deepcopy(model)
+    masks = sylva_compile.prune_masks(model, double=False)
+    masks.embed()
+    dense.load_state_dict(model.state_dict())
+    if compiled:
+        model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
+    x = torch.randn(5, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, wanted = model(x), dense(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    found.float().square().sum().backward(), wanted.float().square().sum().backward()
+    for name, values in zip(masks, masks.parameters(), strict=True):
+        gradient = dense.get_parameter(name).grad
+        assert gradient is not None and values.grad is not None and values.dtype == torch.float32
+        layout = masks.modules()[name]._nm_layout
+        torch.testing.assert_close(values.grad, layout.read(gradient), rtol=2e-2, atol=5e-2)
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.words = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(8, 8)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+def test_a_shared_weight_has_one_set_of_values() -> None:
+    model = Shared().double()
+    masks = sylva_compile.prune_masks(model)
+    assert list(masks) == ["one.weight"]
+    masks.embed()
+    sylva_compile.add_low_rank(model, 2)
+    assert model.one.weight_values is model.two.weight_values
+    x = torch.randn(3, 8, dtype=torch.float64)
+    model(x).sum().backward()
+    dense = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+    state = {key: value for key, value in model.state_dict().items() if "left" not in key and "right" not in key}
+    dense.load_state_dict({k.replace("one", "0").replace("two", "1"): v for k, v in state.items() if "words" not in k})
+    torch.testing.assert_close(dense(x), model(x))
+    sylva_compile.fold_low_rank(model)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(x), model(x))
+    sylva_compile.unprune(model)
+    assert model.one.weight is model.two.weight and type(model.one) is nn.Linear
+    torch.testing.assert_close(dense(x), model(x))
+
+
+class Odd(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def test_weights_that_cannot_be_pruned_are_refused_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    tied = Shared()
+    tied.words.weight = tied.one.weight
+    with pytest.raises(ScopeError, match=r"one\.weight is the weight of a Embedding"):
+        sylva_compile.prune_masks(tied)
+    with pytest.raises(ScopeError, match=r"0\.weight is the weight of a Odd"):
+        sylva_compile.prune_masks(nn.Sequential(Odd(8, 8)))
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 8))
+    with pytest.raises(ScopeError, match=r"0\.weight is \(6, 8\), and m=4 does not divide it"):
+        sylva_compile.prune_masks(model, scope=["0", "2"])
+    assert list(sylva_compile.prune_masks(model)) == ["2.weight"]
+    assert "2 weights stay dense, since m=4 does not divide their sizes: 0.weight, 1.weight" in caplog.text
+    assert list(sylva_compile.prune_masks(model, double=False)) == ["0.weight", "2.weight"]
+    blocks = nn.Sequential(nn.Linear(8, 8))
+    sylva_compile.Masks.from_block_maps(blocks, {"0.weight": torch.ones(1, 1, dtype=torch.bool)}, 8).embed()
+    with pytest.raises(EmbedError, match=r"0\.weight carries blocks"):
+        sylva_compile.prune_masks(blocks)
+
+
+def test_an_optimizer_from_before_is_refused() -> None:
+    case = tiny("llama")
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    masks = sylva_compile.prune_masks(case.model)
+    masks.embed()
+    case.model(**case.batch).loss.backward()
+    with pytest.raises(EmbedError, match=r"holds model\.layers\.0\.self_attn\.q_proj\.weight from before"):
+        optimizer.step()
+    torch.optim.SGD(case.model.parameters(), lr=0.1).step()
+
+
+def test_semi_structured_weights_are_refused_where_torch_has_none() -> None:
+    case, _ = pruned(dtype=torch.float32)
+    with pytest.raises(EmbedError, match="export\n? ?form='dense'"):
+        sylva_compile.export_pruned(case.model, "semi-structured")
+    with pytest.raises(EmbedError, match="no pruned weights"):
+        sylva_compile.export_pruned(tiny("llama").model)
