@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def compile_layers(model: nn.Module, backend: str | Callable[..., Any], **options: Any) -> int:
-    """Compile, in place, each layer of `model` that holds trained blocks or pruned weights; the rest of the model stays uncompiled.
+    """Compile, in place, each layer of `model` that holds trained blocks or pruned weights; the rest stays uncompiled.
 
     Layers run the same code, so they share compiled graphs, and compiling costs about as much as one layer does. A
     model without a list of layers is compiled whole, in place.

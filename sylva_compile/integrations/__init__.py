@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from sylva_compile.integrations.trainer import BlocksTrainerMixin
     from sylva_compile.integrations.trainer_callback import BlocksCallback
 
-__all__ = ["BlocksCallback", "BlocksState", "BlocksTrainerMixin", "LowRankCallback", "register_blocks_for_checkpointing"]
+__all__ = [
+    "BlocksCallback",
+    "BlocksState",
+    "BlocksTrainerMixin",
+    "LowRankCallback",
+    "register_blocks_for_checkpointing",
+]
 
 _MODULES = {
     "BlocksCallback": "trainer_callback",

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def column_dtype(size: int) -> torch.dtype:
+    """Return the narrowest dtype for the columns of a matrix with `size` of them: int16 or int32."""
+    return torch.int16 if size <= 1 << 15 else torch.int32
+
+
 def nm_mm_reference(x: Tensor, values: Tensor, columns: Tensor, in_features: int, transposed: bool) -> Tensor:
     """Return the product by way of the dense matrix, as an oracle. Arguments as those of `nm_mm`."""
     dense = values.new_zeros((values.shape[0], in_features)).scatter_(1, columns.long(), values)

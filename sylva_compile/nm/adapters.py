@@ -135,5 +135,7 @@ def fold_low_rank(model: nn.Module) -> nn.Module:
             del owner._parameters[LEFT]
             owner._parameters[VALUES], owner._parameters[RIGHT] = both, right
     if pruned_now:
-        log.warning("%d adapters were pruned when they were folded: this is another model than was trained.", pruned_now)
+        log.warning(
+            "%d adapters were pruned when they were folded: this is another model than was trained.", pruned_now
+        )
     return model

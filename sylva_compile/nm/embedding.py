@@ -11,12 +11,12 @@ from sylva_compile.blocks.scope import input_axis, is_conv1d, named_weights, own
 from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.errors import EmbedError, ScopeError
 from sylva_compile.kernels.blocks import block_dtype
+from sylva_compile.kernels.nm_mm import column_dtype
 from sylva_compile.nm.averaging import forget_replaced, note_carried, note_replaced
 from sylva_compile.nm.layout import NMLayout
 from sylva_compile.nm.low_rank import LEFT, RIGHT
 from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.module import VALUES, NMModule, dense_weight, nm_class
-from sylva_compile.nm.pattern import column_dtype
 
 
 def nm_modules(model: nn.Module) -> dict[str, Any]:
@@ -119,4 +119,3 @@ def unembed(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> No
             del module.__dict__["_nm_layout"], module.__dict__["_nm_low_rank"]
             module.__class__ = module._nm_base
             module.register_parameter("weight", weight)
-

@@ -25,7 +25,8 @@ def merged_weight(module: Any) -> Tensor:
     right = module._parameters[RIGHT].detach()
     # L Rt is [in, out], as Conv1D stores weights.
     change = dense_left(module).to(right.dtype) @ right / low_rank.rank
-    return (weight.to(right.dtype) + (change.t() if layout.input_axis == 1 else change)).to(weight.dtype)
+    merged: Tensor = weight.to(right.dtype) + (change.t() if layout.input_axis == 1 else change)
+    return merged.to(weight.dtype)
 
 
 def unprune(model: nn.Module) -> nn.Module:

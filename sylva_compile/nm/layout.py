@@ -79,7 +79,7 @@ class NMLayout:
 
     @torch.no_grad()
     def check_fits(self, weight: Tensor) -> None:
-        """Raise MaskError unless `weight`, as stored, has the shape of this one and zeros outside of the kept places."""
+        """Raise MaskError unless `weight`, as stored, has this shape, and zeros outside of the kept places."""
         if tuple(weight.shape) != self.shape:
             raise MaskError(f"{self.name} is {self.shape}, and is given values of shape {tuple(weight.shape)}.")
         if int(weight.count_nonzero()) != int(self.read(weight).count_nonzero()):

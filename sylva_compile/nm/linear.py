@@ -25,7 +25,8 @@ class _NMLinear(torch.autograd.Function):
         """Return `x (W∘R)ᵀ`, `[T, out]`."""
         ctx.save_for_backward(x, values, columns, rows, slots)
         ctx.n, ctx.m = n, m
-        return nm_mm(x, values.to(x.dtype), columns, x.shape[1], False)
+        out: Tensor = nm_mm(x, values.to(x.dtype), columns, x.shape[1], False)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

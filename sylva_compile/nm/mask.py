@@ -65,4 +65,3 @@ class NMMask:
         """Whether both keep the same values of weights of one shape."""
         mine, theirs = (self.shape, self.n, self.m, self.input_axis), (other.shape, other.n, other.m, other.input_axis)
         return mine == theirs and torch.equal(self.columns, other.columns)
-

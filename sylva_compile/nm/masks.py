@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.errors import EmbedError, MaskError
 from sylva_compile.nm.embedding import embed, nm_modules
+from sylva_compile.nm.layout import NMLayout
 from sylva_compile.nm.low_rank import LEFT, RIGHT
 from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.mask_file import read_masks, write_masks
@@ -63,7 +64,7 @@ class NMMasks(Mapping[str, NMMask]):
         return self._model() if self._model is not None else None
 
     def bind(self, model: nn.Module) -> None:
-        """Bind to `model` after checking that every masked weight is there in its shape, pruned by these masks or whole.
+        """Bind to `model` after checking that every masked weight is there in its shape, whole or pruned by these.
 
         Raises:
             MaskError: the model lacks a masked weight or has it in another shape.
@@ -166,7 +167,9 @@ class NMMasks(Mapping[str, NMMask]):
             for key, value in saved.items():
                 target = places[key] if key in places else parameters.get(key)
                 if target is None or target.shape != value.shape:
-                    raise MaskError(f"{name} has no {key} of shape {tuple(value.shape)}; add its adapter before loading.")
+                    raise MaskError(
+                        f"{name} has no {key} of shape {tuple(value.shape)}; add its adapter before loading."
+                    )
         for name, saved in state_dict.items():
             layout, parameters = modules[name]._nm_layout, modules[name]._parameters
             places = {"rows": layout.rows, "slots": layout.slots}
@@ -207,5 +210,5 @@ class NMMasks(Mapping[str, NMMask]):
 
 
 def _density(module: Any) -> float:
-    layout = module._nm_layout
+    layout: NMLayout = module._nm_layout
     return int((layout.slots != OUTSIDE).sum()) / (layout.out_features * layout.in_features)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sylva_compile.errors import ArgumentError
+from sylva_compile.kernels.nm_mm import column_dtype
 
 OUTSIDE = 255
 """The slot of a place that carries no value."""
@@ -18,11 +19,6 @@ def check_pattern(n: int, m: int) -> None:
     whole = all(isinstance(size, int) and not isinstance(size, bool) for size in (n, m))
     if not whole or not 1 <= n < m <= 256:
         raise ArgumentError(f"n={n!r}, m={m!r}; use integers with 1 <= n < m <= 256, such as n=2, m=4.")
-
-
-def column_dtype(size: int) -> torch.dtype:
-    """Return the narrowest dtype that `nm_mm` reads for columns of a matrix with `size` of them."""
-    return torch.int16 if size <= 1 << 15 else torch.int32
 
 
 @torch.no_grad()

@@ -71,4 +71,3 @@ def prune_masks(
         "base": base_fingerprint(weights[name] for name in masks),
     }
     return NMMasks(masks, model=model, double=double, config=config)
-

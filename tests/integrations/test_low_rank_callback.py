@@ -48,7 +48,9 @@ def test_a_resumed_training_is_the_undisturbed_one(dtype: torch.dtype, tmp_path:
     wanted = values(once.model)
     assert "model.layers.0.mlp.up_proj.weight_left" in wanted
     assert wanted["model.layers.0.mlp.up_proj.weight_right"].any()
-    assert any(p is once.model.model.layers[0].mlp.up_proj.weight_left for p in once.optimizer.param_groups[0]["params"])
+    assert any(
+        p is once.model.model.layers[0].mlp.up_proj.weight_left for p in once.optimizer.param_groups[0]["params"]
+    )
     for stop in (FIRST - 1, FIRST, FIRST + 1):
         checkpoint = tmp_path / f"checkpoint-{stop}"
         again = made(tmp_path / str(stop), dtype, checkpoint)

@@ -43,7 +43,7 @@ def test_weights_pruned_after_wrapping_are_refused(compiled: bool) -> None:
     masks.embed()
     if compiled:
         model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
-    with pytest.raises(EmbedError, match=r"0\.weight: DistributedDataParallel wrapped the model before"):
+    with pytest.raises(EmbedError, match=r"one\.weight: DistributedDataParallel wrapped the model before"):
         wrapped(batch)
 
 
@@ -55,5 +55,5 @@ def test_late_adapters_need_a_group() -> None:
     with pytest.raises(EmbedError, match="give its process_group"):
         sylva_compile.add_low_rank(wrapped, 2)
     sylva_compile.add_low_rank(model, 2)
-    with pytest.raises(EmbedError, match=r"0\.weight: DistributedDataParallel wrapped"):
+    with pytest.raises(EmbedError, match=r"one\.weight: DistributedDataParallel wrapped"):
         wrapped(batch)

@@ -1,6 +1,6 @@
 """SLoPe's equations for one linear layer, dense, in float64, with masks by loops: what the tests hold pruned layers to.
 
-    Y = X (W∘R)ᵀ + bias + (X L Rt) / r,    gX = gY (W∘R∘C) + ((gY Rtᵀ) Lᵀ) / r,    gW = (gYᵀ X)∘R
+Y = X (W∘R)ᵀ + bias + (X L Rt) / r,    gX = gY (W∘R∘C) + ((gY Rtᵀ) Lᵀ) / r,    gW = (gYᵀ X)∘R
 """
 
 from dataclasses import dataclass, field
