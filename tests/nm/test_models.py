@@ -167,12 +167,38 @@ def test_an_edit_by_hand_reaches_both_passes(compiled: bool) -> None:
     assert_same(gradients(case.model, case.batch), gradients(fresh, case.batch))
 
 
-def test_a_change_between_forward_and_backward_is_refused() -> None:
-    case, masks = pruned()
-    loss = case.model(**case.batch).loss
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_change_between_forward_and_backward_is_refused(compiled: bool) -> None:
+    model = Net()
+    masks = sylva_compile.prune_masks(model)
+    masks.embed()
+    if compiled:
+        model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
+    loss = model(torch.randn(3, 16)).sum()
     masks.change_masks()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_freezing_makes_no_constants_of_values() -> None:
+    model, x = Net(), torch.randn(3, 16)
+    masks = sylva_compile.prune_masks(model)
+    compiled = torch.compile(model, backend=sylva_compile.backend(masks), options={"freezing": True})
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), model(x))
+            masks.parameters()[0].mul_(2.0)
+
+
+def test_a_state_dict_is_copied_even_if_it_is_to_be_assigned() -> None:
+    model = Shared()
+    masks = sylva_compile.prune_masks(model)
+    masks.embed()
+    state = {name: value * 2 for name, value in model.state_dict().items()}
+    before = masks.parameters()[0]
+    model.load_state_dict(state, assign=True)
+    assert model.one.weight_values is model.two.weight_values is before
+    assert_same(dict(model.state_dict()), state)
 
 
 def test_the_dense_weight_cannot_be_read_or_replaced() -> None:
@@ -405,6 +431,10 @@ def test_weights_that_cannot_be_pruned_are_refused_by_name(caplog: pytest.LogCap
     assert list(sylva_compile.prune_masks(model)) == ["2.weight"]
     assert "2 weights stay dense, since m=4 does not divide their sizes: 0.weight, 1.weight" in caplog.text
     assert list(sylva_compile.prune_masks(model, double=False)) == ["0.weight", "2.weight"]
+    hooked = nn.Sequential(nn.Linear(8, 8))
+    hooked[0].forward = hooked[0].forward  # as accelerate does to dispatch modules
+    with pytest.raises(ScopeError, match=r"0\.weight is the weight of a Linear, which computes otherwise"):
+        sylva_compile.prune_masks(hooked)
     blocks = nn.Sequential(nn.Linear(8, 8))
     sylva_compile.Masks.from_block_maps(blocks, {"0.weight": torch.ones(1, 1, dtype=torch.bool)}, 8).embed()
     with pytest.raises(EmbedError, match=r"0\.weight carries blocks"):
@@ -419,7 +449,11 @@ def test_an_optimizer_from_before_is_refused() -> None:
     case.model(**case.batch).loss.backward()
     with pytest.raises(EmbedError, match=r"holds model\.layers\.0\.self_attn\.q_proj\.weight from before"):
         optimizer.step()
-    torch.optim.SGD(case.model.parameters(), lr=0.1).step()
+    pruned_one = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    pruned_one.step()
+    sylva_compile.unprune(case.model)
+    with pytest.raises(EmbedError, match="made dense again"):
+        pruned_one.step()
 
 
 def test_semi_structured_weights_are_refused_where_torch_has_none() -> None:
