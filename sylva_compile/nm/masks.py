@@ -1,5 +1,6 @@
 """`NMMasks`: the N:M masks of a model's weights."""
 
+import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.errors import EmbedError, MaskError
 from sylva_compile.nm.embedding import embed, nm_modules
@@ -18,6 +20,8 @@ from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.mask_file import read_masks, write_masks
 from sylva_compile.nm.module import VALUES, values_of
 from sylva_compile.nm.pattern import OUTSIDE
+
+log = logging.getLogger(__name__)
 
 
 class NMMasks(Mapping[str, NMMask]):
@@ -114,8 +118,24 @@ class NMMasks(Mapping[str, NMMask]):
         model = self._require_model() if model is None else model
         self.bind(model)
         if not nm_modules(model):
+            self._compare_base(model)
             embed(model, self._masks, double=self.double)
         return model
+
+    def _compare_base(self, model: nn.Module) -> None:
+        """Log a warning if the weights are others than those that the masks were chosen for, and lose large values."""
+        weights, wanted = named_weights(model), self.config.get("base")
+        if wanted is None or base_fingerprint(weights[name] for name in self) == wanted:
+            return
+        for name, mask in self.items():
+            # A pruned model that goes on has the same masks by magnitude, since all else is zero.
+            if not NMMask.by_magnitude(weights[name], mask.n, mask.m, mask.input_axis).same_as(mask):
+                log.warning(
+                    "These masks were chosen for other weights than this model's, and would not keep their largest "
+                    "values (%s first); call prune_masks again unless that is what you want.",
+                    name,
+                )
+                return
 
     def modules(self) -> dict[str, Any]:
         """Return the pruned modules of the bound model by weight name; prune it if need be."""
