@@ -35,6 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from sylva_compile.blocks.base_warnings import not_shareable
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import note_wrapper
+from sylva_compile.kernels.gate import is_closed
 
 _live: "weakref.WeakKeyDictionary[BlockState, None]" = weakref.WeakKeyDictionary()
 _changes = 0
@@ -194,6 +195,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                 state.check_enabled()
     for state in states:
         state.sync()
+        if is_closed(state.layout.gate):
+            # Under DistributedDataParallel its gradient is an average of zeros, with which optimizers would decay it.
+            state.blocks.grad = None
         state.had_gradient = state.blocks.grad is not None
 
 
