@@ -14,6 +14,7 @@ from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import check_not_wrapped
 from sylva_compile.blocks.embedded_module import EmbeddedModule, embedded_class
+from sylva_compile.blocks.partitioned import check_not_parallelized
 from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
 from sylva_compile.errors import EmbedError
 
@@ -119,9 +120,10 @@ def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] |
 
 
 def _owners(model: nn.Module, name: str, weight: nn.Parameter) -> _Owners:
-    """Return the modules that hold `weight`. Raises EmbedError where one has no room for the blocks."""
+    """Return the modules that hold `weight`. Raises EmbedError where one has no room for blocks, or is parallelized."""
     owners = list(owners_of(model, weight))
     for module, attribute in owners:
+        check_not_parallelized(name, module)
         if hasattr(module, attribute + SUFFIX):
             raise EmbedError(f"{name}: its module has a {attribute + SUFFIX} of its own; leave it out of the scope.")
     return owners

@@ -35,6 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from sylva_compile.blocks.base_warnings import not_shareable
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import note_wrapper
+from sylva_compile.blocks.partitioned import is_dtensor, not_parallel
 from sylva_compile.kernels.gate import is_closed
 
 _live: "weakref.WeakKeyDictionary[BlockState, None]" = weakref.WeakKeyDictionary()
@@ -169,7 +170,12 @@ def _write_sources(names: list[str]) -> None:
 
 
 def _on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
-    """Refuse a dense weight that moves into another module, where its blocks would never be trained."""
+    """Refuse a dense weight that moves into another module, where its blocks would never be trained.
+
+    And refuse the DTensor that tensor parallelism registers in place of a dense weight.
+    """
+    if is_dtensor(parameter) and (own := module.__dict__.get("_sylva_states", {}).get(name)) is not None:
+        raise not_parallel(own.name)
     state = None if parameter is None else state_of_weight(parameter)
     if state is None or any(module is owner for owner, _ in state.owners()):
         return

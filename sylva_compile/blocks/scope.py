@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile._torch import is_traceable_wrapper_subclass
+from sylva_compile.blocks.partitioned import check_not_partitioned
 from sylva_compile.config import Scope
 from sylva_compile.errors import ScopeError
 
@@ -143,6 +144,7 @@ def _hint(scope: Scope, layers: Sequence[str]) -> str:
 
 def check_weight(name: str, weight: Tensor | None) -> None:
     """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory that autograd can follow."""
+    check_not_partitioned(name, weight)
     if not isinstance(weight, nn.Parameter) or is_traceable_wrapper_subclass(weight):
         kind = "" if weight is None else f" but a {type(weight.data).__name__}"
         raise ScopeError(
