@@ -1,4 +1,4 @@
-"""Run a script in two processes: `run` starts them and waits for them, `process_group` connects them."""
+"""Run a script in two processes, or in more: `run` starts them and waits for them, `process_group` connects them."""
 
 import os
 import subprocess
@@ -11,13 +11,13 @@ import torch.distributed as dist
 
 
 @contextmanager
-def process_group(rank: int, store: str) -> Iterator[dist.ProcessGroup]:
-    """Yield the group of two ranks that meet at the file `store`; the process exits at the end of the block.
+def process_group(rank: int, store: str, ranks: int = 2) -> Iterator[dist.ProcessGroup]:
+    """Yield the group of all ranks that meet at the file `store`; the process exits at the end of the block.
 
     It exits without destructors: Gloo's holds the interpreter's lock while it waits for its threads, and a thread may
     need that lock to release its last work (https://github.com/pytorch/pytorch/issues/56297). One run in ten hung.
     """
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     assert dist.group.WORLD is not None
     yield dist.group.WORLD
     # Neither rank exits while the other still waits for its messages.
@@ -27,18 +27,22 @@ def process_group(rank: int, store: str) -> Iterator[dist.ProcessGroup]:
     os._exit(0)
 
 
-def run(script: str, *arguments: str | Path, timeout: float = 300) -> list[str]:
-    """Run `python SCRIPT RANK *arguments` for ranks 0 and 1; return the output of each. Neither outlives the call."""
+def run(script: str, *arguments: str | Path, ranks: int = 2, timeout: float = 300) -> list[str]:
+    """Run `python SCRIPT RANK *arguments` for every rank; return the output of each. None outlives the call."""
     path = Path(__file__).parent / script
-    ranks = [
-        subprocess.Popen([sys.executable, path, str(rank), *arguments], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
+    # One thread a rank: more would wait for each other on a small machine.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, path, str(rank), *arguments], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for rank in range(ranks)
     ]
     try:
-        printed = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+        printed = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert [rank.returncode for rank in ranks] == [0, 0]
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in processes] == [0] * ranks
     return printed
