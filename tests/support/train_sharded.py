@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,6 +23,7 @@ from two_ranks import process_group
 import sylva_compile
 from sylva_compile import Masks
 from sylva_compile.blocks.embed import block_states
+from sylva_compile.blocks.shards import whole
 from sylva_compile.errors import EmbedError, GradientError, TraceError
 from sylva_compile.optim import AdamW, Muon
 from sylva_compile.schedules import MovingBlocks
@@ -248,6 +249,18 @@ def adapters(how: str, directory: Path) -> None:
         torch.testing.assert_close(sharded.loss(), alone.loss(sharded.ids))
 
 
+def state_dicts(how: str) -> None:
+    """The state dict of all values goes into another sharded model, and its blocks follow."""
+    first, other = Training(how), Training(how)
+    first.train(sgd(first.masks))
+    wanted = first.weights()
+    given = dict(wanted) if dist.get_rank() == 0 else {}
+    set_model_state_dict(other.model, given, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    assert difference(other.weights(), wanted) == 0
+    for one, two in zip(first.masks.parameters(), other.masks.parameters(), strict=True):
+        assert torch.equal(whole(one), whole(two))
+
+
 def refusals(how: str) -> None:
     sharded = Training(how)
     optimizer = AdamW(sharded.masks.parameters(), lr=1e-2, nonfinite="raise")
@@ -297,6 +310,7 @@ def main(directory: Path) -> None:
         accumulated(how)
         in_bfloat16(how)
         edited_by_hand(how)
+        state_dicts(how)
         refusals(how)
     if ranks == 2:
         checkpointed("before")
