@@ -18,6 +18,9 @@ from sylva_compile.kernels.nm_mm import to_dense
 
 log = logging.getLogger(__name__)
 
+PER_THREAD = 1 << 20
+"""Products of two numbers that are worth waking up a thread."""
+
 _SIZES = (2, 4, 8)
 
 
@@ -52,7 +55,7 @@ def sparse_product(x: Tensor, values: Tensor, columns: Tensor, in_features: int)
     failed = library.sylva_nm_mm(
         *(x.data_ptr(), tokens, in_features, *x.stride()),
         *(values.data_ptr(), columns.data_ptr(), columns.dtype == torch.int32, rows, per_row),
-        *(torch.get_num_threads(), out.data_ptr()),
+        *(_threads(tokens * rows * per_row), out.data_ptr()),
     )
     _check(failed, in_features)
     return out
@@ -73,10 +76,14 @@ def dense_matrix(values: Tensor, columns: Tensor, in_features: int) -> Tensor:
     out = torch.empty((rows, in_features), dtype=values.dtype, device="cpu")
     failed = library.sylva_nm_dense(
         *(values.element_size(), values.data_ptr(), columns.data_ptr(), columns.dtype == torch.int32),
-        *(rows, per_row, in_features, torch.get_num_threads(), out.data_ptr()),
+        *(rows, per_row, in_features, _threads(rows * in_features), out.data_ptr()),
     )
     _check(failed, in_features)
     return out
+
+
+def _threads(work: int) -> int:
+    return max(1, min(torch.get_num_threads(), work // PER_THREAD))
 
 
 def _check(failed: int, in_features: int) -> None:
