@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sylva_compile.kernels.build.code_cache import cached
 from sylva_compile.kernels.build.native import processor
-from sylva_compile.kernels.nm import cpu, cuda
+from sylva_compile.kernels.nm import cpu, cuda, libraries
 from sylva_compile.kernels.nm_mm import column_dtype, nm_mm_reference
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,15 @@ def _faster(sparse: Literal["sparse", "cusparselt"], found: dict[str, float]) ->
 @functools.cache
 def times(product: Product, threads: int) -> dict[str, float]:
     """Return the seconds of the sparse and of the dense kernel, measured once on this machine for each class."""
-    key = "\0".join(["choice of an N:M product", cpu.source(), _machine(product.device), repr(product), str(threads)])
+    key = "\0".join(
+        [
+            "choice of an N:M product",
+            libraries.source("nm_mm.cpp"),
+            _machine(product.device),
+            repr(product),
+            str(threads),
+        ]
+    )
 
     def build() -> bytes:
         found = measure(product)

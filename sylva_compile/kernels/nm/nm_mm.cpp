@@ -224,27 +224,6 @@ int compute(const Problem& p, const C* columns, int threads) {
     return failed;
 }
 
-template <typename T, typename C>
-int fill(const T* values, const C* columns, int64_t rows, int64_t per_row, int64_t in_features, int threads, T* out) {
-    if (any_outside(columns, rows * per_row, in_features, threads)) return 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        T* to = out + row * in_features;
-        std::fill(to, to + in_features, T(0));
-        for (int64_t e = row * per_row; e < (row + 1) * per_row; ++e) to[columns[e]] = values[e];
-    }
-    return 0;
-}
-
-template <typename T>
-int fill_either(const void* values, const void* columns, int wide, int64_t rows, int64_t per_row, int64_t in_features,
-                int threads, void* out) {
-    const T* from = static_cast<const T*>(values);
-    T* to = static_cast<T*>(out);
-    return wide ? fill(from, static_cast<const int32_t*>(columns), rows, per_row, in_features, threads, to)
-                : fill(from, static_cast<const int16_t*>(columns), rows, per_row, in_features, threads, to);
-}
-
 }  // namespace
 
 // out [tokens, rows] = x [tokens, in_features] * W^T. values and columns: [rows, per_row], contiguous; columns are
@@ -256,14 +235,4 @@ extern "C" int sylva_nm_mm(const float* x, int64_t tokens, int64_t in_features, 
     const Problem p{x, tokens, in_features, token_stride, column_stride, values, rows, per_row, out};
     return wide ? compute(p, static_cast<const int32_t*>(columns), threads)
                 : compute(p, static_cast<const int16_t*>(columns), threads);
-}
-
-// out [rows, in_features] = W, dense. Elements are `bytes` wide: 2, 4 or 8; the rest as above.
-extern "C" int sylva_nm_dense(int bytes, const void* values, const void* columns, int wide, int64_t rows,
-                              int64_t per_row, int64_t in_features, int threads, void* out) {
-    switch (bytes) {
-        case 2: return fill_either<uint16_t>(values, columns, wide, rows, per_row, in_features, threads, out);
-        case 4: return fill_either<uint32_t>(values, columns, wide, rows, per_row, in_features, threads, out);
-        default: return fill_either<uint64_t>(values, columns, wide, rows, per_row, in_features, threads, out);
-    }
 }
