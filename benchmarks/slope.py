@@ -28,8 +28,9 @@ from benchmarks.report import print_table, write_results
 from sylva_compile.kernels.nm import cuda
 from sylva_compile.kernels.nm.choice import choose_kernel
 from sylva_compile.kernels.nm_mm import column_dtype, nm_mm, to_dense
+from sylva_compile.kernels.nm_sample import nm_sample
+from sylva_compile.kernels.nm_transpose import OUTSIDE, nm_transpose
 
-OUTSIDE = 255
 ROUNDING = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
 """The largest relative error of a product, by dtype."""
 
@@ -76,9 +77,7 @@ class Layer:
 
     def second(self) -> Tensor:
         """Gather the values of (W∘R∘C)ᵀ, `[in, out / m * n]`."""
-        inputs = torch.arange(self.rows.shape[0], device=self.rows.device)[:, None]
-        at = self.rows.long() * self.values.shape[1] + inputs // self.m * self.n + self.slots % OUTSIDE
-        return self.values.flatten()[at].masked_fill(self.slots == OUTSIDE, 0.0)
+        return nm_transpose(self.values, self.rows, self.slots, self.n, self.m)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x (W∘R)ᵀ`."""
@@ -90,7 +89,7 @@ class Layer:
 
     def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Return `gYᵀ X` at the places of R."""
-        return (gradient.t() @ x).gather(1, self.columns.long())
+        return nm_sample(gradient, x, self.columns)
 
     def state(self) -> list[Tensor]:
         """Return the tensors that a training keeps beside gradient and optimizer state."""
@@ -142,6 +141,8 @@ def time_row(layer: Layer, tokens: int, threads: int, repeats: int, device: str)
     assert torch.equal(twice, weight.where(twice != 0, 0)), "C keeps what R does not"
     check(layer.forward(x), x.double() @ weight.double().t(), dtype)
     check(layer.input_gradient(gradient, second), gradient.double() @ twice.double(), dtype)
+    exact = (gradient.double().t() @ x.double()).gather(1, layer.columns.long())
+    check(layer.weight_gradient(gradient, x), exact, dtype)
 
     dense_adam, sparse_adam = adam(weight.clone()), adam(layer.values.clone())
 

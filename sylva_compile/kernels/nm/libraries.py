@@ -71,7 +71,7 @@ def check(failed: int, size: int) -> None:
     if failed == 1:
         raise IndexError(f"A place of the N:M matrix lies outside of the {size} that there are.")
     if failed:
-        raise MemoryError("No memory for a panel of sylva::nm_mm.")
+        raise MemoryError("No memory for a panel of an N:M sparse matrix.")
 
 
 def _load(name: str) -> ctypes.CDLL | None:
