@@ -162,7 +162,8 @@ def time_row(layer: Layer, tokens: int, threads: int, repeats: int, device: str)
         "step dense": dense_step,
         "step sparse": sparse_step,
     }
-    if device == "cuda" and cuda.missing(outputs, inputs, layer.values.shape[1], dtype, x.device) is None:
+    is_there = device == "cuda" and cuda.missing(outputs, inputs, layer.values.shape[1], dtype, x.device) is None
+    if is_there and cuda.is_two_of_four(layer.columns):
         packed = cuda.compress(layer.values, layer.columns, inputs)
         check(nm_mm(x, *packed, inputs, False), x.double() @ weight.double().t(), dtype)
         turns["forward compressed"] = lambda: nm_mm(x, *packed, inputs, False)

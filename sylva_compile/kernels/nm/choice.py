@@ -36,7 +36,8 @@ class Choice:
     """The kernel of a product, and why.
 
     Attributes:
-        kernel: "sparse" (the compiled kernel of the CPU), "cusparselt", or "dense": the product with the dense matrix.
+        kernel: "sparse" (the compiled kernel of the CPU), "cusparselt" (where the columns are two of every four, which
+            a shape does not tell), or "dense": the product with the dense matrix.
         why: one line.
     """
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sylva_compile._torch import cslt_compress, cslt_sparse_mm, search_sparse_mm
+from sylva_compile import _torch
+from sylva_compile.errors import ArgumentError
 from sylva_compile.kernels.devices import current
 from sylva_compile.kernels.nm_mm import to_dense
 
@@ -19,7 +20,8 @@ _CAPABILITY = (8, 0)
 DEFAULT_ALGORITHM = (0, 1, -1)
 """The algorithm that torch takes by itself, and no splitting of the sum."""
 
-_found: dict[tuple[torch.Size, torch.Size, torch.dtype, torch.device], tuple[int, int, int]] = {}
+_patterns: dict[tuple[int, torch.Size, torch.dtype, torch.device], bool] = {}
+_algorithms: dict[tuple[torch.Size, torch.Size, torch.dtype, torch.device], tuple[int, int, int]] = {}
 
 
 def version() -> int | None:
@@ -50,22 +52,45 @@ def compress(values: Tensor, columns: Tensor, in_features: int) -> tuple[Tensor,
 
     Args:
         values: `[rows, in_features / 2]`, float16 or bfloat16, on a GPU.
-        columns: their columns, two in every group of four. A row that is not so becomes NaN: cuSPARSELt would drop
-            values from it, and looking at the result of a check would wait for the GPU.
+        columns: their columns, two in every group of four.
         in_features: the number of columns of W.
 
     Returns:
         The compressed matrix, `[rows, ...]`, and columns `[rows, 0]`.
+
+    Raises:
+        ArgumentError: the columns are not two in every group of four.
     """
+    if not is_two_of_four(columns):
+        raise ArgumentError("cuSPARSELt keeps 2 of every 4 values and would drop others; prune with n=2, m=4.")
+    return _compressed(values, columns, in_features), columns[:, :0]
+
+
+def is_two_of_four(columns: Tensor) -> bool:
+    """Return whether `columns [rows, p]` are two in every group of four, looked at once for each place in memory.
+
+    It waits for the GPU. While a CUDA graph is captured, which forbids that, columns not seen before count as others.
+    """
+    key = (columns.data_ptr(), columns.shape, columns.dtype, columns.device)
+    if key not in _patterns:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        _patterns[key] = bool(_in_their_groups(columns).all())
+    return _patterns[key]
+
+
+def _compressed(values: Tensor, columns: Tensor, in_features: int) -> Tensor:
+    # Memory that was looked at may hold columns of another pattern by now. NaN shows what would be dropped.
+    values = torch.where(_in_their_groups(columns), values, torch.nan)
     with current(values.device):
-        return cslt_compress(to_dense(checked(values, columns), columns, in_features)), columns[:, :0]
+        compressed: Tensor = _torch.cslt_compress(to_dense(values, columns, in_features))
+    return compressed
 
 
-def checked(values: Tensor, columns: Tensor) -> Tensor:
-    """Return `values [rows, p]`, with NaN in each row whose columns are not two in every group of four."""
+def _in_their_groups(columns: Tensor) -> Tensor:
+    """Return, bool `[rows, 1]`, whether the columns of a row are two in every group of four."""
     group = torch.arange(columns.shape[1], device=columns.device) // 2
-    inside = (torch.div(columns, 4, rounding_mode="floor") == group).all(dim=1, keepdim=True)
-    return torch.where(inside, values, torch.nan)
+    return (torch.div(columns, 4, rounding_mode="floor") == group).all(dim=1, keepdim=True)
 
 
 def compressed_product(x: Tensor, compressed: Tensor) -> Tensor:
@@ -74,8 +99,9 @@ def compressed_product(x: Tensor, compressed: Tensor) -> Tensor:
     if tokens == 0:
         return x.new_empty((0, compressed.shape[0]))
     padded = F.pad(x, (0, 0, 0, -tokens % _TOKEN_STEP)).contiguous()
+    # The private names are looked up here, so that the CPU's kernels do without them.
     with current(x.device):
-        product: Tensor = cslt_sparse_mm(
+        product: Tensor = _torch.cslt_sparse_mm(
             compressed, padded.t(), None, None, None, True, *_algorithm(compressed, padded)
         )
     return product[:tokens]
@@ -83,15 +109,15 @@ def compressed_product(x: Tensor, compressed: Tensor) -> Tensor:
 
 def packed_and_multiplied(x: Tensor, values: Tensor, columns: Tensor, in_features: int) -> Tensor:
     """Return `x · Wᵀ`, compressing W on the way; shapes as in `sylva_compile.kernels.nm_mm`."""
-    return compressed_product(x, compress(values, columns, in_features)[0])
+    return compressed_product(x, _compressed(values, columns, in_features))
 
 
 def _algorithm(compressed: Tensor, x: Tensor) -> tuple[int, int, int]:
     """Return cuSPARSELt's algorithm and its two options for a shape, searched for once in a process."""
     key = (compressed.shape, x.shape, x.dtype, x.device)
-    if key not in _found:
+    if key not in _algorithms:
         if torch.cuda.is_current_stream_capturing():
             # A search waits for the GPU, which a capture forbids.
             return DEFAULT_ALGORITHM
-        _found[key] = search_sparse_mm(compressed, x.t())
-    return _found[key]
+        _algorithms[key] = _torch.search_sparse_mm(compressed, x.t())
+    return _algorithms[key]

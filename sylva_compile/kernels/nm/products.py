@@ -41,7 +41,7 @@ def nm_mm_cuda(x: Tensor, values: Tensor, columns: Tensor, in_features: int, tra
             return cuda.compressed_product(x, values)
         shape = (x.shape[0], values.shape[0], in_features, values.shape[1])
         choice = choose_kernel(*shape, x.dtype, x.device, transposed=transposed)
-        if choice.kernel == "cusparselt":
+        if choice.kernel == "cusparselt" and cuda.is_two_of_four(columns):
             return cuda.packed_and_multiplied(x, values, columns, in_features)
         return nm_mm_reference(x, values, columns, in_features, transposed)
 

@@ -9,6 +9,7 @@ import torch
 from nm_operands import dense_twin, nm_operand
 from torch import Tensor
 
+from sylva_compile import _torch
 from sylva_compile.errors import ArgumentError
 from sylva_compile.kernels.nm import choice, cuda, products
 from sylva_compile.kernels.nm_mm import nm_mm_reference
@@ -25,10 +26,12 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    cuda._found.clear()
+    cuda._algorithms.clear()
+    cuda._patterns.clear()
     choice.times.cache_clear()
     yield
-    cuda._found.clear()
+    cuda._algorithms.clear()
+    cuda._patterns.clear()
     choice.times.cache_clear()
 
 
@@ -38,14 +41,15 @@ class StandIn:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.searched: list[tuple[int, ...]] = []
         self.options: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(cuda, "cslt_compress", self.compress)
-        monkeypatch.setattr(cuda, "cslt_sparse_mm", self.multiply)
-        monkeypatch.setattr(cuda, "search_sparse_mm", self.search)
+        monkeypatch.setattr(_torch, "cslt_compress", self.compress)
+        monkeypatch.setattr(_torch, "cslt_sparse_mm", self.multiply)
+        monkeypatch.setattr(_torch, "search_sparse_mm", self.search)
 
     def compress(self, dense: Tensor) -> Tensor:
         assert dense.dim() == 2 and dense.is_contiguous()
         groups = dense.unflatten(1, (-1, 4))
-        assert bool(((groups != 0).sum(2) <= 2).all()), "cuSPARSELt would drop values"
+        kept = ((groups != 0).sum(2) <= 2) | groups.isnan().any(2)
+        assert bool(kept.all()), "cuSPARSELt would drop values"
         return dense.clone()
 
     def multiply(
@@ -136,13 +140,33 @@ class TestProducts:
             assert found.shape == (tokens, 64) and found.is_contiguous()
             torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-2)
 
-    def test_a_row_of_another_pattern_is_nan(self, stand_in: StandIn) -> None:
+    def test_columns_of_another_pattern_are_multiplied_as_a_dense_matrix(
+        self, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         # As many values as at 2:4, but 4 of 8: cuSPARSELt would drop some of them.
+        values, columns = matrix(n=4, m=8)
+        monkeypatch.setattr(products, "choose_kernel", lambda *shape, transposed: choice.Choice("cusparselt", ""))
+        x = torch.ones(8, 128, dtype=torch.bfloat16)
+        found = products.nm_mm_cuda(x, values, columns, 128, False)
+        torch.testing.assert_close(found, nm_mm_reference(x, values, columns, 128, False))
+        with pytest.raises(ArgumentError, match="n=2, m=4"):
+            cuda.compress(values, columns, 128)
+
+    def test_memory_that_holds_another_pattern_now_gives_nan(self, stand_in: StandIn) -> None:
         values, columns = matrix()
+        x = torch.ones(8, 128, dtype=torch.bfloat16)
+        assert cuda.is_two_of_four(columns)
         columns[5, :4] = torch.arange(4)
-        found = cuda.checked(values, columns)
-        assert found[5].isnan().all() and not found[torch.arange(64) != 5].isnan().any()
-        assert found.dtype == values.dtype
+        assert cuda.is_two_of_four(columns), "it looks once"
+        found = cuda.packed_and_multiplied(x, values, columns, 128)
+        assert found[:, 5].isnan().all() and not found[:, torch.arange(64) != 5].isnan().any()
+
+    def test_nothing_is_looked_at_while_a_graph_is_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        _, columns = matrix()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not cuda.is_two_of_four(columns)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert cuda.is_two_of_four(columns)
 
     def test_an_algorithm_is_searched_once_for_each_shape(self, stand_in: StandIn) -> None:
         values, columns = matrix()
