@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.errors import EmbedError, MaskError
+from sylva_compile.kernels.nm_transpose import OUTSIDE
 from sylva_compile.nm.embedding import embed, nm_modules
 from sylva_compile.nm.layout import NMLayout
 from sylva_compile.nm.low_rank import LEFT, RIGHT
 from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.mask_file import read_masks, write_masks
 from sylva_compile.nm.module import VALUES, values_of
-from sylva_compile.nm.pattern import OUTSIDE
 
 log = logging.getLogger(__name__)
 
