@@ -37,6 +37,7 @@ from sylva_compile.compiler.retrace import update_layouts
 from sylva_compile.compiler.runtime_wrapper import RuntimeWrapper
 from sylva_compile.errors import ArgumentError, RewriteError
 from sylva_compile.nm.averaging import is_carried
+from sylva_compile.nm.embedding import nm_modules
 from sylva_compile.nm.masks import NMMasks
 from sylva_compile.passes.runner import run_passes
 from sylva_compile.passes.sample_weight_gradients import RewriteResult, sample_weight_gradients_pass
@@ -147,7 +148,8 @@ class Backend:
         """
         model = self._model()
         states = block_states(model) if model is not None else _by_unique_name(registry.live_states())
-        return Report({name: self._reports.get(state, WeightReport()) for name, state in states.items()})
+        pruned = 0 if model is None else len(nm_modules(model))
+        return Report({name: self._reports.get(state, WeightReport()) for name, state in states.items()}, pruned)
 
     def _model(self) -> nn.Module | None:
         return None if self.masks is None else self.masks.model

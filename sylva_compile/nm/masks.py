@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.errors import EmbedError, MaskError
-from sylva_compile.kernels.nm_transpose import OUTSIDE
 from sylva_compile.nm.embedding import embed, nm_modules
-from sylva_compile.nm.layout import NMLayout
 from sylva_compile.nm.low_rank import LEFT, RIGHT
 from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.mask_file import read_masks, write_masks
+from sylva_compile.nm.mask_summary import summary_of
 from sylva_compile.nm.module import VALUES, values_of
 
 log = logging.getLogger(__name__)
@@ -196,22 +195,15 @@ class NMMasks(Mapping[str, NMMask]):
             for key, value in saved.items():
                 (places[key] if key in places else parameters[key]).copy_(value)
 
-    def summary(self) -> str:
-        """Return a table with a line for each weight, and the totals."""
-        width = max((len(name) for name in self), default=6)
-        lines = [f"{'weight':<{width}}  {'shape':>14}  {'pattern':>7}  {'kept':>7}  {'input gradient':>14}"]
+    def summary(self, tokens: int | None = None) -> str:
+        """Return a table with a line for each weight, and the totals.
+
+        Args:
+            tokens: of a forward pass; with it, the table names the kernels of forward pass and input gradient for so
+                many. What is not known of this machine is measured now.
+        """
         model = self.model
-        present = {} if model is None else nm_modules(model)
-        total = kept = 0
-        for name, mask in self.items():
-            size = mask.shape[0] * mask.shape[1]
-            total, kept = total + size, kept + mask.nnz
-            share = f"{mask.nnz / size:.1%}"
-            second = share if not self.double else "" if name not in present else f"{_density(present[name]):.1%}"
-            shape, pattern = f"{mask.shape[0]} x {mask.shape[1]}", f"{mask.n}:{mask.m}"
-            lines.append(f"{name:<{width}}  {shape:>14}  {pattern:>7}  {share:>7}  {second:>14}")
-        lines.append(f"{len(self)} weights, {kept:,} of {total:,} elements kept ({kept / max(total, 1):.1%}).")
-        return "\n".join(lines)
+        return summary_of(self, self.double, {} if model is None else nm_modules(model), tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks as one safetensors file. Raises MaskError where that cannot be written."""
@@ -227,8 +219,3 @@ class NMMasks(Mapping[str, NMMask]):
         if (model := self.model) is None:
             raise MaskError("These masks are not bound to a living model; call masks.embed(model) with the model.")
         return model
-
-
-def _density(module: Any) -> float:
-    layout: NMLayout = module._nm_layout
-    return int((layout.slots != OUTSIDE).sum()) / (layout.out_features * layout.in_features)

@@ -445,6 +445,21 @@ class Shared(nn.Module):
         return self.two(self.one(x))
 
 
+def test_summary_and_report_name_the_kernels() -> None:
+    case, masks = pruned("gpt2", dtype=torch.float32)
+    assert masks.model is case.model
+    backend = sylva_compile.backend(masks)
+    assert str(backend.report()) == "4 weights are pruned; masks.summary(tokens) names their kernels."
+    first, line, *_, last = masks.summary(4).splitlines()
+    assert first.endswith("kernels at 4 tokens") and line.endswith(("sparse and sparse", "dense and dense"))
+    assert last == "4 weights, 6,144 of 12,288 elements kept (50.0%)."
+    model = tiny("gpt2", layers=1).model
+    exact = sylva_compile.prune_masks(model, double=False)
+    assert "kernels" not in exact.summary()
+    exact.embed()
+    assert exact.summary(4).splitlines()[1].endswith(" and dense")
+
+
 def test_a_shared_weight_has_one_set_of_values() -> None:
     model = Shared().double()
     masks = sylva_compile.prune_masks(model)
