@@ -11,6 +11,7 @@ from sylva_compile.adapters.resuming import load_training, save_training
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import unwrap
 from sylva_compile.errors import ArgumentError
+from sylva_compile.integrations.distribution import check_distribution
 from sylva_compile.integrations.schedule_states import StateBesideAdapter, masks_that_move
 from sylva_compile.schedules.protocol import Schedule
 
@@ -77,7 +78,17 @@ def register_blocks_for_checkpointing(accelerator: "Accelerator", *schedules: Sc
     Args:
         accelerator: of the training loop.
         schedules: of these models; their states are in the checkpoint too. Do not register them once more.
+
+    Raises:
+        ArgumentError: accelerate splits models by DeepSpeed or FSDP1, or by FSDP2, where it writes the dense model in
+            any case: keep the low bits of blocks by `BlocksState` then.
     """
+    check_distribution(accelerator)
+    if accelerator.is_fsdp2:
+        raise ArgumentError(
+            "Under FSDP2 accelerate writes the dense model in any case, and no adapter in its place; call accelerator."
+            "register_for_checkpointing(BlocksState(model)), or register the MovingBlocks."
+        )
     for schedule in schedules:
         accelerator.register_for_checkpointing(StateBesideAdapter(schedule))
 

@@ -61,10 +61,14 @@ class ScheduleCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the schedules' state into the checkpoint's directory."""
-        if state.is_world_process_zero and not self.saved_by_trainer:
+        if self.saved_by_trainer:
+            return
+        # All processes take part: under FSDP2 each holds a part of the blocks.
+        states = [schedule.state_dict() for schedule in self.schedules]
+        content = {"schedules": states, "weights": _fingerprint(kwargs["model"])}
+        if state.is_world_process_zero:
             file = io.BytesIO()
-            states = [schedule.state_dict() for schedule in self.schedules]
-            torch.save({"schedules": states, "weights": _fingerprint(kwargs["model"])}, file)
+            torch.save(content, file)
             write_file(self.directory(args, state) / FILE, file.getvalue())
 
     def on_train_begin(
