@@ -153,13 +153,15 @@ class BlocksTrainerMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # All processes take part: under FSDP2 each holds a part of the blocks and of their states.
         schedules = states_beside_adapter(self._schedules())
-        optimizer = whole_state_dict(self.optimizer) if self.is_fsdp_enabled and self.optimizer is not None else None
+        scheduler, optimizer = self.lr_scheduler, None
+        if self.is_fsdp_enabled and self.optimizer is not None:
+            optimizer = whole_state_dict(self.optimizer)
         with replacing_files(Path(output_dir)) as beside:
-            if optimizer is None:
+            if optimizer is None or scheduler is None:
                 super()._save_optimizer_and_scheduler(str(beside))
             elif self.args.should_save:
                 torch.save(optimizer, beside / OPTIMIZER)
-                torch.save(self.lr_scheduler.state_dict(), beside / SCHEDULER)
+                torch.save(scheduler.state_dict(), beside / SCHEDULER)
             if self.args.should_save:
                 save_schedules(schedules, beside)
 
@@ -181,11 +183,11 @@ class BlocksTrainerMixin(_Base):
         load_training(self.model if model is None else model, directory, masks_that_move(schedules))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled and self.optimizer is not None and checkpoint is not None:
+        optimizer, scheduler = self.optimizer, self.lr_scheduler
+        if self.is_fsdp_enabled and optimizer is not None and scheduler is not None and checkpoint is not None:
             directory = Path(checkpoint)
-            state = torch.load(directory / OPTIMIZER, map_location="cpu", weights_only=True)
-            load_whole_state_dict(self.optimizer, state)
-            self.lr_scheduler.load_state_dict(torch.load(directory / SCHEDULER, weights_only=True))
+            load_whole_state_dict(optimizer, torch.load(directory / OPTIMIZER, map_location="cpu", weights_only=True))
+            scheduler.load_state_dict(torch.load(directory / SCHEDULER, weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:

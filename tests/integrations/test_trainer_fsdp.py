@@ -16,7 +16,9 @@ def alone(directory: Path, name: str) -> Made:
     """Make the training on one process, with joint batches."""
     setting = SETTINGS[name]
     arguments = {"per_device_train_batch_size": 4, **setting.arguments}
-    return make(directory, replace(setting, optimizer="trainer", compiled=False, arguments=arguments), **options_of(name))
+    return make(
+        directory, replace(setting, optimizer="trainer", compiled=False, arguments=arguments), **options_of(name)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,9 @@ from sylva_compile.schedules import MovingBlocks
 HEAD = ("lm_head.weight", "model.norm.weight")
 BF16 = torch.bfloat16
 SETTINGS = {
-    "the Trainer's optimizer": Setting(trained=HEAD, arguments={"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
+    "the Trainer's optimizer": Setting(
+        trained=HEAD, arguments={"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
+    ),
     "moving": Setting(schedule="moving", arguments={"max_grad_norm": 0.1}),
     "moving bfloat16": Setting(schedule="moving", dtype=BF16, dropout=0.2),
     "layers": Setting(schedule="layers"),
@@ -173,8 +175,6 @@ def refusals(directory: Path) -> None:
 
 
 def main(directory: Path) -> None:
-    if len(sys.argv) > 4:
-        globals()[sys.argv[4]](directory); return
     for name in SETTINGS:
         stopped_and_resumed(directory, name)
     goes_on_from_one_process(directory)
@@ -185,7 +185,7 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    number, folder, port = sys.argv[1:4]
+    number, folder, port = sys.argv[1:]
     with one_of_several(number, port):
         shard_on_the_cpu()
         main(Path(folder))
