@@ -1,6 +1,5 @@
 """A Trainer in two processes, under FSDP2: the training of one process, with its checkpoints."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def alone(directory: Path, name: str) -> Made:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train by one process, and then by two, which compare their trainings with each other."""
     directory = tmp_path_factory.mktemp("ranks")
     for name in EXACT:
@@ -30,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         made.trainer.train()
         torch.save(made.model.state_dict(), directory / "alone" / f"{name}.pt")
     two_ranks.run("trainer_fsdp_ranks.py", directory, free_port())
-    yield directory
+    return directory
 
 
 @pytest.mark.parametrize("name", EXACT)

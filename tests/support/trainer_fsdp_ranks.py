@@ -25,11 +25,10 @@ from sylva_compile.schedules import MovingBlocks
 
 HEAD = ("lm_head.weight", "model.norm.weight")
 BF16 = torch.bfloat16
+CLIPPED = {"max_grad_norm": 0.1}
 SETTINGS = {
-    "the Trainer's optimizer": Setting(
-        trained=HEAD, arguments={"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
-    ),
-    "moving": Setting(schedule="moving", arguments={"max_grad_norm": 0.1}),
+    "the Trainer's optimizer": Setting(trained=HEAD, arguments={**CLIPPED, "gradient_accumulation_steps": 2}),
+    "moving": Setting(schedule="moving", arguments=CLIPPED),
     "moving bfloat16": Setting(schedule="moving", dtype=BF16, dropout=0.2),
     "layers": Setting(schedule="layers"),
     "checkpointed": Setting(compiled=True, layers=1),
