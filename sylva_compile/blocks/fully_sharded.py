@@ -50,8 +50,8 @@ def _shard(state: BlockState, is_weight: bool, value: nn.Parameter) -> None:
         )
     if value.device.type == "meta":
         raise EmbedError(
-            f"{state.name} has no values (meta device), and what is loaded into it later lacks its blocks; set accelerate's "
-            "cpu_ram_efficient_loading to False, or embed the blocks after loading."
+            f"{state.name} has no values (meta device), and what is loaded into it later lacks its blocks; set "
+            "accelerate's cpu_ram_efficient_loading to False, or embed the blocks after loading."
         )
     if is_weight:
         state.weight = state.live_weight = value
