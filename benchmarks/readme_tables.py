@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.command import parser_of
 from benchmarks.memory_arithmetic import card_table, trace_table, training_table
 from benchmarks.report import markdown
-from benchmarks.scaling import cell
+from benchmarks.scaling import cell, megabytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -169,10 +169,9 @@ def scaling_table() -> str:
     row = newest("scaling", kept="step-20261126T011020", layers=32)
     rows = []
     for name, found in row["results"].items():
-        sent = sum(found["bytes"]["8"].values()) / 1e6
         steps = [cell(found["step_ms"][link][str(count)]) for link, counts in SCALED.items() for count in counts]
-        rows.append([name, f"{found['compute_ms']:.0f}", f"{sent:,.0f}", *steps])
-    columns = ["method", "compute, ms", "MB a step"]
+        rows.append([name, f"{found['compute_ms']:.0f}", megabytes(found), *steps])
+    columns = ["method", "compute, ms", "MB sent, of 8"]
     columns += [f"{link}: {count:,}" for link, counts in SCALED.items() for count in counts]
     return f"{markdown(columns, rows)}\n\nCompute: {row['settings']['origin']}."
 

@@ -66,10 +66,13 @@ class Traffic:
     all_gather: int = 0
     reduce_scatter: int = 0
 
+    def sent(self, ranks: int) -> float:
+        """Return the bytes that each of `ranks` processes sends on a ring."""
+        return (ranks - 1) / ranks * (2 * self.all_reduce + self.all_gather + self.reduce_scatter)
+
     def seconds(self, ranks: int, gbit: float) -> float:
         """Return the time of these messages on a ring of `ranks` processes with links of `gbit` Gbit/s."""
-        share = (ranks - 1) / ranks
-        return share * (2 * self.all_reduce + self.all_gather + self.reduce_scatter) / (gbit * 1.25e8)
+        return self.sent(ranks) / (gbit * 1.25e8)
 
 
 def blocks_of(model: Llama, config: SylvaConfig) -> Iterator[tuple[int, int, int]]:
@@ -183,6 +186,11 @@ def cell(bounds: Sequence[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
+def megabytes(row: dict[str, Any], ranks: int = 8) -> str:
+    """Format the megabytes that each of `ranks` processes sends in a step; `row` is one method's result."""
+    return f"{Traffic(**row['bytes'][str(ranks)]).sent(ranks) / 1e6:,.0f}"
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Measure or take the compute, print a table for each link, and write the results."""
     parser = parser_of(__spec__, __doc__)
@@ -215,9 +223,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     for link, gbit in LINKS.items():
         print_table(
             f"{link} ({gbit:,.0f} Gbit/s, rated): milliseconds of a step; compute is {origin}",
-            ["method", "MB a step, of 8", *map(str, RANKS)],
+            ["method", "MB sent, of 8", *map(str, RANKS)],
             [
-                [name, _megabytes(row["bytes"]["8"]), *(cell(row["step_ms"][link][str(count)]) for count in RANKS)]
+                [name, megabytes(row), *(cell(row["step_ms"][link][str(count)]) for count in RANKS)]
                 for name, row in results.items()
             ],
         )
@@ -225,10 +233,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     settings |= {"block_size": config.block_size, "sparsity": config.sparsity}
     print(f"written to {write_results('scaling', settings, results)}")
     return results
-
-
-def _megabytes(sent: dict[str, int]) -> str:
-    return f"{sum(sent.values()) / 1e6:,.1f}"
 
 
 if __name__ == "__main__":
