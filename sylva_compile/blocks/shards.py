@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp, all_gather, all_reduce, get_world_size
 
 from sylva_compile._torch import group_of_mesh, shard_of
@@ -62,6 +62,19 @@ def put(tensor: Tensor, values: Tensor) -> None:
     local(tensor).copy_(values[first:end])
     # Autograd counts the writes into a DTensor apart from those into its memory.
     torch.autograd.graph.increment_version(tensor)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let `fully_shard` free what it still holds gathered of `model`; its parameters are the shards then.
+
+    All processes call it: the next pass gathers again on all of them. After an evaluation, the parameters of the
+    outermost module, and of others with `reshard_after_forward=False`, are gathered tensors until a backward pass.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def rows_of(tensor: Any) -> tuple[int, int]:
