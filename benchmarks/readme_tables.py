@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.command import parser_of
 from benchmarks.memory_arithmetic import card_table, trace_table, training_table
 from benchmarks.report import markdown
+from benchmarks.scaling import cell, megabytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -159,11 +160,28 @@ def moving_table() -> str:
     return f"{markdown(columns, rows)}\n\n{note}"
 
 
+SCALED = {"15 Gbit/s": (8, 64, 1024), "100 Gbit/s": (8, 64, 1024), "NVLink": (8,)}
+"""The numbers of processes in the table, by link."""
+
+
+def scaling_table() -> str:
+    """Return the table of computed steps of LLaMA-7B's layers on several GPUs; their compute comes from a kept run."""
+    row = newest("scaling", kept="step-20261126T011020", layers=32)
+    rows = []
+    for name, found in row["results"].items():
+        steps = [cell(found["step_ms"][link][str(count)]) for link, counts in SCALED.items() for count in counts]
+        rows.append([name, f"{found['compute_ms']:.0f}", megabytes(found), *steps])
+    columns = ["method", "compute, ms", "MB sent, of 8"]
+    columns += [f"{link}: {count:,}" for link, counts in SCALED.items() for count in counts]
+    return f"{markdown(columns, rows)}\n\nCompute: {row['settings']['origin']}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step on a GPU": gpu_table,
     "step": step_table,
     "saved activations": saved_table,
     "moving": moving_table,
+    "scaling": scaling_table,
     "memory of a training": training_table,
     "memory of cards": card_table,
     "memory of a trace": trace_table,

@@ -6,6 +6,8 @@ what to do. `tests/test_torch.py` looks up all of them.
 """
 
 import importlib
+import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from functorch.compile import make_boxed_func as make_boxed_func
+    from torch import _cslt_compress as cslt_compress
+    from torch import _cslt_sparse_mm as cslt_sparse_mm
     from torch._dynamo import config as dynamo_config
     from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
     from torch._dynamo.backends.common import aot_autograd as aot_autograd
@@ -57,6 +61,8 @@ PRIVATE = {
     "make_boxed_func": Private(
         "functorch.compile", "make_boxed_func", "set `_boxed_call = True` on a function of a list"
     ),
+    "cslt_compress": Private("torch", "_cslt_compress", "use torch.sparse.to_sparse_semi_structured"),
+    "cslt_sparse_mm": Private("torch", "_cslt_sparse_mm", "use torch.sparse.to_sparse_semi_structured"),
     "dynamo_config": Private("torch._dynamo", "config", "use torch.compiler.config for the recompilation limits"),
     "maybe_mark_dynamic": Private("torch._dynamo", "maybe_mark_dynamic", "use torch._dynamo.mark_dynamic"),
     "aot_autograd": Private(
@@ -135,10 +141,28 @@ def parameters_of_ddp(ddp: Any) -> list[nn.Parameter]:
     return parameters
 
 
+def mixed_precision_of_ddp(ddp: Any) -> Any:
+    """Return the `mixed_precision` that a DistributedDataParallel was given, or None.
+
+    While it is being made it has no such attribute for a time; the argument is then read from its `__init__`.
+    """
+    if "mixed_precision" in vars(ddp):
+        return ddp.mixed_precision
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not DistributedDataParallel.__init__.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("mixed_precision")
+
+
 def shard_of(tensor: Any) -> Tensor:
     """Return what this process holds of a DTensor, in the same memory, without autograd."""
     shard: Tensor = tensor._local_tensor
     return shard
+
+
+def group_of_mesh(mesh: Any) -> Any:
+    """Return the group of all processes of a DeviceMesh of several dimensions; the first call makes it, on all."""
+    return mesh._flatten().get_group()
 
 
 def reduces_gradients(module: Any) -> bool:
@@ -206,3 +230,10 @@ def set_version(tensor: Tensor, version: int) -> None:
 
 ORDINARY_RESULTS: Any = torch._C._disabled_torch_function_impl
 """As the `__torch_function__` of a subclass of Tensor: operations on it take and return ordinary tensors."""
+
+
+def search_sparse_mm(compressed: Tensor, dense: Tensor) -> tuple[int, int, int]:
+    """Return cuSPARSELt's fastest algorithm for `cslt_sparse_mm(compressed, dense)ᵀ`, with its split and split mode."""
+    private: Any = torch._C
+    algorithm, split, mode, _ = private._cusparselt.mm_search(compressed, dense, None, None, None, True)
+    return algorithm, split, mode

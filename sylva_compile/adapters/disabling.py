@@ -11,6 +11,7 @@ from sylva_compile.blocks.base_values import BaseValues
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import unwrap
+from sylva_compile.blocks.shards import reshard
 from sylva_compile.errors import AdapterError, EmbedError
 
 
@@ -40,12 +41,15 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         EmbedError: the adapter is disabled already, or a base is not known. The model is as before in these cases. At
             the end: a weight was changed inside.
     """
-    shown = _show_base(unwrap(model))
+    model = unwrap(model)
+    shown = _show_base(model)
     try:
         yield
     except BaseException:
+        reshard(model)
         shown.put_back(check=False)
         raise
+    reshard(model)
     shown.put_back()
 
 
@@ -58,6 +62,7 @@ def is_disabled(model: nn.Module) -> bool:
 def _show_base(model: nn.Module) -> BaseValues:
     states = block_states(model)
     check_embedded(states)
+    reshard(model)
     replaced = replaced_tensors(model)
     every = named_tensors(model) if replaced else {}
     check_replaced(replaced, every)

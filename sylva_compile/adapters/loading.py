@@ -34,6 +34,7 @@ from sylva_compile.blocks.embed import block_states, unembed
 from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
+from sylva_compile.blocks.shards import put, reshard
 from sylva_compile.errors import AdapterError
 from sylva_compile.nm.embedding import nm_modules
 from sylva_compile.nm.export import unprune
@@ -89,6 +90,7 @@ def load_read(
         carried: the masks that the model carries, whose blocks move to the places of the adapter's, as many as before.
     """
     wrapped, model = model, unwrap(model)
+    reshard(model)
     states = block_states(model)
     for state in states.values():
         state.check_enabled()
@@ -186,12 +188,12 @@ def unload_adapter(model: nn.Module) -> None:
             `disable_adapter` shows the base. The model is as before in all these cases.
     """
     model = unwrap(model)
+    reshard(model)
     check_replaced(replaced_tensors(model), named_tensors(model))
     unembed(model, restore=True)
     every = named_tensors(model)
-    with torch.no_grad():
-        for name, value in replaced_tensors(model).items():
-            every[name].copy_(value)
+    for name, value in replaced_tensors(model).items():
+        put(every[name], value)
     replaced_tensors(model).clear()
     forget_adapters(model)
 

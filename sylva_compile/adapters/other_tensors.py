@@ -11,6 +11,8 @@ from sylva_compile._torch import non_persistent_buffers
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.scope import named_weights, plain_name, unwrap
+from sylva_compile.blocks.shards import put
+from sylva_compile.blocks.shards import whole as values_of
 from sylva_compile.errors import AdapterError
 
 log = logging.getLogger(__name__)
@@ -141,15 +143,14 @@ def check_whole(
             )
 
 
-@torch.no_grad()
 def replace_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Let tensors hold `values`, by their first names; others that an adapter had replaced get their base back."""
     replaced, every = replaced_tensors(model), named_tensors(model)
     for name in replaced.keys() - values.keys():
-        every[name].copy_(replaced.pop(name))
+        put(every[name], replaced.pop(name))
     for name, value in values.items():
-        replaced.setdefault(name, every[name].detach().to("cpu", copy=True))
-        every[name].copy_(value)
+        replaced.setdefault(name, values_of(every[name]).to("cpu", copy=True))
+        put(every[name], value)
 
 
 def _has_values(tensor: Tensor) -> bool:

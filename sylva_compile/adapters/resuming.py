@@ -20,6 +20,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import unwrap
+from sylva_compile.blocks.shards import reshard
 from sylva_compile.errors import AdapterError
 
 
@@ -59,6 +60,7 @@ def load_training(model: nn.Module, directory: Path, masks: Masks | None = None)
     if not states:
         raise AdapterError(f"The model carries no blocks to resume {directory}; call masks.embed(model) first.")
     config, tensors = read_adapter(directory)
+    reshard(model)
     _check_masks(config, tensors, states, directory, may_move=masks is not None)
     _check_others(config, model, states, directory)
     for state in states.values():

@@ -17,7 +17,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.scope import unwrap
-from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.blocks.shards import is_sharded, reshard
 from sylva_compile.blocks.shards import whole as values_of
 from sylva_compile.errors import AdapterError
 
@@ -54,6 +54,7 @@ def states_to_save(model: nn.Module) -> dict[str, BlockState]:
     states = block_states(model)
     if not states:
         raise AdapterError("This model carries no trained blocks; call masks.embed(model) before training and saving.")
+    reshard(model)
     return states
 
 

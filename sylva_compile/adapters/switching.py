@@ -29,6 +29,7 @@ from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.moving import check_no_gradients, check_same_on_all_ranks, restart_optimizers, unwrapped
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
+from sylva_compile.blocks.shards import reshard
 from sylva_compile.errors import AdapterError, EmbedError
 
 
@@ -125,6 +126,7 @@ def _check(wrapped: nn.Module, states: Mapping[str, BlockState], target: StoredA
         check_no_gradients(name, state)
         state.sync()
         state.check_base_known()
+    reshard(unwrap(wrapped))
     parameters, by_weight = named_weights(wrapped), states_by_weight(states)
     replaced = bases_of_replaced(unwrap(wrapped))
     for name, weight in target.weights.items():

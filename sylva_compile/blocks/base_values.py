@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sylva_compile._torch import set_version
 from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.shards import local, put
 from sylva_compile.errors import EmbedError
 
 _FIRST, _APART = 1 << 31, 64
@@ -54,8 +55,9 @@ class BaseValues:
 
     def show_tensor(self, tensor: Tensor, base: Tensor) -> None:
         """Let `tensor`, which carries no blocks, hold `base`, a tensor of its shape on any device."""
-        trained = tensor.detach().clone()
-        self._show(tensor, lambda: _copy(tensor, base), lambda: _copy(tensor, trained), None)
+        held = local(tensor).detach()
+        trained = held.clone()
+        self._show(tensor, lambda: put(tensor, base), lambda: _copy(held, trained), None)
 
     def _show(
         self, tensor: Tensor, show: Callable[[], None], put_back: Callable[[], None], state: BlockState | None

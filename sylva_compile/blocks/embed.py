@@ -17,7 +17,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import check_not_wrapped
 from sylva_compile.blocks.embedded_module import EmbeddedModule, embedded_class
 from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
-from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.blocks.shards import is_sharded, reshard
 from sylva_compile.errors import EmbedError
 
 _Owners = list[tuple[nn.Module, str]]
@@ -66,6 +66,7 @@ def embed(
     check_not_wrapped(wrapped, next(iter(masks), "The model"))
     if torch.is_inference_mode_enabled():
         raise EmbedError("Blocks made under torch.inference_mode() cannot be trained; embed masks outside of it.")
+    reshard(model)
     parameters = named_weights(model)
     planned: list[tuple[BlockState, _Owners]] = []
     taken: dict[int, str] = {}
@@ -109,6 +110,7 @@ def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] |
         state.sync()
         if restore:
             state.check_base_known()
+    reshard(model)
     if sharded := [state.blocks for state in states.values() if is_sharded(state.blocks)]:
         forget_sharded(model, sharded)
     for state in states.values():

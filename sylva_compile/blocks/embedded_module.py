@@ -209,7 +209,10 @@ class EmbeddedModule:
     def __delattr__(self, name: str) -> None:
         state = self.__dict__.get("_sylva_states", {}).get(name)
         if state is not None:
-            raise EmbedError(f"{state.name} carries blocks and cannot be deleted; unload the adapter first.")
+            raise EmbedError(
+                f"{state.name} carries blocks and cannot be deleted; use fully_shard in the place of "
+                "FullyShardedDataParallel (FSDP2, not FSDP1), or unload the adapter first."
+            )
         super().__delattr__(name)
 
     def _replicate_for_data_parallel(self) -> Any:

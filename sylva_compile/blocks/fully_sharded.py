@@ -22,7 +22,7 @@ def follows(state: BlockState, is_weight: bool, value: object) -> bool:
         Whether the tensors that passes read, or that optimizers step, are others than before.
 
     Raises:
-        EmbedError: the DTensor is split in another way than by rows.
+        EmbedError: the DTensor is split in another way than by rows, or has no values.
     """
     home = state.weight if is_weight else state.blocks
     if not isinstance(value, nn.Parameter) or value.shape != home.shape:
@@ -47,6 +47,11 @@ def _shard(state: BlockState, is_weight: bool, value: nn.Parameter) -> None:
         raise EmbedError(
             f"{state.name} would be split as {placements}; blocks work in weights that fully_shard splits by "
             "rows, so shard it by its default."
+        )
+    if value.device.type == "meta":
+        raise EmbedError(
+            f"{state.name} has no values (meta device), and what is loaded into it later lacks its blocks; set "
+            "accelerate's cpu_ram_efficient_loading to False, or embed the blocks after loading."
         )
     if is_weight:
         state.weight = state.live_weight = value

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp, all_gather, all_reduce, get_world_size
 
-from sylva_compile._torch import shard_of
+from sylva_compile._torch import group_of_mesh, shard_of
 from sylva_compile.blocks.places import zero_outside
 from sylva_compile.kernels.blocks import BlockCopier, BlockWriter, read_blocks
 
@@ -63,6 +64,19 @@ def put(tensor: Tensor, values: Tensor) -> None:
     torch.autograd.graph.increment_version(tensor)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let `fully_shard` free what it still holds gathered of `model`; its parameters are the shards then.
+
+    All processes call it: the next pass gathers again on all of them. After an evaluation, the parameters of the
+    outermost module, and of others with `reshard_after_forward=False`, are gathered tensors until a backward pass.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def rows_of(tensor: Any) -> tuple[int, int]:
     """Return the range of rows that this process holds of a DTensor."""
     # Importing it takes a second, and who has a DTensor has done so.
@@ -79,6 +93,17 @@ def group_of(tensor: Any) -> ProcessGroup | None:
     at = [number for number, placement in enumerate(tensor.placements) if placement.is_shard()]
     group: ProcessGroup | None = tensor.device_mesh.get_group(at[0]) if at else None
     return group
+
+
+def processes_of(tensor: Any) -> ProcessGroup | None:
+    """Return all processes that hold a part or a copy of a DTensor; None for an ordinary tensor."""
+    if not is_sharded(tensor):
+        return None
+    mesh = tensor.device_mesh
+    if mesh.ndim > 1 and mesh.size() == get_world_size():
+        return dist.group.WORLD
+    found: ProcessGroup = mesh.get_group() if mesh.ndim == 1 else group_of_mesh(mesh)
+    return found
 
 
 class ShardWriter:

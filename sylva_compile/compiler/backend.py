@@ -36,6 +36,8 @@ from sylva_compile.compiler.report import Report, WeightReport
 from sylva_compile.compiler.retrace import update_layouts
 from sylva_compile.compiler.runtime_wrapper import RuntimeWrapper
 from sylva_compile.errors import ArgumentError, RewriteError
+from sylva_compile.nm.averaging import is_carried
+from sylva_compile.nm.embedding import nm_modules
 from sylva_compile.nm.masks import NMMasks
 from sylva_compile.passes.runner import run_passes
 from sylva_compile.passes.sample_weight_gradients import RewriteResult, sample_weight_gradients_pass
@@ -146,7 +148,8 @@ class Backend:
         """
         model = self._model()
         states = block_states(model) if model is not None else _by_unique_name(registry.live_states())
-        return Report({name: self._reports.get(state, WeightReport()) for name, state in states.items()})
+        pruned = 0 if model is None else len(nm_modules(model))
+        return Report({name: self._reports.get(state, WeightReport()) for name, state in states.items()}, pruned)
 
     def _model(self) -> nn.Module | None:
         return None if self.masks is None else self.masks.model
@@ -255,11 +258,16 @@ def _compile_with_inductor(
     options: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {}), "joint_custom_pre_pass": joint}
-    if patches.get("freezing", inductor_config.freezing) and _states_of([*example_inputs, *gm.parameters()]):
-        log.info("Inductor's freezing is off for this graph: it would make constants of weights that blocks change.")
+    values = [*example_inputs, *gm.parameters()]
+    if patches.get("freezing", inductor_config.freezing) and (_states_of(values) or any(map(_is_pruned, values))):
+        log.info("Inductor's freezing is off for this graph: it would make constants of weights that training changes.")
         patches["freezing"] = False
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def _is_pruned(value: Any) -> bool:
+    return isinstance(value, Tensor) and is_carried(value)
 
 
 def _states_of(values: Iterable[Any]) -> list[BlockState]:

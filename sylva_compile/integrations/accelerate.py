@@ -1,6 +1,6 @@
 """Checkpoints of accelerate: `Accelerator.save_state` and `load_state` with models that carry blocks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ from sylva_compile.adapters.resuming import load_training, save_training
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import unwrap
 from sylva_compile.errors import ArgumentError
+from sylva_compile.integrations.distribution import check_distribution
+from sylva_compile.integrations.optimizer_states import load_whole_state_dict, whole_state_dict
 from sylva_compile.integrations.schedule_states import StateBesideAdapter, masks_that_move
 from sylva_compile.schedules.protocol import Schedule
 
@@ -74,10 +76,20 @@ def register_blocks_for_checkpointing(accelerator: "Accelerator", *schedules: Sc
     Every prepared model that carries blocks is saved so, into the folder "adapter" (or "adapter_1" and so on) of the
     checkpoint, with every other parameter that is trained and the buffers. A training that is resumed goes on exactly.
 
+    Under FSDP2 accelerate writes the dense model in any case. What is added then are the float32 values of the blocks,
+    the schedules, and the optimizers' states as whole tensors, and a resumed training goes on exactly as well.
+
     Args:
         accelerator: of the training loop.
         schedules: of these models; their states are in the checkpoint too. Do not register them once more.
+
+    Raises:
+        ArgumentError: accelerate would split models by DeepSpeed or FSDP1.
     """
+    check_distribution(accelerator)
+    if accelerator.is_fsdp2:
+        accelerator.register_for_checkpointing(_BesideDense(accelerator, schedules))
+        return
     for schedule in schedules:
         accelerator.register_for_checkpointing(StateBesideAdapter(schedule))
 
@@ -97,6 +109,42 @@ def register_blocks_for_checkpointing(accelerator: "Accelerator", *schedules: Sc
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+class _BesideDense:
+    """What a checkpoint of the dense models lacks of a training with blocks; all processes save and load it."""
+
+    def __init__(self, accelerator: "Accelerator", schedules: Sequence[Schedule]) -> None:
+        self._accelerator, self._schedules = accelerator, schedules
+
+    def _blocks(self) -> list[BlocksState]:
+        # MovingBlocks keeps the values of its blocks in its own state.
+        if masks_that_move(self._schedules) is not None:
+            return []
+        return [BlocksState(model) for model in self._accelerator._models if block_states(model)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "blocks": [each.state_dict() for each in self._blocks()],
+            "schedules": [schedule.state_dict() for schedule in self._schedules],
+            "optimizers": [whole_state_dict(optimizer) for optimizer in self._accelerator._optimizers],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        blocks, optimizers = self._blocks(), self._accelerator._optimizers
+        here = [len(each) for each in (blocks, self._schedules, optimizers)]
+        there = [len(state_dict.get(name, [])) for name in ("blocks", "schedules", "optimizers")]
+        if here != there:
+            raise ArgumentError(
+                f"The checkpoint has the states of {there[0]} models, {there[1]} schedules and {there[2]} optimizers, "
+                f"and here are {here[0]}, {here[1]} and {here[2]}; register the same."
+            )
+        for each, state in zip(blocks, state_dict["blocks"], strict=True):
+            each.load_state_dict(state)
+        for schedule, state in zip(self._schedules, state_dict["schedules"], strict=True):
+            schedule.load_state_dict(state)
+        for optimizer, state in zip(optimizers, state_dict["optimizers"], strict=True):
+            load_whole_state_dict(optimizer, state)
 
 
 def _folder(index: int) -> str:

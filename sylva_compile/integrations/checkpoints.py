@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 SCHEDULES = "sylva_schedules.pt"
 """The file of the schedules' states in a checkpoint that holds an adapter."""
-OPTIMIZER = "optimizer.pt"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 _STATE = "trainer_state.json"
 """The Trainer writes it last, so that a checkpoint which has it has everything."""
 
@@ -71,13 +71,18 @@ def is_whole(directory: Path) -> bool:
         return False
 
 
-def save_schedules(schedules: Sequence[Schedule], directory: Path) -> None:
-    """Write the states of `schedules` into `directory`, beside an adapter of the same step; nothing if there are none.
+def states_beside_adapter(schedules: Sequence[Schedule]) -> list[dict[str, Any]]:
+    """Return the states of `schedules` without what an adapter of the same step holds; all processes call it."""
+    return [state_beside_adapter(schedule) for schedule in schedules]
+
+
+def save_schedules(states: Sequence[Mapping[str, Any]], directory: Path) -> None:
+    """Write `states_beside_adapter` into `directory`, beside the adapter; nothing if there are none.
 
     The caller sees to it that the file is not there in part.
     """
-    if schedules:
-        torch.save([state_beside_adapter(schedule) for schedule in schedules], directory / SCHEDULES)
+    if states:
+        torch.save(list(states), directory / SCHEDULES)
 
 
 def load_schedules(schedules: Sequence[Schedule], directory: Path) -> None:

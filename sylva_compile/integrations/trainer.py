@@ -18,13 +18,18 @@ from sylva_compile.blocks.scope import unwrap
 from sylva_compile.errors import ArgumentError
 from sylva_compile.files import replacing_files
 from sylva_compile.integrations.checkpoints import (
+    OPTIMIZER,
+    SCHEDULER,
     check_checkpoint,
     last_whole_checkpoint,
     load_schedules,
     read_schedules,
     save_schedules,
+    states_beside_adapter,
 )
 from sylva_compile.integrations.checks import check_compiled_once, check_reference
+from sylva_compile.integrations.distribution import check_distribution, check_fsdp2_arguments
+from sylva_compile.integrations.optimizer_states import load_whole_state_dict, whole_state_dict
 from sylva_compile.integrations.schedule_states import masks_that_move
 from sylva_compile.schedules.protocol import Schedule
 from sylva_compile.schedules.trainer_callback import ScheduleCallback
@@ -46,6 +51,9 @@ class BlocksTrainerMixin(_Base):
     states, the Trainer's state, and the schedules of a `ScheduleCallback`; not the dense model. A run that is resumed
     has the losses and the weights of one that was never interrupted, in any dtype, with fixed or with moving blocks.
     `save_model(directory)` writes the adapter. For the dense model, call `merge_and_unload(trainer.model)` first.
+
+    DistributedDataParallel and FSDP2 work; checkpoints are the same files as those of one process, and any number of
+    processes that share the directory can go on from them.
     """
 
     model: nn.Module
@@ -65,26 +73,32 @@ class BlocksTrainerMixin(_Base):
         """Take the arguments of the Trainer.
 
         Raises:
-            ArgumentError: the TrainingArguments ask accelerate to compile the model, or TRL to mix its parameters into
-                a reference model without blocks.
+            ArgumentError: the TrainingArguments ask accelerate to compile the model, or to split it by DeepSpeed or
+                FSDP1, or TRL to mix its parameters into a reference model without blocks; or, under FSDP2, an optimizer
+                is given and not `optimizer_cls_and_kwargs`. The model is as before then.
         """
         check_compiled_once([*args, *kwargs.values()])
         super().__init__(*args, **kwargs)
         check_reference(self.args, self.model, getattr(self, "ref_model", None))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; raise ArgumentError where accelerate would split weights past their blocks."""
+        super().create_accelerator_and_postprocess()
+        check_distribution(self.accelerator)
+
+    def _validate_args(self) -> None:
+        if self.is_fsdp_enabled:
+            check_fsdp2_arguments(self.args, self.optimizer, self.lr_scheduler)
+        super()._validate_args()
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; True resumes the newest checkpoint that was written to its end.
 
         Raises:
-            ArgumentError: the model carries no blocks, DeepSpeed or FSDP would shard them, or the checkpoint has the
-                state of other schedules.
+            ArgumentError: the model carries no blocks, or the checkpoint has the state of other schedules.
             AdapterError: the checkpoint is not whole, holds no adapter, or is of another base, other masks or other
                 trained parameters.
         """
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ArgumentError(
-                "DeepSpeed and FSDP shard weights, which blocks need whole; use DistributedDataParallel."
-            )
         if resume_from_checkpoint is True:
             assert self.args.output_dir is not None
             resume_from_checkpoint = str(last_whole_checkpoint(Path(self.args.output_dir)))
@@ -111,12 +125,14 @@ class BlocksTrainerMixin(_Base):
         if not block_states(self.model):
             super()._save(output_dir, state_dict)
             return
-        if not self.args.should_save:
-            return
         chosen = output_dir if output_dir is not None else self.args.output_dir
         assert chosen is not None
         directory = Path(chosen)
-        save_training(self.model, directory, self._optimized())
+        if self.args.should_save or self.is_fsdp_enabled:
+            # Under FSDP2 every process gives its part, and the first one writes.
+            save_training(self.model, directory, self._optimized())
+        if not self.args.should_save:
+            return
         tokenizer = self.processing_class
         if tokenizer is None:
             tokenizer = getattr(self.data_collator, "tokenizer", None)
@@ -125,10 +141,27 @@ class BlocksTrainerMixin(_Base):
                 tokenizer.save_pretrained(beside)
             torch.save(self.args, beside / "training_args.bin")
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, which would gather the whole dense model under FSDP2; the adapter takes its place."""
+        if not self.is_fsdp_enabled or not block_states(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        schedules = self._schedules()
+        # All processes take part: under FSDP2 each holds a part of the blocks and of their states.
+        schedules = states_beside_adapter(self._schedules())
+        scheduler, optimizer = self.lr_scheduler, None
+        if self.is_fsdp_enabled and self.optimizer is not None:
+            optimizer = whole_state_dict(self.optimizer)
         with replacing_files(Path(output_dir)) as beside:
-            super()._save_optimizer_and_scheduler(str(beside))
+            if optimizer is None or scheduler is None:
+                super()._save_optimizer_and_scheduler(str(beside))
+            elif self.args.should_save:
+                torch.save(optimizer, beside / OPTIMIZER)
+                torch.save(scheduler.state_dict(), beside / SCHEDULER)
             if self.args.should_save:
                 save_schedules(schedules, beside)
 
@@ -139,6 +172,8 @@ class BlocksTrainerMixin(_Base):
     def _save_rng_state(self, output_dir: str) -> None:
         with replacing_files(Path(output_dir)) as beside:
             super()._save_rng_state(str(beside))
+        # The first process marks the checkpoint as whole next: only once each process has written its random state.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
@@ -148,7 +183,13 @@ class BlocksTrainerMixin(_Base):
         load_training(self.model if model is None else model, directory, masks_that_move(schedules))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer, scheduler = self.optimizer, self.lr_scheduler
+        if self.is_fsdp_enabled and optimizer is not None and scheduler is not None and checkpoint is not None:
+            directory = Path(checkpoint)
+            load_whole_state_dict(optimizer, torch.load(directory / OPTIMIZER, map_location="cpu", weights_only=True))
+            scheduler.load_state_dict(torch.load(directory / SCHEDULER, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             # Only now: the Trainer's optimizer and DistributedDataParallel take the blocks that require grad when they
             # are made, and a LayerSchedule switches some off.

@@ -40,10 +40,13 @@ class BlocksCallback(ScheduleCallback):
         """Write the blocks and the schedules' state into the checkpoint's directory."""
         # MovingBlocks keeps the values of its blocks in its own state.
         values_kept = any(isinstance(schedule, MovingBlocks) for schedule in self.schedules)
-        if state.is_world_process_zero and not self.saved_by_trainer and not values_kept:
-            file = io.BytesIO()
-            torch.save(BlocksState(kwargs["model"]).state_dict(), file)
-            write_file(self.directory(args, state) / _MASTERS, file.getvalue())
+        if not self.saved_by_trainer and not values_kept:
+            # All processes take part, as in ScheduleCallback.
+            blocks = BlocksState(kwargs["model"]).state_dict()
+            if state.is_world_process_zero:
+                file = io.BytesIO()
+                torch.save(blocks, file)
+                write_file(self.directory(args, state) / _MASTERS, file.getvalue())
         super().on_save(args, state, control, **kwargs)
 
     def on_train_end(

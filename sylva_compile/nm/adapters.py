@@ -8,7 +8,7 @@ from torch import nn
 
 from sylva_compile.blocks.scope import unwrap
 from sylva_compile.errors import ArgumentError, EmbedError
-from sylva_compile.nm.averaging import average_here, note_carried
+from sylva_compile.nm.averaging import average_here, note_carried, note_replaced
 from sylva_compile.nm.embedding import nm_modules, sharing
 from sylva_compile.nm.low_rank import LEFT, RIGHT, LowRank, Prune
 from sylva_compile.nm.module import VALUES, values_of
@@ -131,6 +131,9 @@ def fold_low_rank(model: nn.Module) -> nn.Module:
         both = nn.Parameter(torch.cat([values_of(module), left]).to(layout.dtype), requires_grad=False)
         right = nn.Parameter(module._parameters[RIGHT].detach().to(layout.dtype), requires_grad=False)
         low_rank.folded, low_rank.columns = torch.cat([layout.columns, columns]), columns
+        note_carried(both, layout.name)
+        for attribute in (VALUES, LEFT, RIGHT):
+            note_replaced(module._parameters[attribute], layout.name)
         for owner in sharing(model, layout):
             del owner._parameters[LEFT]
             owner._parameters[VALUES], owner._parameters[RIGHT] = both, right

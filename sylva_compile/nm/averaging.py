@@ -27,16 +27,16 @@ def note_carried(parameter: nn.Parameter, name: str) -> None:
     _names[parameter] = name
 
 
-def note_replaced(weight: nn.Parameter, name: str) -> None:
-    """Refuse steps of optimizers that still hold `weight`, which the model `name` has left."""
-    _replaced[weight] = name
+def is_carried(tensor: Tensor) -> bool:
+    """Whether `tensor` is a parameter of a pruned weight."""
+    return tensor in _names
+
+
+def note_replaced(parameter: nn.Parameter, name: str) -> None:
+    """Refuse steps of optimizers that still hold `parameter`, which another one of the weight `name` has replaced."""
+    _replaced[parameter] = name
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
-
-
-def forget_replaced(weight: nn.Parameter) -> None:
-    """Let optimizers step `weight` again: it is back in its model."""
-    _replaced.pop(weight, None)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -46,8 +46,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         for parameter in group["params"]:
             if (name := _replaced.get(parameter)) is not None:
                 raise EmbedError(
-                    f"The optimizer holds {name} from before it was pruned, and would train nothing; make it after "
-                    "masks.embed(model) or backend(masks), from model.parameters()."
+                    f"The optimizer holds {name} from before it was pruned, folded or made dense again, and would "
+                    "train nothing; make it afterwards, from model.parameters()."
                 )
 
 

@@ -12,7 +12,7 @@ from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.errors import EmbedError, ScopeError
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.nm_mm import column_dtype
-from sylva_compile.nm.averaging import forget_replaced, note_carried, note_replaced
+from sylva_compile.nm.averaging import note_carried, note_replaced
 from sylva_compile.nm.layout import NMLayout
 from sylva_compile.nm.low_rank import LEFT, RIGHT
 from sylva_compile.nm.mask import NMMask
@@ -43,7 +43,8 @@ def check_can_carry(model: nn.Module, name: str, weight: Tensor) -> None:
             raise EmbedError(f"{name} carries blocks; call sylva_compile.merge_and_unload(model) before it is pruned.")
         forward = type(module).forward
         ordinary = forward is nn.Linear.forward or (is_conv1d(module) and "Conv1D.forward" in forward.__qualname__)
-        if attribute != "weight" or not ordinary or hasattr(module, "parametrizations"):
+        hooked = "forward" in module.__dict__ or hasattr(module, "parametrizations")
+        if attribute != "weight" or not ordinary or hooked:
             raise ScopeError(
                 f"{name} is the {attribute} of a {type(module).__name__}, which computes otherwise than a Linear or "
                 "Conv1D; leave it out of the scope."
@@ -102,6 +103,7 @@ def _install(module: nn.Module, layout: NMLayout, values: nn.Parameter) -> None:
     base = type(module)
     del module._parameters["weight"]
     module.__class__ = nm_class(base)
+    # Last, so that an adapter stands right behind: `LowRankCallback` needs that order in optimizers.
     module.register_parameter(VALUES, values)
     module.__dict__["_nm_layout"], module.__dict__["_nm_low_rank"] = layout, None
 
@@ -112,10 +114,13 @@ def unembed(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> No
         layout = first._nm_layout
         dense = dense_weight(first) if weights is None else weights[name]
         weight = nn.Parameter(dense, requires_grad=first._parameters[VALUES].requires_grad)
-        forget_replaced(weight)
+        for attribute in (VALUES, LEFT, RIGHT):
+            if attribute in first._parameters:
+                note_replaced(first._parameters[attribute], name)
         for module in sharing(model, layout):
-            for attribute in (VALUES, LEFT, RIGHT):
-                module._parameters.pop(attribute, None)
+            rest = {key: value for key, value in module._parameters.items() if key not in (VALUES, LEFT, RIGHT)}
+            module._parameters.clear()
             del module.__dict__["_nm_layout"], module.__dict__["_nm_low_rank"]
             module.__class__ = module._nm_base
-            module.register_parameter("weight", weight)
+            # Its classes register the weight first, and state dicts have that order.
+            module._parameters |= {"weight": weight, **rest}

@@ -33,7 +33,7 @@ def unprune(model: nn.Module) -> nn.Module:
     """Make an ordinary dense model of a pruned one, in place: kept values, zeros, and adapters added to the weights.
 
     Returns:
-        The model, with ordinary modules. A weight that had an adapter is not N:M any more.
+        The model, with ordinary modules. Weights that had an adapter have no zeros any more.
 
     Raises:
         EmbedError: the model has no pruned weights.

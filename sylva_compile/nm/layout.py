@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sylva_compile.errors import MaskError
-from sylva_compile.nm.pattern import OUTSIDE, keep_again
+from sylva_compile.kernels.nm_mm import to_dense
+from sylva_compile.nm.pattern import keep_again
 
 
 @dataclass(eq=False)
@@ -73,8 +74,7 @@ class NMLayout:
     @torch.no_grad()
     def dense(self, values: Tensor) -> Tensor:
         """Return the dense weight as stored, in its dtype: zeros outside of the kept places."""
-        matrix = values.new_zeros((self.out_features, self.in_features), dtype=self.dtype)
-        matrix.scatter_(1, self.columns.to(values.device).long(), values.detach().to(self.dtype))
+        matrix = to_dense(values.detach().to(self.dtype), self.columns.to(values.device), self.in_features)
         return matrix if self.input_axis == 1 else matrix.t().contiguous()
 
     @torch.no_grad()
@@ -87,22 +87,3 @@ class NMLayout:
                 f"{self.name} is pruned {self.n}:{self.m}, and the values given for it are not zero outside of its "
                 "mask; load them before the model is pruned, or prune it with the masks that they were trained with."
             )
-
-
-def second_operand(values: Tensor, rows: Tensor, slots: Tensor, n: int, m: int) -> Tensor:
-    """Return the values of (W∘R∘C)ᵀ, packed along out: `[in, out // m * n]`, beside their columns `rows`.
-
-    It is gathered anew in every backward pass, so that it can never be behind the values. Without accumulation that
-    costs as much as writing it after every step.
-
-    Args:
-        values: `[out, in // m * n]`.
-        rows: `[in, out // m * n]`.
-        slots: uint8, as `rows`.
-        n: how many of m are kept.
-        m: out of how many.
-    """
-    group = torch.arange(rows.shape[0], device=rows.device)[:, None] // m
-    inside = slots != OUTSIDE
-    index = rows.long() * values.shape[1] + group * n + torch.where(inside, slots, 0).long()
-    return torch.where(inside, values.flatten()[index], 0)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sylva_compile.kernels.nm_mm import nm_mm
-from sylva_compile.nm.layout import second_operand
+from sylva_compile.kernels.nm_sample import nm_sample
+from sylva_compile.kernels.nm_transpose import nm_transpose
 
 
 class _NMLinear(torch.autograd.Function):
@@ -37,10 +38,12 @@ class _NMLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0] and rows is None:
             of_x = nm_mm(gradient, values.to(gradient.dtype), columns, x.shape[1], True)
         elif ctx.needs_input_grad[0]:
-            packed = second_operand(values, rows, slots, ctx.n, ctx.m).to(gradient.dtype)
+            # Gathered anew in every backward pass, so that it can never be behind the values. Without accumulation that
+            # costs as much as writing it after every step.
+            packed = nm_transpose(values.to(gradient.dtype), rows, slots, ctx.n, ctx.m)
             of_x = nm_mm(gradient, packed, rows, gradient.shape[1], False)
         if ctx.needs_input_grad[1]:
-            of_values = (gradient.t() @ x).gather(1, columns.long()).to(values.dtype)
+            of_values = nm_sample(gradient, x, columns).to(values.dtype)
         return of_x, of_values, None, None, None, None, None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sylva_compile.errors import MaskError
+from sylva_compile.kernels.nm_mm import to_dense
 from sylva_compile.nm.linear import nm_linear
 from sylva_compile.nm.pattern import keep
 
@@ -66,8 +67,8 @@ class LowRank:
         """Return L as `[in, r]`, with zeros where it is pruned."""
         if columns is None:
             return left.detach()
-        matrix = left.new_zeros((left.shape[0], left.shape[1] // self.n * self.m))
-        return matrix.scatter_(1, columns.to(left.device).long(), left.detach()).t().contiguous()
+        size = left.shape[1] // self.n * self.m
+        return to_dense(left.detach(), columns.to(left.device), size).t().contiguous()
 
     def read_left(self, left: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the values and the columns of a loaded `left [in, r]`.

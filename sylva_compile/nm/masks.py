@@ -1,5 +1,6 @@
 """`NMMasks`: the N:M masks of a model's weights."""
 
+import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping
@@ -9,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.errors import EmbedError, MaskError
 from sylva_compile.nm.embedding import embed, nm_modules
-from sylva_compile.nm.layout import NMLayout
 from sylva_compile.nm.low_rank import LEFT, RIGHT
 from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.mask_file import read_masks, write_masks
+from sylva_compile.nm.mask_summary import summary_of
 from sylva_compile.nm.module import VALUES, values_of
-from sylva_compile.nm.pattern import OUTSIDE
+
+log = logging.getLogger(__name__)
 
 
 class NMMasks(Mapping[str, NMMask]):
@@ -114,8 +117,24 @@ class NMMasks(Mapping[str, NMMask]):
         model = self._require_model() if model is None else model
         self.bind(model)
         if not nm_modules(model):
+            self._compare_base(model)
             embed(model, self._masks, double=self.double)
         return model
+
+    def _compare_base(self, model: nn.Module) -> None:
+        """Log a warning if the weights are others than those that the masks were chosen for, and lose large values."""
+        weights, wanted = named_weights(model), self.config.get("base")
+        if wanted is None or base_fingerprint(weights[name] for name in self) == wanted:
+            return
+        for name, mask in self.items():
+            # A pruned model that goes on has the same masks by magnitude, since all else is zero.
+            if not NMMask.by_magnitude(weights[name], mask.n, mask.m, mask.input_axis).same_as(mask):
+                log.warning(
+                    "These masks were chosen for other weights than this model's, and would not keep their largest "
+                    "values (%s first); call prune_masks again unless that is what you want.",
+                    name,
+                )
+                return
 
     def modules(self) -> dict[str, Any]:
         """Return the pruned modules of the bound model by weight name; prune it if need be."""
@@ -176,22 +195,15 @@ class NMMasks(Mapping[str, NMMask]):
             for key, value in saved.items():
                 (places[key] if key in places else parameters[key]).copy_(value)
 
-    def summary(self) -> str:
-        """Return a table with a line for each weight, and the totals."""
-        width = max((len(name) for name in self), default=6)
-        lines = [f"{'weight':<{width}}  {'shape':>14}  {'pattern':>7}  {'kept':>7}  {'input gradient':>14}"]
+    def summary(self, tokens: int | None = None) -> str:
+        """Return a table with a line for each weight, and the totals.
+
+        Args:
+            tokens: of a forward pass; with it, the table names the kernels of forward pass and input gradient for so
+                many. What is not known of this machine is measured now.
+        """
         model = self.model
-        present = {} if model is None else nm_modules(model)
-        total = kept = 0
-        for name, mask in self.items():
-            size = mask.shape[0] * mask.shape[1]
-            total, kept = total + size, kept + mask.nnz
-            share = f"{mask.nnz / size:.1%}"
-            second = share if not self.double else "" if name not in present else f"{_density(present[name]):.1%}"
-            shape, pattern = f"{mask.shape[0]} x {mask.shape[1]}", f"{mask.n}:{mask.m}"
-            lines.append(f"{name:<{width}}  {shape:>14}  {pattern:>7}  {share:>7}  {second:>14}")
-        lines.append(f"{len(self)} weights, {kept:,} of {total:,} elements kept ({kept / max(total, 1):.1%}).")
-        return "\n".join(lines)
+        return summary_of(self, self.double, {} if model is None else nm_modules(model), tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks as one safetensors file. Raises MaskError where that cannot be written."""
@@ -207,8 +219,3 @@ class NMMasks(Mapping[str, NMMask]):
         if (model := self.model) is None:
             raise MaskError("These masks are not bound to a living model; call masks.embed(model) with the model.")
         return model
-
-
-def _density(module: Any) -> float:
-    layout: NMLayout = module._nm_layout
-    return int((layout.slots != OUTSIDE).sum()) / (layout.out_features * layout.in_features)

@@ -126,13 +126,12 @@ class NMModule:
             error_msgs.append(str(error))
             return
         missing: list[str] = []
+        # Values are gathered from the dense weight in any case, so there is no tensor to assign.
+        metadata = {**metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(given, prefix, metadata, strict, missing, unexpected_keys, error_msgs)  # type: ignore[misc]
         missing_keys += [prefix + "weight" if key == prefix + VALUES else key for key in missing]
         if places is not None and low_rank is not None and low_rank.columns is not None:
             low_rank.columns.copy_(places)
-        for name in (VALUES, LEFT, RIGHT):
-            if module._parameters.get(name) is not None:
-                note_carried(module._parameters[name], layout.name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]

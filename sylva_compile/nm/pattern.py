@@ -7,9 +7,8 @@ from torch import Tensor
 
 from sylva_compile.errors import ArgumentError
 from sylva_compile.kernels.nm_mm import column_dtype
+from sylva_compile.kernels.nm_transpose import OUTSIDE
 
-OUTSIDE = 255
-"""The slot of a place that carries no value."""
 _MOST = 1 << 24
 """The most elements that are sorted at once: the indices of a sort take 8 bytes each."""
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import base_fingerprint
+from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.errors import ArgumentError
 from sylva_compile.files import write_file
 from sylva_compile.schedules.history import history_entry
@@ -61,10 +62,14 @@ class ScheduleCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the schedules' state into the checkpoint's directory."""
-        if state.is_world_process_zero and not self.saved_by_trainer:
+        if self.saved_by_trainer:
+            return
+        # All processes take part: under FSDP2 each holds a part of the blocks.
+        states = [schedule.state_dict() for schedule in self.schedules]
+        content = {"schedules": states, "weights": _fingerprint(kwargs["model"])}
+        if state.is_world_process_zero:
             file = io.BytesIO()
-            states = [schedule.state_dict() for schedule in self.schedules]
-            torch.save({"schedules": states, "weights": _fingerprint(kwargs["model"])}, file)
+            torch.save(content, file)
             write_file(self.directory(args, state) / FILE, file.getvalue())
 
     def on_train_begin(
@@ -73,9 +78,13 @@ class ScheduleCallback(TrainerCallback):
         """Load the schedules' state where the Trainer resumes from a checkpoint.
 
         Raises:
-            ArgumentError: the checkpoint has no state of schedules, or that of others or of other weights.
+            ArgumentError: the checkpoint has no state of schedules, or that of others or of other weights; or the
+                checkpoints of this Trainer would lose the age of each block.
         """
-        if state.global_step == 0 or self.saved_by_trainer:
+        if self.saved_by_trainer:
+            return
+        self._check_ages_are_kept(kwargs["model"])
+        if state.global_step == 0:
             return
         directory = self.directory(args, state) if self._resume_from is None else Path(self._resume_from)
         self.load(directory, kwargs["model"])
@@ -103,6 +112,15 @@ class ScheduleCallback(TrainerCallback):
             raise ArgumentError(f"{path} holds {len(states)} schedules, not {len(self.schedules)}; give the same ones.")
         for schedule, state_dict in zip(self.schedules, states, strict=True):
             schedule.load_state_dict(state_dict)
+
+    def _check_ages_are_kept(self, model: nn.Module) -> None:
+        """Raise ArgumentError under FSDP2 where states hold ages of blocks: the Trainer's checkpoints lose them."""
+        carries = any(getattr(schedule, "carry", None) == "intersection" for schedule in self.schedules)
+        if carries and any(is_sharded(state.blocks) for state in block_states(model).values()):
+            raise ArgumentError(
+                "Under FSDP2 this Trainer's checkpoints lose the age of each block, which carry='intersection' needs; "
+                "put BlocksTrainerMixin before the Trainer, or use carry='none'."
+            )
 
     def directory(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Return the directory of the checkpoint at this step."""

@@ -11,7 +11,10 @@ import torch
 from prune_two_ranks import Net
 from tiny_models import Case, checkpoint, tiny
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.pytorch_utils import Conv1D
 
 import sylva_compile
 from sylva_compile import NMMasks
@@ -64,9 +67,28 @@ def test_architectures_train_as_their_dense_model_without_double_pruning(archite
     assert_same(found, wanted)
 
 
-@pytest.mark.parametrize(("architecture", "how"), [("gpt2", "whole"), ("llama", "layers")])
-def test_graphs_stay_over_mask_changes_and_adapters_cost_one_more(architecture: str, how: str) -> None:
-    case, masks = pruned(architecture, layers=1 if how == "whole" else 2)
+class Small(nn.Module):
+    """A model with a loss, in one frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 24), Conv1D(8, 24)
+
+    def forward(self, x: Tensor) -> Any:
+        return CausalLMOutput(loss=self.two(self.one(x).relu()).square().mean())
+
+
+def small() -> tuple[Case, NMMasks]:
+    torch.manual_seed(0)
+    case = Case(Small().double(), {"x": torch.randn(2, 5, 16, dtype=torch.float64)})  # type: ignore[arg-type]
+    masks = sylva_compile.prune_masks(case.model)
+    masks.embed()
+    return case, masks
+
+
+@pytest.mark.parametrize("how", ["whole", "layers"])
+def test_graphs_stay_over_mask_changes_and_adapters_cost_one_more(how: str) -> None:
+    case, masks = small() if how == "whole" else pruned(layers=2)
     eager = copy.deepcopy(case.model)
     theirs = NMMasks(masks, model=eager)
     counting = Counting(masks)
@@ -96,16 +118,38 @@ def test_inductor_and_float32_agree() -> None:
     model = Net()
     masks = sylva_compile.prune_masks(model)
     masks.embed()
-    x = torch.randn(2, 5, 16)
+    eager = copy.deepcopy(model)
 
-    def gradients_of() -> dict[str, Tensor]:
+    def gradients_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
         model(x).square().sum().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    wanted = gradients_of()
     model.compile(backend=sylva_compile.backend(masks))
-    assert_same(gradients_of(), wanted, rtol=1e-4, atol=1e-5)
+    # The second length makes sizes dynamic.
+    for x in (torch.randn(2, 5, 16), torch.randn(3, 4, 16)):
+        assert_same(gradients_of(model, x), gradients_of(eager, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_dtypes_round_and_nothing_more(dtype: torch.dtype) -> None:
+    found = {}
+    torch.manual_seed(1)
+    start = Net().to(dtype)
+    x, gy = torch.randn(6, 16).to(dtype), torch.randn(6, 8).to(dtype)
+    for wide in (False, True):
+        model = copy.deepcopy(start).to(torch.float64 if wide else dtype)
+        masks = sylva_compile.prune_masks(model)
+        masks.embed()
+        kind = torch.float64 if wide else dtype
+        inputs = x.to(kind, copy=True).requires_grad_()
+        out = model(inputs)
+        out.backward(gy.to(kind))
+        assert inputs.grad is not None and out.dtype == inputs.grad.dtype == kind
+        found[wide] = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+        found[wide] |= {"out": out.detach().double(), "x": inputs.grad.double()}
+    rounding = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 5e-2}
+    assert_same(found[False], found[True], **rounding)
 
 
 class Broken(nn.Module):
@@ -150,7 +194,7 @@ def test_a_graph_break_changes_nothing() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_edit_by_hand_reaches_both_passes(compiled: bool) -> None:
-    case, masks = pruned("gpt2")
+    case, masks = small()
     if compiled:
         case.model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
     gradients(case.model, case.batch)
@@ -159,7 +203,7 @@ def test_an_edit_by_hand_reaches_both_passes(compiled: bool) -> None:
             values.mul_(1.5)
         values.data.add_(0.01)
     # A copy made from the dense weights has nothing that could be stale.
-    fresh = tiny("gpt2", layers=1).model.double()
+    fresh = Small().double()
     fresh.load_state_dict(case.model.state_dict())
     others = NMMasks(masks, config=masks.config)
     others.embed(fresh)
@@ -167,12 +211,39 @@ def test_an_edit_by_hand_reaches_both_passes(compiled: bool) -> None:
     assert_same(gradients(case.model, case.batch), gradients(fresh, case.batch))
 
 
-def test_a_change_between_forward_and_backward_is_refused() -> None:
-    case, masks = pruned()
-    loss = case.model(**case.batch).loss
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_change_between_forward_and_backward_is_refused(compiled: bool) -> None:
+    model = Net()
+    masks = sylva_compile.prune_masks(model)
+    masks.embed()
+    if compiled:
+        model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
+    loss = model(torch.randn(3, 16)).sum()
     masks.change_masks()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_freezing_makes_no_constants_of_values() -> None:
+    model, x = Net(), torch.randn(3, 16)
+    masks = sylva_compile.prune_masks(model)
+    compiled = torch.compile(model, backend=sylva_compile.backend(masks))
+    # Autocast's rounded copies of the values would be such constants.
+    with inductor_config.patch(freezing=True), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
+            masks.parameters()[0].mul_(2.0)
+
+
+def test_a_state_dict_is_copied_even_if_it_is_to_be_assigned() -> None:
+    model = Shared()
+    masks = sylva_compile.prune_masks(model)
+    masks.embed()
+    state = {name: value * 2 for name, value in model.state_dict().items()}
+    before = masks.parameters()[0]
+    model.load_state_dict(state, assign=True)
+    assert model.one.weight_values is model.two.weight_values is before
+    assert_same(dict(model.state_dict()), state)
 
 
 def test_the_dense_weight_cannot_be_read_or_replaced() -> None:
@@ -214,9 +285,15 @@ def test_a_dense_state_dict_is_refused_before_anything_changes() -> None:
         case.model.load_state_dict({key: value for key, value in before.items() if key != name})
 
 
-def test_masks_are_saved_and_bound_again(tmp_path: Path) -> None:
+def test_masks_are_saved_and_bound_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case, masks = pruned()
     masks.save(tmp_path / "masks.safetensors")
+    dense = tiny("llama", layers=1).model.double()
+    dense.load_state_dict(case.model.state_dict())
+    NMMasks.load(tmp_path / "masks.safetensors").embed(dense)
+    assert not caplog.records
+    NMMasks.load(tmp_path / "masks.safetensors").embed(tiny("llama", layers=1).model.double())
+    assert "would not keep their largest values" in caplog.text
     loaded = NMMasks.load(tmp_path / "masks.safetensors")
     assert loaded.config["m"] == 4 and loaded.double and loaded.model is None
     assert all(loaded[name].same_as(mask) for name, mask in masks.items())
@@ -236,10 +313,11 @@ def test_masks_are_saved_and_bound_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [None, 3])
 def test_a_resumed_training_is_the_undisturbed_one(dtype: torch.dtype, ranks: int | None) -> None:
-    def made() -> tuple[Case, MaskChange, Any]:
+    def made(seed: int) -> tuple[Case, MaskChange, Any]:
         case, masks = pruned(dtype=dtype)
         if ranks is not None:
-            sylva_compile.add_low_rank(case.model, ranks)
+            # Another L, at other places.
+            sylva_compile.add_low_rank(case.model, ranks, generator=torch.Generator().manual_seed(seed))
         return case, MaskChange(masks, every=2), torch.optim.AdamW(case.model.parameters(), lr=0.01)
 
     def train(case: Case, schedule: MaskChange, optimizer: Any) -> None:
@@ -248,19 +326,20 @@ def test_a_resumed_training_is_the_undisturbed_one(dtype: torch.dtype, ranks: in
             optimizer.step()
             schedule.step()
 
-    once = made()
+    once = made(0)
     train(*once)
     file = io.BytesIO()
     torch.save([each.state_dict() for each in (once[0].model, *once[1:])], file)
     train(*once)
     torch.manual_seed(3)
-    again = made()
+    again = made(1)
     file.seek(0)
     for each, state in zip((again[0].model, *again[1:]), torch.load(file), strict=True):
         each.load_state_dict(state)
     train(*again)
     for one, other in zip(once[0].model.parameters(), again[0].model.parameters(), strict=True):
         assert torch.equal(one, other)
+    assert_same(dict(again[0].model.state_dict()), dict(once[0].model.state_dict()), rtol=0, atol=0)
     assert once[1].steps == again[1].steps == 6
 
 
@@ -366,6 +445,21 @@ class Shared(nn.Module):
         return self.two(self.one(x))
 
 
+def test_summary_and_report_name_the_kernels() -> None:
+    case, masks = pruned("gpt2", dtype=torch.float32)
+    assert masks.model is case.model
+    backend = sylva_compile.backend(masks)
+    assert str(backend.report()) == "4 weights are pruned; masks.summary(tokens) names their kernels."
+    first, line, *_, last = masks.summary(4).splitlines()
+    assert first.endswith("kernels at 4 tokens") and line.endswith(("sparse and sparse", "dense and dense"))
+    assert last == "4 weights, 6,144 of 12,288 elements kept (50.0%)."
+    model = tiny("gpt2", layers=1).model
+    exact = sylva_compile.prune_masks(model, double=False)
+    assert "kernels" not in exact.summary()
+    exact.embed()
+    assert exact.summary(4).splitlines()[1].endswith(" and dense")
+
+
 def test_a_shared_weight_has_one_set_of_values() -> None:
     model = Shared().double()
     masks = sylva_compile.prune_masks(model)
@@ -405,6 +499,10 @@ def test_weights_that_cannot_be_pruned_are_refused_by_name(caplog: pytest.LogCap
     assert list(sylva_compile.prune_masks(model)) == ["2.weight"]
     assert "2 weights stay dense, since m=4 does not divide their sizes: 0.weight, 1.weight" in caplog.text
     assert list(sylva_compile.prune_masks(model, double=False)) == ["0.weight", "2.weight"]
+    hooked = nn.Sequential(nn.Linear(8, 8))
+    hooked[0].forward = hooked[0].forward  # as accelerate does to dispatch modules
+    with pytest.raises(ScopeError, match=r"0\.weight is the weight of a Linear, which computes otherwise"):
+        sylva_compile.prune_masks(hooked)
     blocks = nn.Sequential(nn.Linear(8, 8))
     sylva_compile.Masks.from_block_maps(blocks, {"0.weight": torch.ones(1, 1, dtype=torch.bool)}, 8).embed()
     with pytest.raises(EmbedError, match=r"0\.weight carries blocks"):
@@ -419,7 +517,11 @@ def test_an_optimizer_from_before_is_refused() -> None:
     case.model(**case.batch).loss.backward()
     with pytest.raises(EmbedError, match=r"holds model\.layers\.0\.self_attn\.q_proj\.weight from before"):
         optimizer.step()
-    torch.optim.SGD(case.model.parameters(), lr=0.1).step()
+    pruned_one = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    pruned_one.step()
+    sylva_compile.unprune(case.model)
+    with pytest.raises(EmbedError, match="made dense again"):
+        pruned_one.step()
 
 
 def test_semi_structured_weights_are_refused_where_torch_has_none() -> None:

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from nm_twin import mask_by_loops, second_mask
 
 from sylva_compile.errors import ArgumentError
+from sylva_compile.kernels.nm_transpose import OUTSIDE, nm_transpose
 from sylva_compile.nm import pattern
-from sylva_compile.nm.layout import second_operand
-from sylva_compile.nm.pattern import OUTSIDE, check_pattern, keep, keep_again
+from sylva_compile.nm.pattern import check_pattern, keep, keep_again
 
 PATTERNS = [(1, 2), (2, 4), (2, 8), (1, 4), (3, 4), (3, 5)]
 
@@ -44,7 +44,7 @@ def test_the_second_mask_keeps_zeros_inside_before_places_outside(drawn: Any) ->
     rows, slots = keep_again(values, columns, matrix.shape[1], n, m)
     second = second_mask(matrix, first, n, m)
     assert torch.equal(dense_mask(rows, matrix.shape[0]).t(), second)
-    packed = second_operand(values, rows, slots, n, m)
+    packed = nm_transpose(values, rows, slots, n, m)
     dense = torch.zeros(matrix.shape[1], matrix.shape[0], dtype=torch.float64).scatter_(1, rows.long(), packed).t()
     assert torch.equal(dense, torch.where(first & second, matrix, 0.0))
     inside = first.t().gather(1, rows.long())

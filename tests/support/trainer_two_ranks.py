@@ -1,12 +1,12 @@
 """One of two processes that train by a Trainer, stop and resume: `trainer_two_ranks.py RANK DIRECTORY PORT`."""
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from interrupted import STEPS, Setting, assert_same, make
+from like_torchrun import one_of_several
 
 SETTING = Setting(
     schedule="moving",
@@ -15,9 +15,15 @@ SETTING = Setting(
     dropout=0.2,
     arguments={"ddp_backend": "gloo", "ddp_find_unused_parameters": False},
 )
+JOINT = Setting(schedule="moving", trained=("lm_head.weight",), arguments={"gradient_accumulation_steps": 2})
+"""What one process trains to the same values, on joint batches."""
 
 
 def main(directory: Path) -> None:
+    under_ddp = Setting(**{**vars(JOINT), "arguments": JOINT.arguments | SETTING.arguments})
+    joint = make(directory / "joint", under_ddp)
+    joint.trainer.train()
+    torch.save(joint.model.state_dict(), directory / f"joint{dist.get_rank()}.pt")
     once = make(directory, SETTING)
     once.trainer.train()
     assert isinstance(once.trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
@@ -34,12 +40,6 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    rank, folder, port = sys.argv[1:]
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update(here)
-    main(Path(folder))
-    dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Without destructors, for the reason in `two_ranks.process_group`.
-    os._exit(0)
+    number, folder, port = sys.argv[1:]
+    with one_of_several(number, port):
+        main(Path(folder))
