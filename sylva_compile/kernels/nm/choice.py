@@ -158,14 +158,16 @@ def measure(product: Product) -> dict[str, float]:
         "dense": lambda: (cpu.dense_product if on_cpu else nm_mm_reference)(x, values, columns, k, False),
     }
     found = dict.fromkeys(kernels, float("inf"))
-    for round_ in range(_ROUNDS + 1):
-        for name, kernel in kernels.items():
-            started = time.perf_counter()
-            kernel()
-            if not on_cpu:
-                torch.cuda.synchronize(product.device)
-            if round_:
-                found[name] = min(found[name], time.perf_counter() - started)
+    # Autocast, which is on while a layer's forward pass runs, would time another product.
+    with torch.autocast(product.device.type, enabled=False):
+        for round_ in range(_ROUNDS + 1):
+            for name, kernel in kernels.items():
+                started = time.perf_counter()
+                kernel()
+                if not on_cpu:
+                    torch.cuda.synchronize(product.device)
+                if round_:
+                    found[name] = min(found[name], time.perf_counter() - started)
     return found
 
 

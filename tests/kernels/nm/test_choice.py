@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,19 @@ class TestMeasurement:
         found = measure(Product(40, 50, 64, 32, torch.float32, CPU))
         assert set(found) == {"sparse", "dense"} and all(0 < seconds < 60 for seconds in found.values())
         assert torch.equal(torch.get_rng_state(), before)
+
+    def test_autocast_is_off_while_it_measures(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        dtypes = []
+
+        def product(*operands: Any) -> torch.Tensor:
+            dtypes.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+            return right(*operands)
+
+        right = cpu.dense_product
+        monkeypatch.setattr(cpu, "dense_product", product)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            measure(Product(4, 8, 8, 4, torch.float32, CPU))
+        assert set(dtypes) == {torch.float32}
 
     @pytest.mark.parametrize(("k", "per_row"), [(64, 32), (64, 16), (63, 21), (10, 7), (9, 1)])
     def test_columns_of_the_made_up_matrix_are_as_the_op_wants_them(self, k: int, per_row: int) -> None:
