@@ -45,6 +45,8 @@ class NMModule:
         layout, low_rank = self._nm_layout, self._nm_low_rank
         values = module.weight_values
         if not torch.compiler.is_compiling():
+            if is_sharded(values):
+                raise split(layout)
             check_averaged(module._parameters.values())
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
@@ -64,6 +66,12 @@ class NMModule:
             if low_rank is not None:
                 out = out + low_rank.output(x, module.weight_left, module.weight_right)
         return out if module.bias is None else out + module.bias.to(out.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `fully_shard` assigns its shards; a model that trains and cannot be saved would come too late.
+        if name in (VALUES, LEFT, RIGHT) and is_sharded(value):
+            raise split(self._nm_layout)
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         module: Any = self
@@ -156,6 +164,14 @@ class NMModule:
         return ", ".join(filter(None, [text, note + rank]))
 
 
+def split(layout: NMLayout) -> EmbedError:
+    """Return the error for values that `fully_shard` or tensor parallelism splits."""
+    return EmbedError(
+        f"{layout.name} is pruned and cannot be split over processes; use DistributedDataParallel, or leave it out of "
+        "the scope."
+    )
+
+
 def values_of(module: Any) -> Tensor:
     """Return the kept values of a pruned module, `[out, in // m * n]`, detached, without those of a folded adapter.
 
@@ -164,7 +180,7 @@ def values_of(module: Any) -> Tensor:
     """
     values, layout = module._parameters[VALUES], module._nm_layout
     if is_sharded(values):
-        raise EmbedError(f"{layout.name} is split over processes, which pruned weights cannot be; leave it whole.")
+        raise split(layout)
     whole: Tensor = values.detach()[: layout.out_features]
     return whole
 

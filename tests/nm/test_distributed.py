@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 import two_ranks
 from prune_two_ranks import model_and_masks, train
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sylva_compile
-from sylva_compile.errors import EmbedError
+from sylva_compile.errors import EmbedError, ScopeError
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
@@ -45,6 +47,18 @@ def test_weights_pruned_after_wrapping_are_refused(compiled: bool) -> None:
         model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
     with pytest.raises(EmbedError, match=r"one\.weight: DistributedDataParallel wrapped the model before"):
         wrapped(batch)
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_that_are_split_are_refused_at_once() -> None:
+    model, masks, _ = model_and_masks()
+    masks.embed()
+    with pytest.raises(EmbedError, match=r"one\.weight is pruned and cannot be split"):
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    model, _, _ = model_and_masks()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ScopeError, match=r"one\.weight is split over processes"):
+        sylva_compile.prune_masks(model)
 
 
 @pytest.mark.usefixtures("alone")
