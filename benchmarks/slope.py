@@ -13,6 +13,8 @@ of a step without its activations.
 """
 
 import argparse
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -264,6 +266,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="%(default)s")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="%(default)s")
     parser.add_argument("--dtype", default="float32", choices=list(ROUNDING), help="%(default)s")
+    parser.add_argument("--largest", type=float, default=math.inf, help="GFLOP of a dense product that is timed")
     parser.add_argument("--repeats", type=int, default=7, help="%(default)s")
     parser.add_argument("--no-write", action="store_true", help="print only")
     return parser.parse_args(argv)
@@ -274,11 +277,12 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     options = options_of(argv)
     threads_before = torch.get_num_threads()
     times, memory = [], []
-    for (n, m), (inputs, outputs) in ((pattern, shape) for pattern in options.patterns for shape in options.shapes):
+    for (n, m), (inputs, outputs) in itertools.product(options.patterns, options.shapes):
         layer = Layer.random((outputs, inputs), n, m, getattr(torch, options.dtype), options.device)
         memory.append(memory_row(layer, min(options.tokens), options.device))
-        for tokens, threads in ((tokens, threads) for tokens in options.tokens for threads in options.threads):
-            times.append(time_row(layer, tokens, threads, options.repeats, options.device))
+        for tokens, threads in itertools.product(options.tokens, options.threads):
+            if 2e-9 * tokens * inputs * outputs <= options.largest:
+                times.append(time_row(layer, tokens, threads, options.repeats, options.device))
     torch.set_num_threads(threads_before)
     shown = ["forward", "input", "step", *(["compressed"] if options.device == "cuda" else [])]
     print_table(
@@ -310,7 +314,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     )
     results = {"times": times, "memory": memory}
     if not options.no_write:
-        settings = {key: value for key, value in vars(options).items() if key != "no_write"}
+        settings = {key: value for key, value in vars(options).items() if key not in ("no_write", "largest")}
         settings["cusparselt"] = cuda.version()
         print(f"written to {write_results('slope', settings, results)}")
     return results

@@ -34,7 +34,7 @@ def sparse_product(x: Tensor, values: Tensor, columns: Tensor, in_features: int)
     failed = library.sylva_nm_mm(
         *(x.data_ptr(), tokens, in_features, *x.stride()),
         *(values.data_ptr(), columns.data_ptr(), columns.dtype == torch.int32, rows, per_row),
-        *(libraries.threads(tokens * rows * per_row), out.data_ptr()),
+        *(libraries.threads_for_products(tokens * rows * per_row), out.data_ptr()),
     )
     libraries.check(failed, in_features)
     return out

@@ -14,8 +14,8 @@ from sylva_compile.kernels.build.native import load
 
 log = logging.getLogger(__name__)
 
-PER_THREAD = 1 << 20
-"""Elements, or products of two elements, that are worth waking up a thread."""
+PRODUCTS_PER_THREAD, MOVES_PER_THREAD = 1 << 20, 1 << 18
+"""Products of two elements, and elements that are moved, that are worth waking up a thread."""
 
 _SIZE, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 
@@ -61,9 +61,14 @@ def kind(values: Tensor, columns: Tensor) -> tuple[int, int]:
     return values.element_size(), int(columns.dtype == torch.int32)
 
 
-def threads(work: int) -> int:
-    """Return how many threads do so many operations."""
-    return max(1, min(torch.get_num_threads(), work // PER_THREAD))
+def threads_for_products(count: int) -> int:
+    """Return how many threads multiply so many pairs of elements."""
+    return max(1, min(torch.get_num_threads(), count // PRODUCTS_PER_THREAD))
+
+
+def threads_for_moves(count: int) -> int:
+    """Return how many threads move so many elements."""
+    return max(1, min(torch.get_num_threads(), count // MOVES_PER_THREAD))
 
 
 def check(failed: int, size: int) -> None:

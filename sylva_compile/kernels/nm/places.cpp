@@ -82,7 +82,7 @@ int transpose(const T* values, const C* places, const uint8_t* slots, int64_t ke
 #pragma omp parallel num_threads(s.threads) reduction(| : failed)
     {
         const std::unique_ptr<T[]> panel(new (std::nothrow) T[s.rows * width]);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; ++block) {
             if (!panel) {
                 failed |= 2;

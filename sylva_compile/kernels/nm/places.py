@@ -13,8 +13,8 @@ from sylva_compile.kernels.nm_mm import to_dense
 from sylva_compile.kernels.nm_transpose import nm_transpose_reference
 
 _SIZES = (2, 4, 8)
-_CHUNK = 1 << 20
-"""Elements of a dense product that are computed before its kept places are read: they stay in cache."""
+_CHUNK = 1 << 22
+"""Elements of a dense product that are computed before its kept places are read."""
 
 
 def dense_matrix(values: Tensor, columns: Tensor, in_features: int) -> Tensor:
@@ -27,7 +27,7 @@ def dense_matrix(values: Tensor, columns: Tensor, in_features: int) -> Tensor:
     failed = library.sylva_nm_dense(
         *libraries.kind(values, columns),
         *(values.data_ptr(), columns.data_ptr(), rows, per_row, in_features),
-        *(libraries.threads(rows * in_features), out.data_ptr()),
+        *(libraries.threads_for_moves(rows * in_features), out.data_ptr()),
     )
     libraries.check(failed, in_features)
     return out
@@ -63,7 +63,7 @@ def nm_sample_cpu(lhs: Tensor, rhs: Tensor, columns: Tensor) -> Tensor:
         failed = library.sylva_nm_gather(
             *libraries.kind(product, columns),
             *(product.data_ptr(), columns[part].data_ptr(), len(product), per_row, in_features),
-            *(libraries.threads(len(product) * per_row), out[part].data_ptr()),
+            *(libraries.threads_for_moves(len(product) * per_row), out[part].data_ptr()),
         )
         libraries.check(failed, in_features)
     return out
@@ -93,7 +93,7 @@ def nm_transpose_cpu(values: Tensor, places: Tensor, slots: Tensor, n: int, m: i
         *libraries.kind(values, places),
         *(values.data_ptr(), places.data_ptr(), slots.data_ptr()),
         *(rows, per_row, in_features, kept, n, m),
-        *(libraries.threads(places.numel()), out.data_ptr()),
+        *(libraries.threads_for_moves(places.numel()), out.data_ptr()),
     )
     libraries.check(failed, rows)
     return out

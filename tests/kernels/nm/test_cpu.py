@@ -29,7 +29,8 @@ def _outputs_start_as_nan() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     with pytest.MonkeyPatch.context() as patch:
         # Small products use all threads too.
-        patch.setattr(libraries, "PER_THREAD", 1)
+        patch.setattr(libraries, "PRODUCTS_PER_THREAD", 1)
+        patch.setattr(libraries, "MOVES_PER_THREAD", 1)
         yield
     torch.use_deterministic_algorithms(False)
 

@@ -22,7 +22,8 @@ def _outputs_start_as_nan() -> Iterator[None]:
     """Elements that a kernel leaves unwritten are NaN; small work uses all threads too."""
     torch.use_deterministic_algorithms(True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(libraries, "PER_THREAD", 1)
+        patch.setattr(libraries, "PRODUCTS_PER_THREAD", 1)
+        patch.setattr(libraries, "MOVES_PER_THREAD", 1)
         # Products of these sizes are cut into parts.
         patch.setattr(places, "_CHUNK", 300)
         yield
