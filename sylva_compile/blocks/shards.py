@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp, all_gather, all_reduce, get_world_size
 
 from sylva_compile._torch import shard_of
@@ -70,6 +70,15 @@ def rows_of(tensor: Any) -> tuple[int, int]:
 
     shape, offset = shard_shape_and_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return int(offset[0]), int(offset[0]) + int(shape[0])
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the modules that `fully_shard` has taken hold their shards, which it gathers for a pass and may keep."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def group_of(tensor: Any) -> ProcessGroup | None:
