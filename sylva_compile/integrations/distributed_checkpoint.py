@@ -36,6 +36,7 @@ from sylva_compile.integrations.checkpoint_calls import calling, check_loading, 
 from sylva_compile.integrations.optimizer_states import OptimizerStates, on_cpu
 from sylva_compile.integrations.saved_places import SavedPlaces, base_at_blocks, left_behind, packed, unpacked
 from sylva_compile.integrations.schedule_states import load_state_beside_adapter, masks_that_move, state_beside_adapter
+from sylva_compile.lost_ranks import naming_lost_ranks
 
 _FORMAT = "sylva-blocks-1"
 _SOURCE = "The checkpoint"
@@ -98,6 +99,7 @@ class CheckpointedBlocks:
         self._checksums: dict[str, tuple[Any, str]] = {}
         states_to_save(self.model)
 
+    @naming_lost_ranks("the saving of a checkpoint", "start the job again from the checkpoint before")
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything that training changes. All processes call it together.
 
@@ -131,6 +133,7 @@ class CheckpointedBlocks:
         check_loading(found)
         return found
 
+    @naming_lost_ranks("the loading of a checkpoint", "start the job again")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was made. Gradients of blocks are dropped. All processes call it together.
 

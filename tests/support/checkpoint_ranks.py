@@ -1,4 +1,4 @@
-"""Save checkpoints on two processes, and load them on one, two and four: `python checkpoint_ranks.py DIRECTORY`."""
+"""Save checkpoints on two processes, and load them on one, two and four: `python checkpoint_ranks.py 0 DIRECTORY`."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from small_training import HOW, Training, assert_same
+from small_training import HOW, Training, assert_same, warm_up
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
@@ -28,12 +28,14 @@ def save(directory: Path) -> None:
         there = folder(directory, *case)
         once = Training(*case)
         once.train(STEPS)
+        once.evaluate()
         state = once.blocks_state()
         dcp.save({"blocks": state}, checkpoint_id=there / "saved")
         once.train(1)
         with pytest.raises(ArgumentError, match="holds a checkpoint"):
             dcp.save({"blocks": state}, checkpoint_id=there / "saved")
         saved, again = once.snapshot(), Training(*case)
+        again.evaluate()
         dcp.load({"blocks": again.blocks_state()}, checkpoint_id=there / "saved")
         expected = again.snapshot()
         again.steps = STEPS
@@ -113,6 +115,7 @@ def load(directory: Path, *how: str) -> None:
 
 
 def main(directory: Path) -> None:
+    warm_up()
     forked_ranks.run(save, 2, directory / "store2", directory)
     forked_ranks.run(save_beside_training, 2, directory / "store2 async", directory)
     forked_ranks.run(beside_a_model, 2, directory / "store2 beside", directory)
@@ -123,4 +126,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[2]))

@@ -1,6 +1,6 @@
 """Run functions in several processes that are forked from this one, so that no process imports torch again.
 
-Call it from a process of its own that has computed nothing yet: a fork keeps no threads.
+Call it from a process of its own that has started no threads: a fork keeps none.
 """
 
 import os

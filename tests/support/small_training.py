@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import fsspec  # noqa: F401 - torch's checkpoints load it
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -109,11 +110,16 @@ class Training:
             self.optimizer.zero_grad()
             self.steps += 1
 
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Run the model without a backward pass, after which `fully_shard` keeps parameters gathered."""
+        self.model(torch.ones(4, 40, dtype=torch.bfloat16))
+
     def snapshot(self) -> dict[str, Any]:
         """Return everything that a training changes, as whole tensors and plain values; all processes call it."""
         found: dict[str, Any] = {}
         for name, state in block_states(self.model).items():
-            assert state.is_synced()
+            assert state.is_synced() and state.base_known
             found[f"{name} dense"] = whole(state.weight)
             found[f"{name} blocks"] = whole(state.blocks)
             found[f"{name} positions"] = state.mask.positions
@@ -134,6 +140,19 @@ class Training:
             found |= {f"schedule {name}": values[name] for name in ("steps", "moves", "generator")}
         # A copy: training goes on in place.
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+
+
+def warm_up() -> None:
+    """Load and generate what every training needs, before processes are forked; no backward pass, which starts threads.
+
+    Autograd does not work in a fork of a process that has started its threads.
+    """
+    for name in MAKE:
+        training = Training("alone", name, every=2)
+        for parameter in (*training.masks.parameters(), *training.net.head.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
+        training.optimizer.step()
+        training.blocks_state().state_dict()
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
