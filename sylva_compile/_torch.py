@@ -156,6 +156,11 @@ def shard_of(tensor: Any) -> Tensor:
     return shard
 
 
+def group_of_mesh(mesh: Any) -> Any:
+    """Return the group of all processes of a DeviceMesh of several dimensions; the first call makes it, on all."""
+    return mesh._flatten().get_group()
+
+
 def reduces_gradients(module: Any) -> bool:
     """Whether a module that `fully_shard` has taken reduces gradients now; see its `set_requires_gradient_sync`."""
     return all(group.reduce_grads for group in _groups_of_fsdp(module))

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sylva_compile._torch import active_ddp, mixed_precision_of_ddp, parameters_of_ddp
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.shards import group_of, is_sharded
+from sylva_compile.blocks.shards import is_sharded, processes_of
 from sylva_compile.errors import EmbedError
 
 
@@ -66,10 +66,10 @@ def check_averaged(states: Iterable[BlockState]) -> None:
 
 
 def group_that_averages(states: Iterable[BlockState]) -> Any:
-    """Return the process group of the DistributedDataParallel that averages gradients of `states`, or None."""
+    """Return the processes over which DistributedDataParallel or FSDP2 averages gradients of `states`, or None."""
     for state in states:
         if is_sharded(state.weight):
-            return group_of(state.weight)
+            return processes_of(state.weight)
         ddp = known.ddp() if (known := _wrappers.get(state)) is not None else None
         if ddp is not None:
             return ddp.process_group
