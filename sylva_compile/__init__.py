@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sylva_compile.compiler.layers import compile_layers
     from sylva_compile.config import SylvaConfig
     from sylva_compile.errors import SylvaError
+    from sylva_compile.integrations.distributed_checkpoint import blocks_state
     from sylva_compile.optim.optimizers import AdamW
     from sylva_compile.tracing.trace import estimate, trace_and_mask
 
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "active_adapter",
     "backend",
+    "blocks_state",
     "changed_values",
     "compile_layers",
     "delete_adapter",
@@ -69,6 +71,7 @@ _MODULES = {
     "SylvaError": "errors",
     "active_adapter": "adapters.switching",
     "backend": "compiler.backend",
+    "blocks_state": "integrations.distributed_checkpoint",
     "changed_values": "adapters.changes",
     "compile_layers": "compiler.layers",
     "delete_adapter": "adapters.switching",

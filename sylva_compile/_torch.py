@@ -184,6 +184,24 @@ def _groups_of_fsdp(module: Any) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
+def checkpoint_call() -> tuple[str, dict[str, Any]]:
+    """Return the name of the function of `torch.distributed.checkpoint` that is running, and its local variables.
+
+    The name is "save", "async_save" or "load"; "" and no variables where none of them is running.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("torch.distributed.checkpoint.") and frame.f_code.co_name in (
+            "save",
+            "async_save",
+            "load",
+        ):
+            return frame.f_code.co_name, dict(frame.f_locals)
+        frame = frame.f_back
+    return "", {}
+
+
 def at_end_of_backward(function: Any) -> None:
     """Call `function` at the end of the backward pass that is running."""
     torch.autograd.Variable._execution_engine.queue_callback(function)

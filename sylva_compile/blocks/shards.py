@@ -86,6 +86,15 @@ def rows_of(tensor: Any) -> tuple[int, int]:
     return int(offset[0]), int(offset[0]) + int(shape[0])
 
 
+def reshard(model: nn.Module) -> None:
+    """Let the modules that `fully_shard` has taken hold their shards, which it gathers for a pass and may keep."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def group_of(tensor: Any) -> ProcessGroup | None:
     """Return the processes over which a DTensor is split; None for an ordinary tensor, and for one that is not."""
     if not is_sharded(tensor):

@@ -18,6 +18,7 @@ from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.config import SylvaConfig, takes_config
 from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.errors import ArgumentError, EmbedError, TraceError
+from sylva_compile.lost_ranks import naming_lost_ranks
 from sylva_compile.tracing.batches import LossFn
 from sylva_compile.tracing.memory import TraceEstimate, estimate_bytes
 from sylva_compile.tracing.ranks import same_on_all_ranks
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @takes_config
+@naming_lost_ranks("the trace", "start all processes again; with `checkpoint` they go on from there")
 def trace_and_mask(
     model: nn.Module,
     loader: Iterable[Any] | None = None,
@@ -60,6 +62,7 @@ def trace_and_mask(
         EmbedError: the model carries blocks already.
         TraceError: no batches, no loss, a loss that is not finite or reaches no weight in scope, too little memory, or
             a checkpoint of another trace.
+        LostRankError: another process of `process_group` has ended.
     """
     config, model = SylvaConfig.resolve(config, options), unwrap(model)
     weights, specs = _weights_to_trace(model, config)
