@@ -2,8 +2,9 @@
 
     python examples/finetune_causal_lm.py --model path/to/model --data path/to/text.csv --column text
 
-It trains on a column of a CSV file and writes an adapter. The command line `sylva-compile finetune` does the same with
-many more options, other kinds of data, and runs that can be interrupted.
+It trains on a column of a CSV file and writes an adapter. With `torchrun --nproc-per-node 2` in place of
+`python`, two processes train it together. The command line `sylva-compile finetune` does the same with many more
+options, other kinds of data, and runs that can be interrupted.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=-1, help="number of steps (one pass over the data)")
     parser.add_argument("--lr", type=float, default=6e-3, help="learning rate (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in a step (%(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.98, help="share of the blocks that stays frozen")
     parser.add_argument("--block-size", type=int, default=64, help="rows and columns of a block (%(default)s)")
     parser.add_argument("--inner", default="inductor", help="compiler; aot_eager is for debugging (%(default)s)")
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).requires_grad_(False)
-    examples = read_examples(options.data, options.column, tokenizer, length=128)
+    examples = read_examples(options.data, options.column, tokenizer, length=options.length)
     arguments = TrainingArguments(
         output_dir=str(options.out),
         num_train_epochs=1,
@@ -68,14 +71,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A smaller last batch would make the compiler compile a second graph.
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
+        # Without this, processes that have no accelerator do not find each other.
+        use_cpu=not torch.accelerator.is_available(),
         save_strategy="no",
         report_to="none",
     )
     model.to(arguments.device)
 
-    loader = DataLoader(examples, options.batch_size, shuffle=True, drop_last=True, collate_fn=default_data_collator)
+    # Each process traces sequences of its own, and all get the same masks.
+    group = dist.group.WORLD if dist.is_initialized() else None
+    mine = examples[arguments.process_index :: arguments.world_size]
+    loader = DataLoader(mine, options.batch_size, shuffle=True, drop_last=True, collate_fn=default_data_collator)
     masks = sylva_compile.trace_and_mask(
-        model, loader, sparsity=options.sparsity, block_size=options.block_size, num_samples=256
+        model,
+        loader,
+        sparsity=options.sparsity,
+        block_size=options.block_size,
+        num_samples=256,
+        process_group=group,
     )
     masks.embed(model)
     # In place, because Trainer(torch.compile(model)) drops columns of the data and prefixes checkpoint keys.
@@ -89,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizers=(Muon(masks.parameters(), lr=options.lr, momentum=0.8), None),
     )
     trainer.train()
-    sylva_compile.save_adapter(model, options.out)
-    print(f"{backend.report().rewritten} of {len(masks)} weight gradients rewritten; adapter: {options.out}")
+    if trainer.is_world_process_zero():
+        sylva_compile.save_adapter(model, options.out)
+        print(f"{backend.report().rewritten} of {len(masks)} weight gradients rewritten; adapter: {options.out}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ what to do. `tests/test_torch.py` looks up all of them.
 """
 
 import importlib
+import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -135,10 +137,28 @@ def parameters_of_ddp(ddp: Any) -> list[nn.Parameter]:
     return parameters
 
 
+def mixed_precision_of_ddp(ddp: Any) -> Any:
+    """Return the `mixed_precision` that a DistributedDataParallel was given, or None.
+
+    While it is being made it has no such attribute for a time; the argument is then read from its `__init__`.
+    """
+    if "mixed_precision" in vars(ddp):
+        return ddp.mixed_precision
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not DistributedDataParallel.__init__.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("mixed_precision")
+
+
 def shard_of(tensor: Any) -> Tensor:
     """Return what this process holds of a DTensor, in the same memory, without autograd."""
     shard: Tensor = tensor._local_tensor
     return shard
+
+
+def group_of_mesh(mesh: Any) -> Any:
+    """Return the group of all processes of a DeviceMesh of several dimensions; the first call makes it, on all."""
+    return mesh._flatten().get_group()
 
 
 def reduces_gradients(module: Any) -> bool:

@@ -32,8 +32,8 @@ class MaskError(SylvaError, ValueError):
 class EmbedError(SylvaError, RuntimeError):
     """Blocks cannot be put into a model, taken out of it or trained as it is.
 
-    The model carries other blocks, its tensors were replaced or changed without its modules' knowledge, or
-    DistributedDataParallel does not average the gradients of the blocks.
+    The model carries other blocks, its tensors were replaced or changed without its modules' knowledge,
+    DistributedDataParallel does not average the gradients of the blocks, or tensor parallelism would split a weight.
     """
 
 

@@ -12,7 +12,8 @@ from sylva_compile.kernels.blocks import read_blocks
 
 
 # Weights of 40 to 56 rows and blocks of 16: blocks cross the borders of shards, which are uneven on three processes.
-@pytest.mark.parametrize("ranks", [2, 3])
+# Four processes hold two copies of the model (HSDP).
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_several_ranks_train_like_one(tmp_path: Path, ranks: int) -> None:
     printed = two_ranks.run("train_sharded.py", str(ranks), tmp_path, ranks=ranks)
     # Every process compares with a twin that it trains alone, and ends with an error where they differ.

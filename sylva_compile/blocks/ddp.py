@@ -1,47 +1,76 @@
-"""The one check that DistributedDataParallel averages the gradients of blocks."""
+"""What is known of the DistributedDataParallel that averages the gradients of blocks, and the checks of it."""
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sylva_compile._torch import active_ddp, parameters_of_ddp
+from sylva_compile._torch import active_ddp, mixed_precision_of_ddp, parameters_of_ddp
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.shards import group_of, is_sharded
+from sylva_compile.blocks.shards import is_sharded, processes_of
 from sylva_compile.errors import EmbedError
 
-_averaged_by: "weakref.WeakKeyDictionary[BlockState, weakref.ref[Any]]" = weakref.WeakKeyDictionary()
-"""The DistributedDataParallel that was found to average the gradients of a state's blocks."""
+
+@dataclass(frozen=True)
+class _Wrapper:
+    """The newest DistributedDataParallel that wraps a weight, and whether it averages the gradients of the blocks.
+
+    It does not where they did not require grad when it was made.
+    """
+
+    ddp: "weakref.ref[Any]"
+    averages: bool = True
+
+
+_wrappers: "weakref.WeakKeyDictionary[BlockState, _Wrapper]" = weakref.WeakKeyDictionary()
+
+
+def note_wrapper(ddp: DistributedDataParallel, states: Iterable[BlockState]) -> None:
+    """Note that `ddp`, which is being made, wraps those of `states` whose blocks are in its model.
+
+    Raises:
+        EmbedError: it is made with `mixed_precision=`, and wraps one.
+    """
+    wrapped = {id(parameter) for parameter in parameters_of_ddp(ddp)}
+    for state in states:
+        if id(state.blocks) in wrapped:
+            _check_precision(ddp, state.name)
+            _wrappers[state] = _Wrapper(weakref.ref(ddp), state.blocks.requires_grad)
 
 
 def check_averaged(states: Iterable[BlockState]) -> None:
-    """Check, in a training pass, that the running DistributedDataParallel knows the blocks of `states`.
+    """Check, in a training pass, that the running DistributedDataParallel averages the blocks of `states`.
 
     Raises:
-        EmbedError: it was made before the blocks were embedded. Outside of such a pass nothing is checked.
+        EmbedError: it was made before the blocks were embedded, or while they did not require grad, or with
+            `mixed_precision=`. Outside of such a pass nothing is checked.
     """
     ddp = active_ddp()
     if ddp is None:
         return
     for state in states:
-        if (known := _averaged_by.get(state)) is not None and known() is ddp:
-            continue
-        if not any(parameter is state.blocks for parameter in parameters_of_ddp(ddp)):
-            raise _not_averaged(state.name)
-        _averaged_by[state] = weakref.ref(ddp)
+        known = _wrappers.get(state)
+        if known is None or known.ddp() is not ddp:
+            _check_precision(ddp, state.name)
+            if not any(parameter is state.blocks for parameter in parameters_of_ddp(ddp)):
+                raise _not_averaged(state.name)
+            known = _wrappers[state] = _Wrapper(weakref.ref(ddp))
+        if not known.averages:
+            raise EmbedError(
+                f"{state.name}: its blocks did not require grad when DistributedDataParallel wrapped the model, which "
+                "would never average their gradients; wrap the model first, then make the LayerSchedule."
+            )
 
 
 def group_that_averages(states: Iterable[BlockState]) -> Any:
-    """Return the process group of the DistributedDataParallel that averages gradients of `states`, or None.
-
-    It is known from the first training pass on.
-    """
+    """Return the processes over which DistributedDataParallel or FSDP2 averages gradients of `states`, or None."""
     for state in states:
         if is_sharded(state.weight):
-            return group_of(state.weight)
-        ddp = known() if (known := _averaged_by.get(state)) is not None else None
+            return processes_of(state.weight)
+        ddp = known.ddp() if (known := _wrappers.get(state)) is not None else None
         if ddp is not None:
             return ddp.process_group
     return None
@@ -51,6 +80,14 @@ def check_not_wrapped(model: nn.Module, name: str) -> None:
     """Raise EmbedError, about the weight `name`, if DistributedDataParallel has wrapped `model` already."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise _not_averaged(name)
+
+
+def _check_precision(ddp: Any, name: str) -> None:
+    if mixed_precision_of_ddp(ddp) is not None:
+        raise EmbedError(
+            f"{name}: DistributedDataParallel(mixed_precision=...) swaps the memory of blocks and dense weights in "
+            "every pass; leave it out, and load the model in bfloat16 (its blocks are float32), or use torch.autocast."
+        )
 
 
 def _not_averaged(name: str) -> EmbedError:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sylva_compile._torch import ORDINARY_RESULTS
 from sylva_compile.blocks.base_warnings import not_shareable
 from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.partitioned import not_parallel
 from sylva_compile.errors import EmbedError
 
 
@@ -61,9 +62,24 @@ class DenseView(Tensor):
             raise not_shareable(self._sylva_state.name, "a parameter of another module")
         return _GRAD_FN.__get__(self)
 
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        """Whether the view is a leaf of autograd, as of any tensor.
+
+        Raises:
+            EmbedError: `distribute_tensor` reads it: tensor parallelism is about to split the weight.
+        """
+        if sys._getframe(1).f_code.co_name == "distribute_tensor":
+            raise not_parallel(self._sylva_state.name)
+        leaf: bool = _IS_LEAF.__get__(self)
+        return leaf
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.detach().__reduce_ex__(protocol)
 
 
 _GRAD_FN: Any = Tensor.grad_fn
 """The descriptor that reads the autograd node of any tensor."""
+
+_IS_LEAF: Any = Tensor.is_leaf
+"""The descriptor that tells whether any tensor is a leaf."""

@@ -19,7 +19,7 @@ from sylva_compile.blocks.embed import block_states, embed
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.mask_summary import summary_of
 from sylva_compile.blocks.moving import Carry, move, resume
-from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
+from sylva_compile.blocks.scope import check_not_split, check_weight, named_weights, unwrap
 from sylva_compile.config import check_block_size
 from sylva_compile.errors import MaskError
 from sylva_compile.files import to_json, write_file
@@ -106,6 +106,8 @@ class Masks(Mapping[str, BlockMask]):
         missing = [name for name in block_maps if name not in parameters]
         if missing:
             raise MaskError(f"The model has no parameter {missing[0]!r}; name weights as in model.named_parameters().")
+        for name in block_maps:
+            check_not_split(model, name, parameters[name])
         check_block_fits(block_size, {name: tuple(parameters[name].shape) for name in block_maps})
         blocks = {}
         for name, block_map in block_maps.items():
@@ -125,6 +127,7 @@ class Masks(Mapping[str, BlockMask]):
         for name, mask in self.items():
             if name not in parameters:
                 raise MaskError(f"These masks name {name!r}, which this model lacks; make masks for this model.")
+            check_not_split(model, name, parameters[name])
             if tuple(parameters[name].shape) != mask.shape:
                 found = tuple(parameters[name].shape)
                 raise MaskError(f"{name} is {found} here and {mask.shape} in these masks; make masks for this model.")

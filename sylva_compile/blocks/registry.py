@@ -6,8 +6,8 @@ state of a tensor that they are called with. Both need process-wide state, which
 * the live states, in the order in which they were added. The order is the same on all ranks that run one program;
 * a counter that grows whenever a state is added, removed, or gets other tensors;
 * the look-up from a tensor to the state that it belongs to;
-* the hooks before and after every optimizer's step, and the hook on every parameter that a module registers, installed
-  with the first state and removed with the last;
+* the hooks before and after every optimizer's step, and those on every parameter and submodule that a module registers,
+  installed with the first state and removed with the last;
 * the names in `torch.compiler.config.dynamic_sources`, each withdrawn with the states that asked for it.
 
 Copied and unpickled states are added as they are made. A state that is garbage-collected with its model leaves the
@@ -25,12 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sylva_compile.blocks.base_warnings import not_shareable
 from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.ddp import note_wrapper
+from sylva_compile.blocks.partitioned import not_parallel
 from sylva_compile.blocks.shards import gather, is_sharded
+from sylva_compile.kernels.gate import is_closed
 
 _live: "weakref.WeakKeyDictionary[BlockState, None]" = weakref.WeakKeyDictionary()
 _changes = 0
@@ -145,6 +152,7 @@ def tidy() -> None:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
         _hooks.append(register_optimizer_step_post_hook(_after_step))
         _hooks.append(register_module_parameter_registration_hook(_on_parameter))
+        _hooks.append(register_module_module_registration_hook(_on_module))
     while _hooks and not _live and not _in_a_step():
         _hooks.pop().remove()
     if _added_sources and (unwanted := _added_sources.difference(*_sources.values())):
@@ -169,7 +177,12 @@ def _write_sources(names: list[str]) -> None:
 
 
 def _on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
-    """Refuse a dense weight that moves into another module, where its blocks would never be trained."""
+    """Refuse a dense weight that moves into another module, where its blocks would never be trained.
+
+    And refuse the DTensor that tensor parallelism registers in place of a dense weight; `fully_shard` assigns its own.
+    """
+    if is_sharded(parameter) and (own := module.__dict__.get("_sylva_states", {}).get(name)) is not None:
+        raise not_parallel(own.name)
     state = None if parameter is None else state_of_weight(parameter)
     if state is None or any(module is owner for owner, _ in state.owners()):
         return
@@ -177,6 +190,12 @@ def _on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
     only_holds = type(module) is nn.Module or isinstance(module, GraphModule | nn.ParameterList | nn.ParameterDict)
     if not only_holds and not type(module).__module__.startswith(_COMPILERS):
         raise not_shareable(state.name, f"the {name} of a {type(module).__name__}")
+
+
+def _on_module(module: nn.Module, name: str, submodule: Any) -> None:
+    """Follow a DistributedDataParallel from when it takes the model that it wraps, before it sends anything."""
+    if isinstance(module, DistributedDataParallel) and name == "module":
+        note_wrapper(module, live_states())
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -190,6 +209,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             state.check_not_earlier(stepped)
     for state in states:
         state.sync()
+        if is_closed(state.layout.gate):
+            # Under DistributedDataParallel its gradient is an average of zeros, with which optimizers would decay it.
+            state.blocks.grad = None
         state.had_gradient = state.blocks.grad is not None
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile._torch import is_traceable_wrapper_subclass
-from sylva_compile.blocks.shards import is_split_by_rows
+from sylva_compile.blocks.partitioned import check_not_parallelized, check_not_partitioned
+from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.config import Scope
 from sylva_compile.errors import ScopeError
 
@@ -71,6 +72,13 @@ def owners_of(model: nn.Module, weight: Tensor) -> Iterator[tuple[nn.Module, str
                 yield module, attribute
 
 
+def check_not_split(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Raise ScopeError if DeepSpeed or tensor parallelism splits `weight`, the parameter `name` of `model`."""
+    check_not_partitioned(name, weight)
+    for module, _ in owners_of(model, weight):
+        check_not_parallelized(name, module)
+
+
 _ADAPTERS = {"lora_A", "lora_B"}
 """Names that PEFT gives to the small layers that it puts beside a layer."""
 
@@ -128,6 +136,7 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
         full = f"{name}.weight" if name else "weight"
         weight = module._parameters.get("weight")
         check_weight(full, weight)
+        check_not_parallelized(full, module)
         assert weight is not None
         if id(weight) not in seen:
             seen.add(id(weight))
@@ -147,12 +156,11 @@ def _hint(scope: Scope, layers: Sequence[str]) -> str:
 
 def check_weight(name: str, weight: Tensor | None) -> None:
     """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory that autograd can follow."""
-    sharded_by_rows = is_split_by_rows(weight)
-    if not isinstance(weight, nn.Parameter) or (is_traceable_wrapper_subclass(weight) and not sharded_by_rows):
+    check_not_partitioned(name, weight)
+    if not isinstance(weight, nn.Parameter) or (is_traceable_wrapper_subclass(weight) and not is_sharded(weight)):
         kind = "" if weight is None else f" but a {type(weight.data).__name__}"
         raise ScopeError(
-            f"{name} is no plain Parameter{kind} (quantised, or split otherwise than by rows?); load the model "
-            "unquantised, or leave it out of scope."
+            f"{name} is no plain Parameter{kind} (quantised?); load the model unquantised, or leave it out of scope."
         )
     if weight.is_inference():
         raise ScopeError(

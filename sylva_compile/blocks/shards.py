@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_gather, all_reduce, get_world_size
 
-from sylva_compile._torch import shard_of
+from sylva_compile._torch import group_of_mesh, shard_of
 from sylva_compile.blocks.places import zero_outside
 from sylva_compile.kernels.blocks import BlockCopier, BlockWriter, read_blocks
 
@@ -87,6 +88,17 @@ def group_of(tensor: Any) -> ProcessGroup | None:
     at = [number for number, placement in enumerate(tensor.placements) if placement.is_shard()]
     group: ProcessGroup | None = tensor.device_mesh.get_group(at[0]) if at else None
     return group
+
+
+def processes_of(tensor: Any) -> ProcessGroup | None:
+    """Return all processes that hold a part or a copy of a DTensor; None for an ordinary tensor."""
+    if not is_sharded(tensor):
+        return None
+    mesh = tensor.device_mesh
+    if mesh.ndim > 1 and mesh.size() == get_world_size():
+        return dist.group.WORLD
+    found: ProcessGroup = mesh.get_group() if mesh.ndim == 1 else group_of_mesh(mesh)
+    return found
 
 
 class ShardWriter:

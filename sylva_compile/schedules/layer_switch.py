@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.ddp import group_that_averages
 from sylva_compile.kernels.gate import is_closed
 
 Mechanism = Literal["toggle", "gate"]
@@ -46,7 +47,7 @@ class Gate:
     """Sets a tensor of each layer that compiled graphs read when they run, so that one graph serves every draw.
 
     Products of closed layers are skipped. Their blocks still require grad and get a gradient of zero, which is dropped
-    as soon as it has come.
+    as soon as it has come, or when the optimizer's step begins.
     """
 
     def __init__(self, layers: list[list[BlockState]]) -> None:
@@ -76,8 +77,11 @@ class Gate:
         ref = weakref.ref(state)
 
         def drop(blocks: Tensor) -> None:
-            # The gate that the weight has now: another schedule may have replaced this one's.
-            if (living := ref()) is not None and is_closed(living.layout.gate):
+            # The gate that the weight has now: another schedule may have replaced this one's. Under
+            # DistributedDataParallel, which with a static graph would take the blocks for unused ever after, zeros stay
+            # until the optimizer's step begins.
+            state = ref()
+            if state is not None and is_closed(state.layout.gate) and group_that_averages([state]) is None:
                 blocks.grad = None
 
         state.blocks.register_post_accumulate_grad_hook(drop)

@@ -50,6 +50,7 @@ class LayerSchedule:
     DistributedDataParallel, which needs `find_unused_parameters=True`: a Trainer's optimizer and
     DistributedDataParallel take only what requires grad when they are made. Compile layer by layer
     (`layer.compile(...)`): a model compiled whole would be compiled again for every draw, unless `mechanism` is "gate".
+    With "gate", DistributedDataParallel needs no option, and averages zeros for the layers that are closed.
 
     Attributes:
         layers: the weight names of each layer, by the layer's name.
@@ -85,9 +86,9 @@ class LayerSchedule:
             layers: weight names by layer, or lists of weight names. None: the members of one list of modules, as in
                 "model.layers.3.mlp.up_proj.weight"; of several lists, the one with the most masked weights.
             process_group: losses are averaged over its ranks. Ranks that measure on different batches need it.
-            mechanism: "toggle" sets `requires_grad` of the blocks. "gate", for a model that is compiled whole and not
-                under DistributedDataParallel, sets a switch in the compiled graph: nothing is compiled again, and
-                weight gradients of closed layers are skipped, while the backward pass still goes down to the lowest.
+            mechanism: "toggle" sets `requires_grad` of the blocks. "gate", for a model that is compiled whole, sets a
+                switch in the compiled graph: nothing is compiled again, and weight gradients of closed layers are
+                skipped, while the backward pass still goes down to the lowest.
 
         Raises:
             ArgumentError: an argument is out of its range, there are fewer than two layers, or "importance" has no

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from sylva_compile._torch import abandon_pass, prepare_pass
-from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.blocks.shards import is_sharded, processes_of
 from sylva_compile.errors import ArgumentError
 
 
@@ -26,36 +26,30 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def processes_of(
-    weights: Mapping[str, nn.Parameter], group: ProcessGroup | None, *, needed: bool
-) -> ProcessGroup | None:
+def sharing_processes(weights: Mapping[str, nn.Parameter], group: ProcessGroup | None) -> ProcessGroup | None:
     """Return the processes over which `weights` are split; None if none is split.
 
     Args:
         weights: the weights by name.
-        group: the processes that the caller names.
-        needed: whether it is an error if the processes are not clear.
+        group: the processes that the caller names, if any.
 
     Raises:
-        ArgumentError: `group` has other processes, or is left out where a mesh has several dimensions.
+        ArgumentError: a weight is split over other processes than those of `group`, or of another weight.
     """
-    meshes: dict[Any, str] = {}
+    groups: dict[Any, tuple[str, ProcessGroup]] = {}
     for name, weight in weights.items():
         if is_sharded(weight):
-            meshes.setdefault(weight.device_mesh, name)  # type: ignore[attr-defined]
-    if group is None:
-        if len(meshes) == 1 and (mesh := next(iter(meshes))).ndim == 1:
-            return mesh.get_group()  # type: ignore[no-any-return]
-        if meshes and needed:
-            raise ArgumentError(
-                "fully_shard has split this model over a mesh of several dimensions; give process_group=, all its "
-                "processes."
-            )
+            mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+            if mesh not in groups and (found := processes_of(weight)) is not None:
+                groups[mesh] = name, found
+    if not groups:
         return None
-    for mesh, name in meshes.items():
-        if sorted(mesh.mesh.flatten().tolist()) != sorted(get_process_group_ranks(group)):
-            raise ArgumentError(f"{name} is split over other processes than those of process_group; give these.")
-    return group if meshes else None
+    chosen = group or next(found for _, found in groups.values())
+    for name, found in groups.values():
+        if set(get_process_group_ranks(found)) != set(get_process_group_ranks(chosen)):
+            whose = "other weights" if group is None else "process_group"
+            raise ArgumentError(f"{name} is split over other processes than those of {whose}; trace them apart.")
+    return chosen
 
 
 @contextmanager

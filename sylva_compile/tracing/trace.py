@@ -24,7 +24,7 @@ from sylva_compile.tracing.memory import TraceEstimate, estimate_bytes
 from sylva_compile.tracing.ranks import same_on_all_ranks
 from sylva_compile.tracing.scoring import score_by_tracing, score_without_data
 from sylva_compile.tracing.selection import check_column_budget, select_blocks
-from sylva_compile.tracing.sharded import processes_of, reshard
+from sylva_compile.tracing.sharded import reshard, sharing_processes
 from sylva_compile.version import __version__
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def trace_and_mask(
         config: the settings; None: the defaults of SylvaConfig.
         loss_fn: `loss_fn(model, batch) -> scalar`, for batches that are no mappings or models without `.loss`.
         process_group: every rank traces its share of the samples, and all end with the same masks. For a model that
-            `fully_shard` has split over a mesh of one dimension, all ranks of this mesh if left out.
+            `fully_shard` has split, all ranks that hold a part of it if left out.
         **options: fields of SylvaConfig, in place of those in `config`.
 
     Returns:
@@ -66,7 +66,7 @@ def trace_and_mask(
     """
     config, model = SylvaConfig.resolve(config, options), unwrap(model)
     weights, specs = _weights_to_trace(model, config)
-    split_over = processes_of(weights, process_group, needed=config.needs_data)
+    split_over = sharing_processes(weights, process_group)
     process_group = process_group or split_over
     log_share_left_out(model, weights)
     # A budget without room is refused here, not after the trace.
@@ -103,7 +103,7 @@ def estimate(model: nn.Module, config: SylvaConfig | None = None, **options: Any
     weights, specs = _weights_to_trace(unwrap(model), config)
     if not config.needs_data:
         raise ArgumentError(f"method={config.method!r} traces nothing and holds nothing; there is nothing to estimate.")
-    return estimate_bytes(specs, config, split_over=processes_of(weights, None, needed=False))
+    return estimate_bytes(specs, config, split_over=sharing_processes(weights, None))
 
 
 def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, nn.Parameter], dict[str, WeightSpec]]:

@@ -1,4 +1,6 @@
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,8 @@ import sylva_compile
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_causal_lm.py"
 QUICK = ["--inner", "aot_eager", "--block-size", "16", "--sparsity", "0.5", "--steps", "4", "--batch-size", "4"]
+# The tiny models have 64 positions.
+QUICK += ["--length", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +30,30 @@ def example() -> ModuleType:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_trains_on_a_table_and_writes_an_adapter(
-    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, monkeypatch: pytest.MonkeyPatch
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     model = save_tiny_model(tmp_path / "model", kind)
     data = save_table(tmp_path / "data.csv")
     out = tmp_path / "adapter"
-    read = example.read_examples
-    # The tiny models have 64 positions.
-    monkeypatch.setattr(example, "read_examples", lambda *arguments, length: read(*arguments, length=32))
     example.main(["--model", str(model), "--data", str(data), "--column", "text", "--out", str(out), *QUICK])
     fresh = AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
     base = {name: value.clone() for name, value in fresh.state_dict().items()}
     masks = sylva_compile.load_adapter(fresh, out)
     assert f"{len(masks)} of {len(masks)} weight gradients rewritten" in capsys.readouterr().out
+    assert all(not torch.equal(base[name], fresh.state_dict()[name]) for name in masks)
+
+
+def test_two_processes_train_one_adapter(tmp_path: Path) -> None:
+    model, data, out = save_tiny_model(tmp_path / "model", "llama"), save_table(tmp_path / "data.csv"), tmp_path / "out"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
+    arguments = ["--model", str(model), "--data", str(data), "--column", "text", "--out", str(out), *QUICK]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("weight gradients rewritten; adapter") == 1
+    fresh = AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
+    base = {name: value.clone() for name, value in fresh.state_dict().items()}
+    masks = sylva_compile.load_adapter(fresh, out)
     assert all(not torch.equal(base[name], fresh.state_dict()[name]) for name in masks)
 
 

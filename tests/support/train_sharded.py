@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,11 +23,12 @@ from two_ranks import process_group
 import sylva_compile
 from sylva_compile import Masks
 from sylva_compile.blocks.embed import block_states
+from sylva_compile.blocks.shards import whole
 from sylva_compile.errors import EmbedError, GradientError
 from sylva_compile.optim import AdamW, Muon
 from sylva_compile.schedules import MovingBlocks
 
-SEQUENCES = 6
+MESH = ("copies", "shards")
 STEPS = 3
 
 Optimizer = Callable[[Masks], torch.optim.Optimizer]
@@ -65,7 +66,7 @@ class Training:
         self.model.requires_grad_(False)
         # Blocks of 16 cross the borders of shards and the edges of weights.
         self.masks = sylva_compile.trace_and_mask(self.model, method="random", sparsity=0.6, block_size=16)
-        self.ids = torch.randint(3, 64, (SEQUENCES, 10))
+        self.ids = torch.randint(3, 64, (8 if dist.get_world_size() == 4 else 6, 10))
         self.how = how
         if how == "alone":
             self.masks.embed()
@@ -74,7 +75,8 @@ class Training:
         self.ids = self.ids.chunk(ranks)[rank]
         if how == "before":
             self.masks.embed()
-        mesh = init_device_mesh("cpu", (ranks,))
+        # Four processes are two copies of a model that two processes share.
+        mesh = init_device_mesh("cpu", (ranks,) if ranks < 4 else (2, 2), mesh_dim_names=MESH[: 1 + ranks // 4])
         for layer in self.model.model.layers:
             fully_shard(layer, mesh=mesh, **options)
         fully_shard(self.model, mesh=mesh, **options)
@@ -195,6 +197,13 @@ def moving(how: str, make: Optimizer) -> None:
     assert not any("_blocks" in name for name, _ in sharded.model.named_parameters())
 
 
+def other_moves_in_other_copies(how: str) -> None:
+    sharded = Training(how)
+    schedule = MovingBlocks(sharded.masks, every=1, seed=dist.get_rank() // 2)
+    with pytest.raises(EmbedError, match="different places"):
+        schedule.step()
+
+
 def edited_by_hand(how: str) -> None:
     """An edit of blocks or of a weight reaches the gathered weight of the next pass, and the shards."""
     sharded, alone = Training(how), Training("alone")
@@ -240,6 +249,18 @@ def adapters(how: str, directory: Path) -> None:
         torch.testing.assert_close(sharded.loss(), alone.loss(sharded.ids))
 
 
+def state_dicts(how: str) -> None:
+    """The state dict of all values goes into another sharded model, and its blocks follow."""
+    first, other = Training(how), Training(how)
+    first.train(sgd(first.masks))
+    wanted = first.weights()
+    given = dict(wanted) if dist.get_rank() == 0 else {}
+    set_model_state_dict(other.model, given, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    assert difference(other.weights(), wanted) == 0
+    for one, two in zip(first.masks.parameters(), other.masks.parameters(), strict=True):
+        assert torch.equal(whole(one), whole(two))
+
+
 def refusals(how: str) -> None:
     sharded = Training(how)
     optimizer = AdamW(sharded.masks.parameters(), lr=1e-2, nonfinite="raise")
@@ -277,12 +298,15 @@ def main(directory: Path) -> None:
         like_one_process(how, muon, 1e-5, "aot_eager")
         adapters(how, directory)
         moving(how, adamw)
-        if ranks == 3:
+        if ranks == 4:
+            other_moves_in_other_copies(how)
+        if ranks > 2:
             continue
         like_one_process(how, torch_adamw, 1e-5, "aot_eager", reshard_after_forward=False)
         accumulated(how)
         in_bfloat16(how)
         edited_by_hand(how)
+        state_dicts(how)
         refusals(how)
     if ranks == 2:
         checkpointed("before")

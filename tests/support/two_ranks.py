@@ -30,8 +30,12 @@ def process_group(rank: int, store: str, ranks: int = 2) -> Iterator[dist.Proces
 def run(script: str, *arguments: str | Path, timeout: float = 300, ranks: int = 2) -> list[str]:
     """Run `python SCRIPT RANK *arguments` for every rank; return the output of each. None outlives the call."""
     path = Path(__file__).parent / script
+    # One thread a rank: more would wait for each other on a small machine.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([sys.executable, path, str(rank), *arguments], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, path, str(rank), *arguments], stdout=subprocess.PIPE, text=True, env=environment
+        )
         for rank in range(ranks)
     ]
     try:
