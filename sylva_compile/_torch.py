@@ -201,7 +201,6 @@ def abandon_pass(module: Any) -> None:
                 group.wait_for_unshard()
             group._post_forward_indices.clear()
             group._training_state = type(group._training_state).IDLE
-            group._to_sharded()
     state._comm_ctx.all_gather_state = None
     state._comm_ctx.post_forward_order.clear()
     state._state_ctx.iter_forward_root = None

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 from two_ranks import process_group
@@ -233,7 +233,10 @@ def gradients(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 def left_as_found(again: bool) -> None:
     """A trace is the first pass of the model, or comes after a pass that has left whole weights gathered."""
-    options = {"reshard_after_forward": not again}
+    # In the first pass FSDP notes the dtype of gradients, for good.
+    options: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+    if again:
+        options = {"reshard_after_forward": False}
     model, twin = Stack(), Stack()
     for each in (model, twin):
         split(each, each.layers, **options)
