@@ -46,6 +46,14 @@ def local(tensor: Tensor) -> Tensor:
     return shard_of(tensor) if is_sharded(tensor) else tensor
 
 
+def compute_device(tensor: Any) -> torch.device:
+    """Return the device on which a pass reads `tensor`: shards may be kept on the CPU while passes run on a GPU."""
+    device: torch.device = tensor.device
+    if is_sharded(tensor) and device.type != (kind := tensor.device_mesh.device_type):
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+    return device
+
+
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """Return the values of all of `tensor`; those of a DTensor are gathered."""
@@ -84,15 +92,6 @@ def rows_of(tensor: Any) -> tuple[int, int]:
 
     shape, offset = shard_shape_and_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return int(offset[0]), int(offset[0]) + int(shape[0])
-
-
-def reshard(model: nn.Module) -> None:
-    """Let the modules that `fully_shard` has taken hold their shards, which it gathers for a pass and may keep."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
 
 
 def group_of(tensor: Any) -> ProcessGroup | None:
