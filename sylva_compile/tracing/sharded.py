@@ -20,12 +20,6 @@ def split_modules(model: nn.Module) -> list[Any]:
     return [] if package is None else [module for module in model.modules() if isinstance(module, package.FSDPModule)]
 
 
-def reshard(model: nn.Module) -> None:
-    """Let `fully_shard` hold shards alone: after a pass without gradients, it may hold whole weights."""
-    for module in split_modules(model):
-        module.reshard()
-
-
 def sharing_processes(weights: Mapping[str, nn.Parameter], group: ProcessGroup | None) -> ProcessGroup | None:
     """Return the processes over which `weights` are split; None if none is split.
 

@@ -15,7 +15,7 @@ from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import input_axis, log_share_left_out, owners_of, unwrap, weights_in_scope
-from sylva_compile.blocks.shards import compute_device
+from sylva_compile.blocks.shards import compute_device, reshard
 from sylva_compile.config import SylvaConfig, takes_config
 from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.errors import ArgumentError, EmbedError
@@ -25,7 +25,7 @@ from sylva_compile.tracing.memory import TraceEstimate, estimate_bytes
 from sylva_compile.tracing.ranks import same_on_all_ranks
 from sylva_compile.tracing.scoring import score_by_tracing, score_without_data
 from sylva_compile.tracing.selection import check_column_budget, select_blocks
-from sylva_compile.tracing.sharded import reshard, sharing_processes
+from sylva_compile.tracing.sharded import sharing_processes
 from sylva_compile.version import __version__
 
 log = logging.getLogger(__name__)
