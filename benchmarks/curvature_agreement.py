@@ -36,7 +36,8 @@ from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac
 from sylva_compile.curvature.online import OnlineHierarchy
 from sylva_compile.curvature.weight_spec import WeightSpec
-from sylva_compile.tracing.observation import TraceProgress, observe
+from sylva_compile.tracing.observation import observe
+from sylva_compile.tracing.progress import TraceProgress
 from sylva_compile.tracing.selection import select_blocks
 from sylva_compile.tracing.trace import weight_specs
 

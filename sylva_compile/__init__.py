@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sylva_compile.compiler.layers import compile_layers
     from sylva_compile.config import SylvaConfig
     from sylva_compile.errors import SylvaError
+    from sylva_compile.integrations.distributed_checkpoint import blocks_state
     from sylva_compile.nm.adapters import add_low_rank, fold_low_rank
     from sylva_compile.nm.export import export_pruned, unprune
     from sylva_compile.nm.masks import NMMasks
@@ -43,6 +44,7 @@ __all__ = [
     "active_adapter",
     "add_low_rank",
     "backend",
+    "blocks_state",
     "changed_values",
     "compile_layers",
     "delete_adapter",
@@ -81,6 +83,7 @@ _MODULES = {
     "active_adapter": "adapters.switching",
     "add_low_rank": "nm.adapters",
     "backend": "compiler.backend",
+    "blocks_state": "integrations.distributed_checkpoint",
     "changed_values": "adapters.changes",
     "compile_layers": "compiler.layers",
     "delete_adapter": "adapters.switching",

@@ -178,6 +178,39 @@ def forget_sharded(model: nn.Module, parameters: Any) -> None:
             group.fsdp_params = [each for each in group.fsdp_params if id(each.sharded_param) not in gone]
 
 
+def prepare_pass(module: Any) -> None:
+    """Let a module that `fully_shard` has taken do now what it would do in its first pass.
+
+    It notes there, for good, the dtype of the parameters that require grad.
+    """
+    module._get_fsdp_state()._lazy_init()
+
+
+def abandon_pass(module: Any) -> None:
+    """Let a module that `fully_shard` has taken forget a pass that an error has ended."""
+    state = module._get_fsdp_state()
+    if not state._is_root:
+        return
+    if hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()
+        return
+    # torch 2.11 lacks it.
+    states = state._state_ctx.all_states
+    for one in states:
+        one._training_state = type(one._training_state).IDLE
+    for owner in {owner for one in states for owner in one._modules}:
+        for group in _groups_of_fsdp(owner):
+            if group._all_gather_result is not None:
+                group._training_state = type(group._training_state).IDLE
+                group.wait_for_unshard()
+            group._post_forward_indices.clear()
+            group._training_state = type(group._training_state).IDLE
+    state._comm_ctx.all_gather_state = None
+    state._comm_ctx.post_forward_order.clear()
+    state._state_ctx.iter_forward_root = None
+    state._state_ctx.post_backward_final_callback_queued = False
+
+
 def _groups_of_fsdp(module: Any) -> list[Any]:
     """Return the groups of parameters that `fully_shard` gathers for `module`; none if it has not taken it."""
     if not hasattr(module, "_get_fsdp_state"):
@@ -186,6 +219,24 @@ def _groups_of_fsdp(module: Any) -> list[Any]:
     # torch 2.11 has one group a module.
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return [group for group in groups if group is not None]
+
+
+def checkpoint_call() -> tuple[str, dict[str, Any]]:
+    """Return the name of the function of `torch.distributed.checkpoint` that is running, and its local variables.
+
+    The name is "save", "async_save" or "load"; "" and no variables where none of them is running.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("torch.distributed.checkpoint.") and frame.f_code.co_name in (
+            "save",
+            "async_save",
+            "load",
+        ):
+            return frame.f_code.co_name, dict(frame.f_locals)
+        frame = frame.f_back
+    return "", {}
 
 
 def at_end_of_backward(function: Any) -> None:

@@ -45,6 +45,10 @@ class AdapterError(SylvaError, RuntimeError):
     """An adapter cannot be written, read, or applied to this model."""
 
 
+class LostRankError(SylvaError, RuntimeError):
+    """Another process of a distributed job has ended, so that the job cannot go on."""
+
+
 class ReportError(SylvaError, RuntimeError):
     """A report cannot be made or written."""
 

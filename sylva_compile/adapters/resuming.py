@@ -37,7 +37,7 @@ def save_training(model: nn.Module, directory: Path, parameters: Iterable[Tensor
     """
     model = unwrap(model)
     states = states_to_save(model)
-    write_trained(model, directory, states, _trained_beside(model, states, parameters))
+    write_trained(model, directory, states, trained_beside(model, states, parameters))
 
 
 def load_training(model: nn.Module, directory: Path, masks: Masks | None = None) -> None:
@@ -61,17 +61,20 @@ def load_training(model: nn.Module, directory: Path, masks: Masks | None = None)
         raise AdapterError(f"The model carries no blocks to resume {directory}; call masks.embed(model) first.")
     config, tensors = read_adapter(directory)
     reshard(model)
-    _check_masks(config, tensors, states, directory, may_move=masks is not None)
-    _check_others(config, model, states, directory)
+    check_masks(config, tensors, states, directory, may_move=masks is not None)
+    check_others(config, model, states, directory)
     for state in states.values():
         state.blocks.grad = None
     load_read(model, directory, config, tensors, carried=masks)
 
 
-def _trained_beside(
+def trained_beside(
     model: nn.Module, states: Mapping[str, BlockState], parameters: Iterable[Tensor] = (), *, buffers: bool = True
 ) -> dict[str, Tensor]:
-    """Return the trained parameters beside the blocks, and the buffers of a state dict; shared ones once."""
+    """Return the trained parameters beside the blocks, and the buffers of a state dict; shared ones once.
+
+    `parameters` are those of an optimizer, which may hold some that are frozen at the moment.
+    """
     taken = tensors_of_blocks(states)
     wanted = {id(parameter) for parameter in parameters}
     found: dict[str, Tensor] = {}
@@ -83,49 +86,60 @@ def _trained_beside(
     return found
 
 
-def _check_masks(
+def check_masks(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     states: Mapping[str, BlockState],
-    directory: Path,
+    source: Path | str,
     *,
     may_move: bool,
 ) -> None:
-    """Raise AdapterError unless the adapter has blocks of the same weights, in the same number and size."""
+    """Raise AdapterError unless what was read has blocks of the same weights, in the same number and size.
+
+    Args:
+        config: `weights`, each with its number of `blocks` and their `block_size`.
+        tensors: `<name>/positions` of every weight.
+        states: the embedded weights of the model.
+        source: where it was read.
+        may_move: whether blocks may lie elsewhere.
+    """
     weights = config["weights"]
     if strange := sorted(weights.keys() ^ states.keys()):
         where = "there but not here" if strange[0] in weights else "here but not there"
         raise AdapterError(
-            f"{directory} was made with other masks: {strange[0]} has blocks {where}; embed the masks of that training."
+            f"{source} was made with other masks: {strange[0]} has blocks {where}; embed the masks of that training."
         )
     for name, state in states.items():
         there = (weights[name]["blocks"], weights[name]["block_size"])
         here = (state.mask.nnz, state.mask.block_size)
         if there != here:
             raise AdapterError(
-                f"{directory} was made with other masks: {name} has {there[0]} blocks of {there[1]} there and "
+                f"{source} was made with other masks: {name} has {there[0]} blocks of {there[1]} there and "
                 f"{here[0]} of {here[1]} here; embed the masks of that training."
             )
         if not may_move and not torch.equal(tensors[f"{name}/positions"].to(torch.int64), state.mask.positions):
             raise AdapterError(
-                f"{directory} was made with other masks: the blocks of {name} lie elsewhere; embed the masks of that "
+                f"{source} was made with other masks: the blocks of {name} lie elsewhere; embed the masks of that "
                 "training, and give the schedule that moved them."
             )
 
 
-def _check_others(
-    config: Mapping[str, Any], model: nn.Module, states: Mapping[str, BlockState], directory: Path
+def check_others(
+    config: Mapping[str, Any], model: nn.Module, states: Mapping[str, BlockState], source: Path | str
 ) -> None:
-    """Raise AdapterError unless what is trained beside the blocks is there, and what is frozen is the same."""
+    """Raise AdapterError unless what is trained beside the blocks is there, and what is frozen is the same.
+
+    `config` has the names of what is there as `modules_to_save`, and checksums by name as `frozen`.
+    """
     every = named_tensors(model)
     stored = {id(every[name]) for name in config["modules_to_save"] if name in every}
-    for name, tensor in _trained_beside(model, states, buffers=False).items():
+    for name, tensor in trained_beside(model, states, buffers=False).items():
         if id(tensor) not in stored:
             raise AdapterError(
-                f"{name} requires grad and is not in {directory}; freeze it, as it was in that training, or begin anew."
+                f"{name} requires grad and is not in {source}; freeze it, as it was in that training, or begin anew."
             )
     if others := other_frozen(config["frozen"], every):
         raise AdapterError(
-            f"{directory} was trained on another base: {len(others)} frozen weights differ, {others[0]} first; load "
+            f"{source} was trained on another base: {len(others)} frozen weights differ, {others[0]} first; load "
             "that base."
         )

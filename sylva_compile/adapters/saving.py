@@ -20,6 +20,7 @@ from sylva_compile.blocks.scope import unwrap
 from sylva_compile.blocks.shards import is_sharded, reshard
 from sylva_compile.blocks.shards import whole as values_of
 from sylva_compile.errors import AdapterError
+from sylva_compile.lost_ranks import naming_lost_ranks
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def states_to_save(model: nn.Module) -> dict[str, BlockState]:
     return states
 
 
+@naming_lost_ranks("the saving of an adapter", "the adapter of before is whole; start the job again")
 def write_trained(
     model: nn.Module, directory: Path, states: Mapping[str, BlockState], whole: Mapping[str, Tensor]
 ) -> None:

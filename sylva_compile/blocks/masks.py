@@ -218,6 +218,11 @@ class Masks(Mapping[str, BlockMask]):
         """
         self._blocks |= resume(self.embed(), self, saved)
 
+    def follow(self) -> None:
+        """Take over where the blocks of the bound model are: another than these masks has moved them."""
+        states = block_states(self._require_model())
+        self._blocks |= {name: states[name].mask for name in self}
+
     def write_through(self) -> None:
         """Write the blocks into the dense weights now.
 

@@ -46,6 +46,14 @@ def local(tensor: Tensor) -> Tensor:
     return shard_of(tensor) if is_sharded(tensor) else tensor
 
 
+def compute_device(tensor: Any) -> torch.device:
+    """Return the device on which a pass reads `tensor`: shards may be kept on the CPU while passes run on a GPU."""
+    device: torch.device = tensor.device
+    if is_sharded(tensor) and device.type != (kind := tensor.device_mesh.device_type):
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+    return device
+
+
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """Return the values of all of `tensor`; those of a DTensor are gathered."""

@@ -41,6 +41,15 @@ class Curvature(ABC):
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
         """Add a batch: `inputs [T, n]` and `output_gradients [T, m]`, one row per token."""
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether batches wait for `settle`."""
+        return False
+
+    def settle(self) -> None:
+        """Finish updates that processes make together; all of them call this, with batches that wait or without."""
+        return
+
     @abstractmethod
     def state(self) -> list[Tensor]:
         """Return every tensor held, in a fixed order and of fixed shapes; writing to one changes the estimator."""

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.base import SCORING_COPIES, Curvature, EstimatorMemory, sum_tiles
+from sylva_compile.curvature.gradient_sum import gradient_sum
 from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.kernels.blocks import grid_shape
 
@@ -17,19 +19,40 @@ from sylva_compile.kernels.blocks import grid_shape
 class SquaredGradient(Curvature):
     """The empirical Fisher's diagonal: squares of the batches' gradients, summed over batches and over each block."""
 
-    def __init__(self, spec: WeightSpec, *, device: torch.device | None = None) -> None:
+    def __init__(
+        self, spec: WeightSpec, *, device: torch.device | None = None, split_over: ProcessGroup | None = None
+    ) -> None:
         """Start with sums `[m, n]` of zero, in float32 or wider.
 
         Args:
             spec: the weight.
             device: where the sums are kept; None: the weight's device.
+            split_over: processes of which each keeps some rows of the sums; None: this one keeps all.
         """
-        self.squares = torch.zeros(spec.outputs, spec.inputs, dtype=spec.wide_dtype, device=device or spec.device)
+        self.sum = gradient_sum(spec, device, split_over, squared=True)
+        self._numel = spec.outputs * spec.inputs
 
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
         """Add the square of the batch's gradient `[m, n]`, for `inputs [T, n]` and `output_gradients [T, m]`."""
-        dtype = self.squares.dtype
-        self.squares += (output_gradients.to(dtype).t() @ inputs.to(dtype)).square_().to(self.squares.device)
+        self.sum.add(inputs, output_gradients)
+
+    @property
+    def squares(self) -> Tensor:
+        """The sums of squares: the part of them that this process keeps."""
+        return self.sum.kept
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether products wait for `settle`."""
+        return self.sum.is_waiting
+
+    def settle(self) -> None:
+        """Add the squares of products that wait for other processes."""
+        self.sum.settle()
+
+    def combine(self, group: ProcessGroup) -> None:
+        """Replace the sums by their totals over all ranks of `group`."""
+        self.sum.combine(group)
 
     def state(self) -> list[Tensor]:
         """Return the sums of squares, `[m, n]`."""
@@ -37,11 +60,11 @@ class SquaredGradient(Curvature):
 
     def memory(self) -> EstimatorMemory:
         """Return the bytes of the squares, and of the six float64 copies that scoring holds at most."""
-        return EstimatorMemory(gradient=self.squares.nbytes, scoring=8 * SCORING_COPIES * self.squares.numel())
+        return EstimatorMemory(gradient=self.squares.nbytes, scoring=8 * SCORING_COPIES * self._numel)
 
     def block_scores(self, block_size: int) -> Tensor:
         """Return the sum of squares in each block, `[ceil(m/b), ceil(n/b)]`."""
-        return sum_tiles(self.squares.double(), block_size).cpu()
+        return sum_tiles(self.sum.whole().double(), block_size).cpu()
 
 
 def magnitude_scores(weight: Tensor, config: SylvaConfig) -> Tensor:

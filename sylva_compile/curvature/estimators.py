@@ -1,7 +1,7 @@
 """The estimators by name, one for every weight that is traced, and the input factors that they share."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,12 +20,19 @@ from sylva_compile.curvature.update_queue import UpdateQueue, group_bytes
 from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.errors import ArgumentError, TraceError
 
-NewEstimator = Callable[[WeightSpec, SylvaConfig, InputFactors, torch.device | None], Curvature]
-"""Makes the estimator of a weight, with the input factors that it shares and the device of its mean gradient."""
+NewEstimator = Callable[[WeightSpec, SylvaConfig, InputFactors, torch.device | None, ProcessGroup | None], Curvature]
+"""Makes the estimator of a weight.
+
+It gets the input factors that it shares, the device of its mean gradient, and the processes that split this by rows.
+"""
 
 
 def _kfac(
-    spec: WeightSpec, config: SylvaConfig, inputs: InputFactors, gradient_device: torch.device | None
+    spec: WeightSpec,
+    config: SylvaConfig,
+    inputs: InputFactors,
+    gradient_device: torch.device | None,
+    split_over: ProcessGroup | None,
 ) -> Curvature:
     return Kfac(
         spec,
@@ -34,13 +41,18 @@ def _kfac(
         damping=config.damping,
         shared=inputs,
         gradient_device=gradient_device,
+        split_over=split_over,
     )
 
 
 def _squared_gradient(
-    spec: WeightSpec, config: SylvaConfig, inputs: InputFactors, gradient_device: torch.device | None
+    spec: WeightSpec,
+    config: SylvaConfig,
+    inputs: InputFactors,
+    gradient_device: torch.device | None,
+    split_over: ProcessGroup | None,
 ) -> Curvature:
-    return SquaredGradient(spec, device=gradient_device)
+    return SquaredGradient(spec, device=gradient_device, split_over=split_over)
 
 
 ESTIMATORS: dict[str, NewEstimator] = {"sylva": _kfac, "kfac": _kfac, "fisher": _squared_gradient}
@@ -71,18 +83,21 @@ def waiting_bytes(config: SylvaConfig, device: torch.device) -> int:
 class Estimators:
     """The estimators of many weights, by name."""
 
-    def __init__(self, specs: Mapping[str, WeightSpec], config: SylvaConfig) -> None:
+    def __init__(
+        self, specs: Mapping[str, WeightSpec], config: SylvaConfig, *, split_over: ProcessGroup | None = None
+    ) -> None:
         """Make an estimator with sums of zero for every weight.
 
         Args:
             specs: the weights by name.
             config: the method and its settings.
+            split_over: processes of which each keeps some rows of the mean gradients; None: this one keeps all.
         """
         self._specs, self._block_size = dict(specs), config.block_size
         self._queue = UpdateQueue(update_together)
         self._inputs = InputFactors(factor_of(config, self._queue))
         new, device = ESTIMATORS[config.method], gradient_device(config)
-        self._estimators = {name: new(spec, config, self._inputs, device) for name, spec in specs.items()}
+        self._estimators = {name: new(spec, config, self._inputs, device, split_over) for name, spec in specs.items()}
 
     def update(self, name: str, inputs: Tensor, output_gradients: Tensor) -> None:
         """Add a batch of one weight: `inputs [T, n]` and `output_gradients [T, m]`."""
@@ -96,6 +111,16 @@ class Estimators:
         """Finish all updates of the batch; the caller calls this after each backward pass."""
         self._inputs.end_batch()
         self._queue.flush()
+
+    def waiting(self) -> list[str]:
+        """Return the names of the weights with batches that wait for `settle`."""
+        return [name for name, estimator in self._estimators.items() if estimator.is_waiting]
+
+    def settle(self, names: Collection[str]) -> None:
+        """Finish updates of the weights `names` that processes make together; all of them name the same."""
+        for name, estimator in self._estimators.items():
+            if name in names:
+                estimator.settle()
 
     def combine(self, group: ProcessGroup) -> None:
         """Replace all statistics by their totals over the ranks of `group`."""

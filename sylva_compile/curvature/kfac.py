@@ -7,6 +7,7 @@ from torch.distributed import ProcessGroup, all_reduce
 from sylva_compile.config import Score
 from sylva_compile.curvature.base import SCORING_COPIES, Curvature, EstimatorMemory, live_tokens
 from sylva_compile.curvature.factor import Covariance, NewFactor
+from sylva_compile.curvature.gradient_sum import gradient_sum
 from sylva_compile.curvature.greedy import choose_greedily
 from sylva_compile.curvature.importance import GAIN_DAMPING, PAPER_DAMPING, gain_scores, importance, paper_scores
 from sylva_compile.curvature.input_factors import InputFactors
@@ -29,6 +30,7 @@ class Kfac(Curvature):
         damping: float | None,
         shared: InputFactors | None = None,
         gradient_device: torch.device | None = None,
+        split_over: ProcessGroup | None = None,
     ) -> None:
         """Start with sums of zero on the weight's device, in float32 or wider.
 
@@ -40,6 +42,7 @@ class Kfac(Curvature):
             shared: keeps A for all weights that may share it; the caller calls its `end_batch` and `combine`. None: A
                 belongs to this weight alone.
             gradient_device: where Γ is kept; None: the weight's device.
+            split_over: processes of which each keeps some rows of Γ; None: this one keeps all.
         """
         dtype, device = spec.wide_dtype, spec.device
         self.score, self.damping, self.reader = score, damping, spec.name
@@ -47,7 +50,8 @@ class Kfac(Curvature):
         self.inputs = InputFactors(new_factor) if shared is None else shared
         self.inputs.register(spec.name, spec.inputs, dtype, device)
         self.g = new_factor(spec.outputs, dtype, device)
-        self.gradient = torch.zeros(spec.outputs, spec.inputs, dtype=dtype, device=gradient_device or device)
+        self.sum = gradient_sum(spec, gradient_device, split_over)
+        self._numel = spec.outputs * spec.inputs
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
@@ -59,14 +63,23 @@ class Kfac(Curvature):
         x, gy = inputs, output_gradients
         if not bool(live.all()):
             x, gy = x[live], gy[live]
-        dtype = self.gradient.dtype
-        x, gy = x.to(dtype), gy.to(dtype)
-        self.g.update(gy)
-        if self.gradient.device == gy.device:
-            self.gradient.addmm_(gy.t(), x)
-        else:
-            self.gradient += (gy.t() @ x).to(self.gradient.device)
+        self.g.update(gy.to(self.gradient.dtype))
+        self.sum.add(x, gy)
         self.tokens += live.sum()
+
+    @property
+    def gradient(self) -> Tensor:
+        """Γ as a sum over tokens: the part of it that this process keeps."""
+        return self.sum.kept
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether products wait for `settle`."""
+        return self.sum.is_waiting
+
+    def settle(self) -> None:
+        """Add the products that wait for other processes."""
+        self.sum.settle()
 
     def state(self) -> list[Tensor]:
         """Return Γ as a sum, the number of tokens and the state of G; `inputs` keeps A."""
@@ -75,13 +88,13 @@ class Kfac(Curvature):
     def memory(self) -> EstimatorMemory:
         """Return the bytes of Γ, A and G; scores are computed in float64, from copies of all three."""
         a, g = self.inputs.factor(self.reader).nbytes, self.g.nbytes
-        scoring = 8 * SCORING_COPIES * self.gradient.numel() + 4 * (a + g)
+        scoring = 8 * SCORING_COPIES * self._numel + 4 * (a + g)
         return EstimatorMemory(self.gradient.nbytes, a, g, scoring)
 
     def combine(self, group: ProcessGroup) -> None:
         """Replace the sums by their totals over all ranks of `group`, except a shared A, which the caller combines."""
-        for total in (self.gradient, self.tokens):
-            all_reduce(total, group=group)
+        self.sum.combine(group)
+        all_reduce(self.tokens, group=group)
         self.g.combine(group)
         if self._alone:
             self.inputs.combine(group)
@@ -128,4 +141,4 @@ class Kfac(Curvature):
         """Return the means over tokens Γ `[m, n]`, A and G, in float64, on the weight's device."""
         scale = self.tokens.clamp(min=1).reciprocal()
         a, g = self.inputs.factor(self.reader).mean(scale), self.g.mean(scale)
-        return self.gradient.to(scale.device).double() * scale, a, g
+        return self.sum.whole().to(scale.device).double() * scale, a, g

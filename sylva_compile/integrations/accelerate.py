@@ -12,8 +12,8 @@ from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import unwrap
 from sylva_compile.errors import ArgumentError
 from sylva_compile.integrations.distribution import check_distribution
-from sylva_compile.integrations.optimizer_states import load_whole_state_dict, whole_state_dict
 from sylva_compile.integrations.schedule_states import StateBesideAdapter, masks_that_move
+from sylva_compile.integrations.whole_states import load_whole_state_dict, whole_state_dict
 from sylva_compile.schedules.protocol import Schedule
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from sylva_compile.integrations.checkpoints import (
 )
 from sylva_compile.integrations.checks import check_compiled_once, check_reference
 from sylva_compile.integrations.distribution import check_distribution, check_fsdp2_arguments
-from sylva_compile.integrations.optimizer_states import load_whole_state_dict, whole_state_dict
 from sylva_compile.integrations.schedule_states import masks_that_move
+from sylva_compile.integrations.whole_states import load_whole_state_dict, whole_state_dict
 from sylva_compile.schedules.protocol import Schedule
 from sylva_compile.schedules.trainer_callback import ScheduleCallback
 

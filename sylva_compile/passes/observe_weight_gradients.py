@@ -17,7 +17,7 @@ Refuses: a gradient with an opaque term (the weight keeps its dense gradient, an
 parameter that is not a matrix; an activation that another graph hands over, although its gradient is a product too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from sylva_compile._torch import GradAOTOutput, operator_of
 from sylva_compile.kernels.observe import observe
 from sylva_compile.passes.dataflow import dataflow_of, tangent_dependents
 from sylva_compile.passes.edit import apply_scales, call, materialize
-from sylva_compile.passes.match_weight_gradient import match_weight_gradient
+from sylva_compile.passes.match_weight_gradient import Term, match_weight_gradient
 
 aten = torch.ops.aten
 OBSERVE = operator_of(observe)
@@ -65,17 +65,7 @@ def observe_weight_gradients_pass(
                 missed(weight, reason)
             continue
         with graph.inserting_before(output):
-            zero: Node | None = None
-            for term in terms:
-                assert term.rhs is not None
-                # The layer's input must stay as it is, so the output gradient takes the scalar factors.
-                sides = [term.lhs, term.rhs]
-                side = 0 if term.lhs.node in backward else 1
-                nodes = [materialize(graph, operand) for operand in sides]
-                nodes[side] = apply_scales(graph, nodes[side], term.scales)
-                seen = call(graph, OBSERVE, *nodes, weight, side == 1)
-                zero = seen if zero is None else call(graph, aten.add.Tensor, zero, seen)
-            assert zero is not None
+            zero = observe_terms(graph, terms, weight, backward)
             results[index] = call(graph, aten.expand.default, zero, list(weight.meta["val"].shape))
         observed += 1
     if observed:
@@ -83,3 +73,26 @@ def observe_weight_gradients_pass(
         graph.eliminate_dead_code()
         graph.lint()
     return observed
+
+
+def observe_terms(graph: Graph, terms: Iterable[Term], weight: Node, backward: Collection[Node]) -> Node:
+    """Insert the calls of `sylva::observe` for products that make up a gradient, and return the node of their zero.
+
+    Args:
+        graph: graph to insert into, at its insertion point.
+        terms: the products; none is opaque.
+        weight: stands for the weight at run time.
+        backward: the nodes that depend on a gradient from outside.
+    """
+    zero: Node | None = None
+    for term in terms:
+        assert term.rhs is not None
+        # The layer's input must stay as it is, so the output gradient takes the scalar factors.
+        sides = [term.lhs, term.rhs]
+        side = 0 if term.lhs.node in backward else 1
+        nodes = [materialize(graph, operand) for operand in sides]
+        nodes[side] = apply_scales(graph, nodes[side], term.scales)
+        seen = call(graph, OBSERVE, *nodes, weight, side == 1)
+        zero = seen if zero is None else call(graph, aten.add.Tensor, zero, seen)
+    assert zero is not None
+    return zero

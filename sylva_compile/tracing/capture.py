@@ -25,6 +25,7 @@ from sylva_compile._torch import (
 )
 from sylva_compile.blocks.compile_units import compile_units
 from sylva_compile.compiler.aot import compile_eagerly
+from sylva_compile.passes.observe_probes import observe_probes_pass
 from sylva_compile.passes.observe_weight_gradients import observe_weight_gradients_pass
 from sylva_compile.passes.runner import run_passes
 
@@ -47,12 +48,17 @@ def capture_backend(missed: Missed) -> Callable[..., Any]:
         def note(placeholder: Node, reason: str) -> None:
             missed(given(placeholder), reason)
 
-        observe = partial(observe_weight_gradients_pass, is_weight=is_weight, missed=note)
+        def note_of_probe(probe: Node, reason: str) -> None:
+            if is_weight(probe):
+                note(probe, reason)
+
+        passes = {
+            "observe_weight_gradients": partial(observe_weight_gradients_pass, is_weight=is_weight, missed=note),
+            "observe_probes": partial(observe_probes_pass, missed=note_of_probe),
+        }
         # A graph from AOTAutograd's cache would lack the calls of `sylva::observe` that the pass inserts.
         with functorch_config.patch(enable_autograd_cache=False):
-            return compile_eagerly(
-                gm, example_inputs, partial(run_passes, passes={"observe_weight_gradients": observe})
-            )
+            return compile_eagerly(gm, example_inputs, partial(run_passes, passes=passes))
 
     return compile_graph
 

@@ -19,7 +19,7 @@ from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.curvature.estimators import Estimators
 from sylva_compile.errors import ArgumentError, TraceError
 from sylva_compile.files import replacing
-from sylva_compile.tracing.observation import TraceProgress
+from sylva_compile.tracing.progress import TraceProgress
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch.distributed import ProcessGroup
 
 from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.base import EstimatorMemory
@@ -88,13 +89,22 @@ class TraceEstimate:
         return "\n".join(lines)
 
 
-def estimate_bytes(specs: Mapping[str, WeightSpec], config: SylvaConfig) -> TraceEstimate:
-    """Estimate the bytes that the estimators of the weights `specs` will hold."""
+def estimate_bytes(
+    specs: Mapping[str, WeightSpec], config: SylvaConfig, *, split_over: ProcessGroup | None = None
+) -> TraceEstimate:
+    """Estimate the bytes that the estimators of the weights `specs` will hold on this process.
+
+    Args:
+        specs: the weights by name.
+        config: the method and its settings.
+        split_over: processes of which each keeps some rows of the mean gradients; None: this one keeps all.
+    """
     found = {}
     for name, spec in specs.items():
         # On the meta device an estimator has sizes and no memory.
         inputs = InputFactors(factor_of(config))
-        estimator = ESTIMATORS[config.method](dataclasses.replace(spec, device=_META), config, inputs, _META)
+        there = dataclasses.replace(spec, device=_META)
+        estimator = ESTIMATORS[config.method](there, config, inputs, _META, split_over)
         found[name] = WeightEstimate(
             memory=estimator.memory(),
             waiting=waiting_bytes(config, spec.device),

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,9 @@ from sylva_compile.errors import TraceError
 from sylva_compile.kernels.observe import observing
 from sylva_compile.tracing.batches import LossFn, count_sequences, loss_of, tensors_of, to_device
 from sylva_compile.tracing.capture import capture_backend, compilations_forgotten, compile_layers_or_model
+from sylva_compile.tracing.progress import TraceProgress
+from sylva_compile.tracing.ranks import NO_BATCHES
+from sylva_compile.tracing.sightings import Sightings
 
 log = logging.getLogger(__name__)
 
@@ -30,26 +33,6 @@ class Listener(Protocol):
 
     def end_batch(self) -> None:
         """Note that the backward pass of the batch is over."""
-
-
-@dataclass
-class TraceProgress:
-    """The progress of an observation.
-
-    Attributes:
-        batches: the number of batches observed.
-        sequences: the number of sequences in these batches.
-        latest: the number of sequences in the last batch.
-        seen: the names of the weights whose gradients were observed, in the order of their first gradient.
-        missed: the weights with a gradient that was not observed, or only in part, and the reason. They get no mask:
-            the curvature of some uses of a weight alone would be worse than none.
-    """
-
-    batches: int = 0
-    sequences: int = 0
-    latest: int = 0
-    seen: list[str] = field(default_factory=list)
-    missed: dict[str, str] = field(default_factory=dict)
 
 
 def observe(
@@ -94,29 +77,10 @@ def observe(
             f"The checkpoint holds {done.sequences} sequences already, and {num_samples} are wanted; ask for as many, "
             "or delete it to trace from the start."
         )
-    reasons: dict[str, str] = {}
-    checks: dict[str, Tensor] = {}
-
-    def listen(weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool) -> None:
-        name = names.get(weight.data_ptr())
-        if name is None:
-            # The model uses this parameter but does not list it; its gradient is not wanted.
-            return
-        inputs, gradients = (lhs, rhs) if activation_is_lhs else (rhs, lhs)
-        # A sum in float16 could overflow although every element is finite.
-        checks[name] = gradients.sum(dtype=torch.float64)
-        listener.update(name, inputs.detach(), gradients.detach())
-        if name not in done.seen:
-            done.seen.append(name)
-
-    def miss(weight: Tensor, reason: str) -> None:
-        name = names.get(weight.data_ptr())
-        if name is not None:
-            reasons[name] = reason
-
+    sightings = Sightings(names, listener.update, done)
     device = next(iter(weights.values())).device
-    with _untouched(model, weights.values()), compilations_forgotten(), observing(listen):
-        backend = capture_backend(miss)
+    with untouched(model, weights.values()), compilations_forgotten(), observing(sightings.listen):
+        backend = capture_backend(sightings.miss)
         compiled, waiting = compile_layers_or_model(model, weights.values(), backend)
         bar = tqdm(
             total=num_samples,
@@ -145,16 +109,10 @@ def observe(
                         set_compiled_call(module, None)
                     compiled = torch.compile(model, backend=backend)  # type: ignore[assignment]
                     loss = loss_of(compiled, to_device(batch, device), loss_fn)
-                _check_loss(model, loss, batch, loss_fn, weights)
+                check_loss(loss, weights, partial(_first_not_finite, model, batch, loss_fn))
                 # The loss is a mean over the batch; only a sum over sequences can be added up over batches.
                 gradients = torch.autograd.grad(loss * sequences, list(weights.values()), allow_unused=True)
-                _check_gradients(checks, weights)
-                checks.clear()
-                for name, gradient in zip(weights, gradients, strict=True):
-                    # An observed gradient is a zero that `sylva::observe` returned, expanded with strides of 0.
-                    if gradient is not None and any(gradient.stride()) and bool(gradient.any()):
-                        why = "it is used outside of the graphs that torch.compile makes"
-                        done.missed.setdefault(name, reasons.get(name, why))
+                sightings.check(weights, gradients)
                 listener.end_batch()
                 done.batches += 1
                 done.sequences += sequences
@@ -163,14 +121,19 @@ def observe(
                 if after_batch is not None:
                     after_batch(done)
     if done.sequences == 0:
-        raise TraceError("The loader gave no batches; give one with data (an iterator is used up after one pass).")
+        raise TraceError(NO_BATCHES)
+    warn_of_early_end(done, num_samples)
+    return done
+
+
+def warn_of_early_end(done: TraceProgress, num_samples: int) -> None:
+    """Warn if fewer than `num_samples` sequences came."""
     if done.sequences < num_samples:
         log.warning(
             "The loader ended after %d of num_samples=%d sequences; the masks are from these.",
             done.sequences,
             num_samples,
         )
-    return done
 
 
 def observed(weights: Iterable[str], progress: TraceProgress) -> list[str]:
@@ -196,7 +159,7 @@ def observed(weights: Iterable[str], progress: TraceProgress) -> list[str]:
 
 
 @contextmanager
-def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+def untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Put the model into evaluation mode inside the block, and restore it afterwards.
 
     Inside, only `weights` require grad, and the key-value cache and calls compiled in place are off. Afterwards all of
@@ -233,14 +196,21 @@ def _untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
                 module.training = mode
 
 
-def _check_loss(
-    model: nn.Module, loss: Tensor, batch: Any, loss_fn: LossFn | None, weights: Mapping[str, nn.Parameter]
-) -> None:
+def check_loss(loss: Tensor, weights: Iterable[str], first_not_finite: Callable[[], str] | None = None) -> None:
+    """Raise TraceError if `loss` has no gradient or is not finite.
+
+    Args:
+        loss: the scalar.
+        weights: the names of the weights to observe.
+        first_not_finite: says where the first values that are not finite come from.
+    """
     if not loss.requires_grad:
         first = next(iter(weights))
         raise TraceError(f"The loss has no gradient, not even to {first}; look for detach, no_grad or integer outputs.")
     if not bool(torch.isfinite(loss)):
-        layer = _first_not_finite(model, batch, loss_fn)
+        if first_not_finite is None:
+            raise TraceError(f"The loss is {loss.item()}. Mend the data or dtype.")
+        layer = first_not_finite()
         raise TraceError(
             f"The loss is {loss.item()}; the first values that are not finite leave {layer}. Mend the data or dtype."
         )
@@ -269,12 +239,3 @@ def _first_not_finite(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> s
         for handle in handles:
             handle.remove()
     return f"layer {found[0]}" if found else "the loss function"
-
-
-def _check_gradients(checks: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> None:
-    """Raise TraceError if an output gradient is not finite; `checks` holds the sum of each, by weight."""
-    if checks and not bool(torch.isfinite(torch.stack(list(checks.values()))).all()):
-        bad = next(name for name in weights if name in checks and not bool(torch.isfinite(checks[name])))
-        raise TraceError(
-            f"The loss is finite but the output gradient of {bad} is not; scale the loss or widen its dtype."
-        )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sylva_compile.blocks.fingerprint import base_fingerprint
+from sylva_compile.blocks.shards import whole
 from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.baselines import SCORES_WITHOUT_DATA
 from sylva_compile.curvature.estimators import Estimators
@@ -20,9 +21,11 @@ from sylva_compile.errors import ArgumentError, TraceError
 from sylva_compile.tracing.batches import LossFn
 from sylva_compile.tracing.checkpoint import TraceCheckpoint
 from sylva_compile.tracing.memory import check_fits, estimate_bytes
-from sylva_compile.tracing.observation import TraceProgress, observe, observed
+from sylva_compile.tracing.observation import observe, observed
+from sylva_compile.tracing.progress import TraceProgress
 from sylva_compile.tracing.ranks import on_every_rank, progress_of_all_ranks, rank_and_size, share_of_samples
 from sylva_compile.tracing.selection import ChooseBlocks
+from sylva_compile.tracing.together import observe_together
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def score_without_data(weights: Mapping[str, nn.Parameter], config: SylvaConfig)
     """Score blocks by the weights alone; torch's random state is as before afterwards."""
     score = SCORES_WITHOUT_DATA[config.method]
     with torch.random.fork_rng(devices=[]):
-        return Scored({name: score(weight, config) for name, weight in weights.items()})
+        return Scored({name: score(whole(weight), config) for name, weight in weights.items()})
 
 
 def score_by_tracing(
@@ -62,8 +65,12 @@ def score_by_tracing(
     *,
     loss_fn: LossFn | None = None,
     group: ProcessGroup | None = None,
+    split_over: ProcessGroup | None = None,
 ) -> Scored:
-    """Score blocks by the curvature that estimators gather while `model` runs over `loader`; see `trace_and_mask`."""
+    """Score blocks by the curvature that estimators gather while `model` runs over `loader`; see `trace_and_mask`.
+
+    `split_over` are the processes over which the model is split, if any; they are those of `group`.
+    """
     if loader is None:
         raise ArgumentError(
             f"method={config.method!r} needs a loader of batches; give one, or use 'magnitude', 'lift' or 'random'."
@@ -72,9 +79,15 @@ def score_by_tracing(
         raise TraceError("A trace needs gradients, and torch.inference_mode() gives none; trace outside of it.")
     share = share_of_samples(config.num_samples, group)
 
+    if split_over is not None and config.checkpoint is not None:
+        raise ArgumentError("checkpoint= does not work for a model that fully_shard has split; leave it out.")
+
+    def prepare() -> Estimators:
+        check_fits(estimate_bytes(specs, config, split_over=split_over))
+        return Estimators(specs, config, split_over=split_over)
+
     def trace() -> tuple[Estimators, TraceCheckpoint | None, TraceProgress]:
-        check_fits(estimate_bytes(specs, config))
-        estimators = Estimators(specs, config)
+        estimators = prepare()
         run = functools.partial(
             observe, model, weights, estimators, num_samples=share, loss_fn=loss_fn, progress_bar=config.progress
         )
@@ -88,7 +101,20 @@ def score_by_tracing(
         done = run(checkpoint.rest_of(loader), start=start, after_batch=checkpoint.after_batch)
         return estimators, checkpoint, done
 
-    estimators, checkpoint, done = on_every_rank(trace, group)
+    if split_over is None:
+        estimators, checkpoint, done = on_every_rank(trace, group)
+    else:
+        estimators, checkpoint = on_every_rank(prepare, split_over), None
+        done = observe_together(
+            model,
+            weights,
+            estimators,
+            loader,
+            split_over,
+            num_samples=share,
+            loss_fn=loss_fn,
+            progress_bar=config.progress,
+        )
     if group is not None:
         estimators.combine(group)
     names = observed(weights, progress_of_all_ranks(done, group))

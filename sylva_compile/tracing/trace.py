@@ -1,5 +1,6 @@
 """`trace_and_mask`: run a model over some batches, estimate the curvature of every weight, choose its blocks."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -14,21 +15,24 @@ from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import input_axis, log_share_left_out, owners_of, unwrap, weights_in_scope
-from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.blocks.shards import compute_device, reshard
 from sylva_compile.config import SylvaConfig, takes_config
 from sylva_compile.curvature.weight_spec import WeightSpec
-from sylva_compile.errors import ArgumentError, EmbedError, TraceError
+from sylva_compile.errors import ArgumentError, EmbedError
+from sylva_compile.lost_ranks import naming_lost_ranks
 from sylva_compile.tracing.batches import LossFn
 from sylva_compile.tracing.memory import TraceEstimate, estimate_bytes
 from sylva_compile.tracing.ranks import same_on_all_ranks
 from sylva_compile.tracing.scoring import score_by_tracing, score_without_data
 from sylva_compile.tracing.selection import check_column_budget, select_blocks
+from sylva_compile.tracing.sharded import sharing_processes
 from sylva_compile.version import __version__
 
 log = logging.getLogger(__name__)
 
 
 @takes_config
+@naming_lost_ranks("the trace", "start all processes again; with `checkpoint` they go on from there")
 def trace_and_mask(
     model: nn.Module,
     loader: Iterable[Any] | None = None,
@@ -49,7 +53,8 @@ def trace_and_mask(
         loader: batches; None with "magnitude", "lift" and "random". A mapping is called as `model(**batch).loss`.
         config: the settings; None: the defaults of SylvaConfig.
         loss_fn: `loss_fn(model, batch) -> scalar`, for batches that are no mappings or models without `.loss`.
-        process_group: every rank traces its share of the samples, and all end with the same masks.
+        process_group: every rank traces its share of the samples, and all end with the same masks. For a model that
+            `fully_shard` has split, all ranks that hold a part of it if left out.
         **options: fields of SylvaConfig, in place of those in `config`.
 
     Returns:
@@ -60,14 +65,18 @@ def trace_and_mask(
         EmbedError: the model carries blocks already.
         TraceError: no batches, no loss, a loss that is not finite or reaches no weight in scope, too little memory, or
             a checkpoint of another trace.
+        LostRankError: another process of `process_group` has ended.
     """
     config, model = SylvaConfig.resolve(config, options), unwrap(model)
     weights, specs = _weights_to_trace(model, config)
+    split_over = sharing_processes(weights, process_group)
+    process_group = process_group or split_over
     log_share_left_out(model, weights)
     # A budget without room is refused here, not after the trace.
     check_column_budget(specs, config)
+    groups = {"group": process_group, "split_over": split_over}
     scored = (
-        score_by_tracing(model, weights, specs, loader, config, loss_fn=loss_fn, group=process_group)
+        score_by_tracing(model, weights, specs, loader, config, loss_fn=loss_fn, **groups)
         if config.needs_data
         else score_without_data(weights, config)
     )
@@ -94,10 +103,10 @@ def estimate(model: nn.Module, config: SylvaConfig | None = None, **options: Any
         EmbedError: the model carries blocks already.
     """
     config = SylvaConfig.resolve(config, options)
-    _, specs = _weights_to_trace(unwrap(model), config)
+    weights, specs = _weights_to_trace(unwrap(model), config)
     if not config.needs_data:
         raise ArgumentError(f"method={config.method!r} traces nothing and holds nothing; there is nothing to estimate.")
-    return estimate_bytes(specs, config)
+    return estimate_bytes(specs, config, split_over=sharing_processes(weights, None))
 
 
 def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, nn.Parameter], dict[str, WeightSpec]]:
@@ -107,12 +116,8 @@ def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, 
             "The model carries blocks already; call merge_and_unload(model) to keep their values, or save_adapter and "
             "unload_adapter(model) to go back to the base, before tracing."
         )
+    reshard(model)
     weights = weights_in_scope(model, config.scope)
-    if config.method != "random" and any(map(is_sharded, weights.values())):
-        raise TraceError(
-            f"fully_shard has split this model, and method={config.method!r} reads whole weights; trace before it, "
-            "load masks that were saved, or use method='random'."
-        )
     check_block_fits(config.block_size, {name: tuple(weight.shape) for name, weight in weights.items()})
     return weights, weight_specs(model, weights)
 
@@ -120,7 +125,8 @@ def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, 
 def weight_specs(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, WeightSpec]:
     """Describe `weights` of `model`, by name, for estimators."""
     axes = {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
-    return {name: WeightSpec.of(name, weight, axes[name]) for name, weight in weights.items()}
+    specs = {name: WeightSpec.of(name, weight, axes[name]) for name, weight in weights.items()}
+    return {name: dataclasses.replace(spec, device=compute_device(weights[name])) for name, spec in specs.items()}
 
 
 def _bound_masks(

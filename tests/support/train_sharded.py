@@ -24,7 +24,7 @@ import sylva_compile
 from sylva_compile import Masks
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.shards import whole
-from sylva_compile.errors import EmbedError, GradientError, TraceError
+from sylva_compile.errors import EmbedError, GradientError
 from sylva_compile.optim import AdamW, Muon
 from sylva_compile.schedules import MovingBlocks
 
@@ -275,10 +275,6 @@ def refusals(how: str) -> None:
         with pytest.raises(GradientError):
             optimizer.step()
         assert difference(sharded.weights(), before) == 0
-    other = Training("after")
-    sylva_compile.unload_adapter(other.model)
-    with pytest.raises(TraceError, match="before it"):
-        sylva_compile.trace_and_mask(other.model, method="magnitude", block_size=16)
     with pytest.raises(EmbedError, match="disable_adapter"):
         sylva_compile.reference_model(sharded.model)
 

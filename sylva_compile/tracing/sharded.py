@@ -1,0 +1,64 @@
+"""Models that `fully_shard` has split over processes: which processes, and their state between two passes."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.distributed import ProcessGroup, get_process_group_ranks
+
+from sylva_compile._torch import abandon_pass, prepare_pass
+from sylva_compile.blocks.shards import is_sharded, processes_of
+from sylva_compile.errors import ArgumentError
+
+
+def split_modules(model: nn.Module) -> list[Any]:
+    """Return the modules of `model` that `fully_shard` has taken, the outer ones first."""
+    # There are some only once its package is imported, which takes a second.
+    package = sys.modules.get("torch.distributed.fsdp")
+    return [] if package is None else [module for module in model.modules() if isinstance(module, package.FSDPModule)]
+
+
+def sharing_processes(weights: Mapping[str, nn.Parameter], group: ProcessGroup | None) -> ProcessGroup | None:
+    """Return the processes over which `weights` are split; None if none is split.
+
+    Args:
+        weights: the weights by name.
+        group: the processes that the caller names, if any.
+
+    Raises:
+        ArgumentError: a weight is split over other processes than those of `group`, or of another weight.
+    """
+    groups: dict[Any, tuple[str, ProcessGroup]] = {}
+    for name, weight in weights.items():
+        if is_sharded(weight):
+            mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+            if mesh not in groups and (found := processes_of(weight)) is not None:
+                groups[mesh] = name, found
+    if not groups:
+        return None
+    chosen = group or next(found for _, found in groups.values())
+    for name, found in groups.values():
+        if set(get_process_group_ranks(found)) != set(get_process_group_ranks(chosen)):
+            whose = "other weights" if group is None else "process_group"
+            raise ArgumentError(f"{name} is split over other processes than those of {whose}; trace them apart.")
+    return chosen
+
+
+@contextmanager
+def between_passes(model: nn.Module) -> Iterator[None]:
+    """Let the passes inside the block leave nothing behind in `fully_shard`, also if an error ends one."""
+    modules = split_modules(model)
+    for module in modules:
+        prepare_pass(module)
+        module.reshard()
+    try:
+        yield
+    except BaseException:
+        for module in modules:
+            abandon_pass(module)
+        raise
+    finally:
+        for module in modules:
+            module.reshard()
