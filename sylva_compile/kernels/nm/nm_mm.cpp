@@ -149,14 +149,25 @@ void store(const Problem& p, const float* sums, int64_t row, int64_t rows, int64
         }
 }
 
-// Computes rows first..last of W for `used` tokens from `token` on.
+template <typename C>
+bool any_outside(const C* columns, int64_t count, int64_t in_features) {
+    // Compared in the type of the columns, many at a time.
+    const C last = static_cast<C>(std::min<int64_t>(in_features - 1, std::numeric_limits<C>::max()));
+    C outside = 0;
+    for (int64_t e = 0; e < count; ++e) outside |= (columns[e] < 0) | (columns[e] > last);
+    return outside != 0;
+}
+
+// Computes rows first..last of W for `used` tokens from `token` on. Returns false if a column lies outside of W.
 template <int VECTORS, typename C>
-void multiply_rows(const Problem& p, const C* columns, const float* panel, int64_t token, int64_t used, int64_t first,
+bool multiply_rows(const Problem& p, const C* columns, const float* panel, int64_t token, int64_t used, int64_t first,
                    int64_t last, float* sums) {
     constexpr int WIDTH = VECTORS * LANES, ROWS = std::min(SUMS / VECTORS, HIGHEST);
     const int64_t runs = (p.in_features + RUN - 1) / RUN, length = (p.per_row + runs - 1) / runs;
     for (int64_t row = first; row < last; row += CHUNK) {
         const int64_t rows = std::min<int64_t>(CHUNK, last - row);
+        // Checked here, and not before, so that threads wait for each other once alone.
+        if (any_outside(columns + row * p.per_row, rows * p.per_row, p.in_features)) return false;
         for (int64_t e = 0; e < p.per_row; e += length) {
             const int64_t count = std::min(length, p.per_row - e);
             const float* values = p.values + row * p.per_row + e;
@@ -171,22 +182,12 @@ void multiply_rows(const Problem& p, const C* columns, const float* panel, int64
         }
         store<VECTORS>(p, sums, row, rows, token, used);
     }
-}
-
-template <typename C>
-bool any_outside(const C* columns, int64_t count, int64_t in_features, int threads) {
-    // Compared in the type of the columns, many at a time.
-    const C last = static_cast<C>(std::min<int64_t>(in_features - 1, std::numeric_limits<C>::max()));
-    int outside = 0;
-#pragma omp parallel for num_threads(threads) reduction(| : outside) schedule(static)
-    for (int64_t e = 0; e < count; ++e) outside |= (columns[e] < 0) | (columns[e] > last);
-    return outside != 0;
+    return true;
 }
 
 template <typename C>
 int compute(const Problem& p, const C* columns, int threads) {
     constexpr int64_t WIDTH = WIDEST * LANES;
-    if (any_outside(columns, p.rows * p.per_row, p.in_features, threads)) return 1;
     int failed = 0;
     const int64_t panels = (p.tokens + WIDTH - 1) / WIDTH, chunks = (p.rows + CHUNK - 1) / CHUNK;
     const int64_t parts = std::min(chunks, std::max<int64_t>(1, (SHARE * threads + panels - 1) / panels));
@@ -212,7 +213,10 @@ int compute(const Problem& p, const C* columns, int threads) {
             const auto run = [&](auto vectors) {
                 if (loaded != token) load_panel<vectors()>(p, token, used, panel.get());
                 loaded = token;
-                multiply_rows<vectors()>(p, columns, panel.get(), token, used, first, last, sums.get());
+                if (!multiply_rows<vectors()>(p, columns, panel.get(), token, used, first, last, sums.get())) {
+#pragma omp atomic write
+                    failed = 1;
+                }
             };
             switch (vectors_of(used)) {
                 case 1: run(std::integral_constant<int, 1>()); break;
