@@ -13,6 +13,7 @@ step-8192       the same with 8,192 tokens
 optimizer       the optimizer's step with write-through at LLaMA-7B's 224 weights
 trace           the cost of a trace beside the forward and backward passes, at the width of LLaMA-7B
 updates         hierarchies of many layers updated one by one and together, sizes of BERT and of LLaMA-7B
+nm              products with N:M sparse weights: all of them against float64, then 2:4 beside dense at many shapes
 
 Needs torch, triton and transformers; without PEFT the LoRA variants are left out.
 """
@@ -29,9 +30,12 @@ import torch
 from torch import Tensor, nn
 
 import sylva_compile
-from benchmarks import grouped_updates, optimizer_step, sddmm, step, trace_cost
+from benchmarks import grouped_updates, optimizer_step, sddmm, slope, step, trace_cost
 from benchmarks.command import parser_of
 from benchmarks.variants import llama
+from sylva_compile.kernels.nm import cuda
+from sylva_compile.kernels.nm.choice import choose_kernel
+from sylva_compile.kernels.nm_mm import nm_mm, to_dense
 
 LAYER = ["--hidden", "4096", "--mlp", "11008", "--layers", "1", "--length", "1024", "--dtype", "bfloat16"]
 
@@ -193,6 +197,49 @@ def updates() -> None:
         grouped_updates.main(["--device", "cuda", "--size", size, "--layers", "6", "24"])
 
 
+def check_products(
+    dtype: torch.dtype, n: int, m: int, outputs: int, inputs: int, tokens: int, device: str = "cuda"
+) -> None:
+    """Check all products of a layer against float64, with and without CUDA graphs, and say which kernel ran."""
+    layer = slope.Layer.random((outputs, inputs), n, m, dtype, device)
+    x, gradient = (torch.randn(tokens, k, device=device).to(dtype) for k in (inputs, outputs))
+    second, weight = layer.second(), to_dense(layer.values, layer.columns, inputs).double()
+    twice = to_dense(second, layer.rows, outputs).double().t()
+    assert torch.equal(twice, weight.where(twice != 0, 0)) and bool(twice.any())
+    recorded = torch.compile(lambda x: nm_mm(x, layer.values, layer.columns, inputs, False), mode="reduce-overhead")
+    slope.check(layer.forward(x), x.double() @ weight.t(), dtype)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        slope.check(recorded(x), x.double() @ weight.t(), dtype)
+    slope.check(layer.input_gradient(gradient, second), gradient.double() @ twice, dtype)
+    slope.check(nm_mm(gradient, layer.values, layer.columns, inputs, True), gradient.double() @ weight, dtype)
+    exact = (gradient.double().t() @ x.double()).gather(1, layer.columns.long())
+    slope.check(layer.weight_gradient(gradient, x), exact, dtype)
+    missing = cuda.missing(outputs, inputs, layer.values.shape[1], dtype, x.device)
+    if missing is None and cuda.is_two_of_four(layer.columns):
+        slope.check(cuda.packed_and_multiplied(x, layer.values, layer.columns, inputs), x.double() @ weight.t(), dtype)
+        slope.check(
+            nm_mm(x, *cuda.compress(layer.values, layer.columns, inputs), inputs, False), x.double() @ weight.t(), dtype
+        )
+    choice = choose_kernel(tokens, outputs, inputs, layer.values.shape[1], dtype, device)
+    print(f"nm: {n}:{m}, {dtype}, {tokens} x {inputs} x {outputs}: right; {choice.kernel}, {choice.why}")
+
+
+def nm() -> None:
+    """Check N:M products in every dtype, then benchmark 2:4 at the shapes of a LLaMA-7B layer and at smaller ones."""
+    print(f"nm: cuSPARSELt {cuda.version()}, compute capability {torch.cuda.get_device_capability()}")
+    for dtype, (n, m) in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32), ((2, 4), (1, 2), (4, 8), (2, 8))
+    ):
+        for outputs, inputs, tokens in ((64, 128, 13), (768, 3072, 512), (200, 120, 7)):
+            check_products(dtype, n, m, outputs, inputs, tokens)
+        torch._dynamo.reset()
+    for dtype in ("bfloat16", "float16"):
+        shapes = ["1024x1024", "4096x4096", "4096x11008", "11008x4096", "8192x8192"]
+        options = ["--device", "cuda", "--dtype", dtype, "--threads", "1", "--repeats", "20"]
+        slope.main([*options, "--shapes", *shapes, "--tokens", "512", "2048", "8192"])
+
+
 PARTS = {
     "correctness": correctness,
     "graphs": graphs,
@@ -203,6 +250,7 @@ PARTS = {
     "optimizer": optimizer,
     "trace": trace,
     "updates": updates,
+    "nm": nm,
 }
 
 

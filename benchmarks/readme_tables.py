@@ -176,12 +176,35 @@ def scaling_table() -> str:
     return f"{markdown(columns, rows)}\n\nCompute: {row['settings']['origin']}."
 
 
+def slope_table() -> str:
+    """Return the table of SLoPe's products and steps on the CPU, in multiples of the speed of dense ones."""
+    row = newest("slope", device="cpu", dtype="float32")
+    times, memory = row["results"]["times"], row["results"]["memory"]
+    threads = sorted({found["threads"] for found in times})
+    at: dict[tuple[str, str, int], list[str]] = {}
+    for found in sorted(times, key=lambda found: int(found["threads"])):
+        place = (f"{found['in']:,} × {found['out']:,}", found["pattern"], found["tokens"])
+        at.setdefault(place, []).extend(f"{found['ratio'][name]:.2f}" for name in ("forward", "input", "step"))
+    rows = [[shape, pattern, f"{tokens:,}", *ratios] for (shape, pattern, tokens), ratios in at.items()]
+    columns = ["inputs × outputs", "pattern", "tokens"]
+    for count in threads:
+        columns += [f"{count} thread{'s' if count > 1 else ''}: forward", "input gradient", "step"]
+    held = memory[0]["ratio"]["measured"]
+    note = (
+        f"A layer at {memory[0]['pattern']} holds {held['training']:.3f} of a dense one's memory in training (values, "
+        f"their gradients and AdamW's states in float32, and places) and {held['inference']:.3f} of it in inference. "
+        f"Measured on {row['machine']['processor']}, torch {row['machine']['versions']['torch']}, {row['date'][:10]}."
+    )
+    return f"{markdown(columns, rows)}\n\n{note}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step on a GPU": gpu_table,
     "step": step_table,
     "saved activations": saved_table,
     "moving": moving_table,
     "scaling": scaling_table,
+    "slope": slope_table,
     "memory of a training": training_table,
     "memory of cards": card_table,
     "memory of a trace": trace_table,

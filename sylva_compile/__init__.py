@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from sylva_compile.config import SylvaConfig
     from sylva_compile.errors import SylvaError
     from sylva_compile.integrations.distributed_checkpoint import blocks_state
+    from sylva_compile.nm.adapters import add_low_rank, fold_low_rank
+    from sylva_compile.nm.export import export_pruned, unprune
+    from sylva_compile.nm.masks import NMMasks
+    from sylva_compile.nm.prune import prune_masks
     from sylva_compile.optim.optimizers import AdamW
     from sylva_compile.tracing.trace import estimate, trace_and_mask
 
@@ -33,10 +37,12 @@ __all__ = [
     "AdamW",
     "BlockMask",
     "Masks",
+    "NMMasks",
     "SylvaConfig",
     "SylvaError",
     "__version__",
     "active_adapter",
+    "add_low_rank",
     "backend",
     "blocks_state",
     "changed_values",
@@ -46,6 +52,8 @@ __all__ = [
     "errors",
     "estimate",
     "export_peft",
+    "export_pruned",
+    "fold_low_rank",
     "from_pretrained",
     "integrations",
     "list_adapters",
@@ -53,6 +61,7 @@ __all__ = [
     "merge_and_unload",
     "optim",
     "print_trainable_parameters",
+    "prune_masks",
     "push_to_hub",
     "reference_model",
     "reports",
@@ -61,15 +70,18 @@ __all__ = [
     "set_adapter",
     "trace_and_mask",
     "unload_adapter",
+    "unprune",
 ]
 
 _MODULES = {
     "AdamW": "optim.optimizers",
     "BlockMask": "blocks.block_mask",
     "Masks": "blocks.masks",
+    "NMMasks": "nm.masks",
     "SylvaConfig": "config",
     "SylvaError": "errors",
     "active_adapter": "adapters.switching",
+    "add_low_rank": "nm.adapters",
     "backend": "compiler.backend",
     "blocks_state": "integrations.distributed_checkpoint",
     "changed_values": "adapters.changes",
@@ -78,17 +90,21 @@ _MODULES = {
     "disable_adapter": "adapters.disabling",
     "estimate": "tracing.trace",
     "export_peft": "adapters.export_shira",
+    "export_pruned": "nm.export",
+    "fold_low_rank": "nm.adapters",
     "from_pretrained": "adapters.hub",
     "list_adapters": "adapters.switching",
     "load_adapter": "adapters.loading",
     "merge_and_unload": "adapters.loading",
     "print_trainable_parameters": "blocks.parameters",
+    "prune_masks": "nm.prune",
     "push_to_hub": "adapters.hub",
     "reference_model": "adapters.reference",
     "save_adapter": "adapters.saving",
     "set_adapter": "adapters.switching",
     "trace_and_mask": "tracing.trace",
     "unload_adapter": "adapters.loading",
+    "unprune": "nm.export",
 }
 
 

@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from functorch.compile import make_boxed_func as make_boxed_func
+    from torch import _cslt_compress as cslt_compress
+    from torch import _cslt_sparse_mm as cslt_sparse_mm
     from torch._dynamo import config as dynamo_config
     from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
     from torch._dynamo.backends.common import aot_autograd as aot_autograd
@@ -59,6 +61,8 @@ PRIVATE = {
     "make_boxed_func": Private(
         "functorch.compile", "make_boxed_func", "set `_boxed_call = True` on a function of a list"
     ),
+    "cslt_compress": Private("torch", "_cslt_compress", "use torch.sparse.to_sparse_semi_structured"),
+    "cslt_sparse_mm": Private("torch", "_cslt_sparse_mm", "use torch.sparse.to_sparse_semi_structured"),
     "dynamo_config": Private("torch._dynamo", "config", "use torch.compiler.config for the recompilation limits"),
     "maybe_mark_dynamic": Private("torch._dynamo", "maybe_mark_dynamic", "use torch._dynamo.mark_dynamic"),
     "aot_autograd": Private(
@@ -277,3 +281,10 @@ def set_version(tensor: Tensor, version: int) -> None:
 
 ORDINARY_RESULTS: Any = torch._C._disabled_torch_function_impl
 """As the `__torch_function__` of a subclass of Tensor: operations on it take and return ordinary tensors."""
+
+
+def search_sparse_mm(compressed: Tensor, dense: Tensor) -> tuple[int, int, int]:
+    """Return cuSPARSELt's fastest algorithm for `cslt_sparse_mm(compressed, dense)ᵀ`, with its split and split mode."""
+    private: Any = torch._C
+    algorithm, split, mode, _ = private._cusparselt.mm_search(compressed, dense, None, None, None, True)
+    return algorithm, split, mode

@@ -36,6 +36,8 @@ from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import put, reshard
 from sylva_compile.errors import AdapterError
+from sylva_compile.nm.embedding import nm_modules
+from sylva_compile.nm.export import unprune
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Masks:
@@ -156,7 +158,7 @@ def _checked(
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Make an ordinary model: the trained values stay in the dense weights; blocks and generated classes go.
 
-    Of several adapters, the active one stays, and the others are forgotten.
+    Of several adapters, the active one stays, and the others are forgotten. Pruned weights become dense, see `unprune`.
 
     Returns:
         The model without wrappers (DistributedDataParallel, `torch.compile`), changed in place.
@@ -167,6 +169,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     unembed(model)
+    if nm_modules(model):
+        unprune(model)
     forget_adapters(model)
     replaced_tensors(model).clear()
     return model

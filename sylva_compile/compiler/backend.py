@@ -36,6 +36,9 @@ from sylva_compile.compiler.report import Report, WeightReport
 from sylva_compile.compiler.retrace import update_layouts
 from sylva_compile.compiler.runtime_wrapper import RuntimeWrapper
 from sylva_compile.errors import ArgumentError, RewriteError
+from sylva_compile.nm.averaging import is_carried
+from sylva_compile.nm.embedding import nm_modules
+from sylva_compile.nm.masks import NMMasks
 from sylva_compile.passes.runner import run_passes
 from sylva_compile.passes.sample_weight_gradients import RewriteResult, sample_weight_gradients_pass
 from sylva_compile.passes.sketch_block_norms import sketch_block_norms_pass
@@ -95,14 +98,16 @@ def source_hash() -> bytes:
 class Backend:
     """A backend for `torch.compile`; made by `sylva_compile.backend`."""
 
-    def __init__(self, masks: Masks | None, inner: Inner, on_miss: OnMiss) -> None:
+    def __init__(self, masks: Masks | NMMasks | None, inner: Inner, on_miss: OnMiss) -> None:
         """See `backend`."""
         if inner not in ("inductor", "aot_eager"):
             raise ArgumentError(f"inner={inner!r}; use 'inductor' or 'aot_eager'.")
         if on_miss not in ("warn", "error", "ignore"):
             raise ArgumentError(f"on_miss={on_miss!r}; use 'warn', 'error' or 'ignore'.")
-        if masks is not None and not isinstance(masks, Masks):
-            raise ArgumentError(f"masks is a {type(masks).__name__}; give the Masks that trace_and_mask returns.")
+        if masks is not None and not isinstance(masks, Masks | NMMasks):
+            raise ArgumentError(
+                f"masks is a {type(masks).__name__}; give those that trace_and_mask or prune_masks returns."
+            )
         if masks is not None:
             masks.embed()
         self.masks, self.inner, self.on_miss = masks, inner, on_miss
@@ -143,7 +148,8 @@ class Backend:
         """
         model = self._model()
         states = block_states(model) if model is not None else _by_unique_name(registry.live_states())
-        return Report({name: self._reports.get(state, WeightReport()) for name, state in states.items()})
+        pruned = 0 if model is None else len(nm_modules(model))
+        return Report({name: self._reports.get(state, WeightReport()) for name, state in states.items()}, pruned)
 
     def _model(self) -> nn.Module | None:
         return None if self.masks is None else self.masks.model
@@ -189,12 +195,13 @@ class Backend:
         )
 
 
-def backend(masks: Masks | None = None, *, inner: Inner = "inductor", on_miss: OnMiss = "warn") -> Backend:
+def backend(masks: Masks | NMMasks | None = None, *, inner: Inner = "inductor", on_miss: OnMiss = "warn") -> Backend:
     """Return a `torch.compile` backend that computes only the masked blocks of weight gradients.
 
     Args:
-        masks: masks bound to the model to compile; they are embedded now unless they are already. None: the backend
-            compiles whatever blocks a model carries, as the registered name `"sylva"` does.
+        masks: masks bound to the model to compile, of `trace_and_mask` or of `prune_masks`; they are embedded now
+            unless they are already. None: the backend compiles whatever blocks a model carries, as the registered name
+            `"sylva"` does.
         inner: `"inductor"` generates code; `"aot_eager"` runs the same rewritten graphs without it, for debugging.
         on_miss: the reaction to a weight gradient that cannot be sampled: `"warn"`, `"error"` or `"ignore"`. The
             gradient is computed densely then: right, but slower.
@@ -251,11 +258,16 @@ def _compile_with_inductor(
     options: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {}), "joint_custom_pre_pass": joint}
-    if patches.get("freezing", inductor_config.freezing) and _states_of([*example_inputs, *gm.parameters()]):
-        log.info("Inductor's freezing is off for this graph: it would make constants of weights that blocks change.")
+    values = [*example_inputs, *gm.parameters()]
+    if patches.get("freezing", inductor_config.freezing) and (_states_of(values) or any(map(_is_pruned, values))):
+        log.info("Inductor's freezing is off for this graph: it would make constants of weights that training changes.")
         patches["freezing"] = False
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def _is_pruned(value: Any) -> bool:
+    return isinstance(value, Tensor) and is_carried(value)
 
 
 def _states_of(values: Iterable[Any]) -> list[BlockState]:

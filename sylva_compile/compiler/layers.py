@@ -14,12 +14,14 @@ from sylva_compile.blocks.compile_units import caching_configurations, compile_u
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import unwrap
 from sylva_compile.errors import EmbedError
+from sylva_compile.nm.embedding import nm_modules
+from sylva_compile.nm.module import VALUES
 
 log = logging.getLogger(__name__)
 
 
 def compile_layers(model: nn.Module, backend: str | Callable[..., Any], **options: Any) -> int:
-    """Compile, in place, each layer of `model` that holds trained blocks; the rest of the model stays uncompiled.
+    """Compile, in place, each layer of `model` that holds trained blocks or pruned weights; the rest stays uncompiled.
 
     Layers run the same code, so they share compiled graphs, and compiling costs about as much as one layer does. A
     model without a list of layers is compiled whole, in place.
@@ -29,7 +31,7 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any], **option
     layers and not the layers themselves needs `model.compile`; `backend.report()` tells.
 
     Args:
-        model: a model whose weights carry blocks; `backend(masks)` and `masks.embed(model)` put them there.
+        model: a model whose weights carry blocks or are pruned; `backend(masks)` and `masks.embed(model)` see to that.
         backend: the backend of every layer: `sylva_compile.backend(masks)`, or "sylva".
         **options: further arguments of `torch.compile`.
 
@@ -37,13 +39,14 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any], **option
         The number of modules that are compiled.
 
     Raises:
-        EmbedError: the model carries no blocks.
+        EmbedError: the model carries no blocks and no pruned weights.
     """
     model = unwrap(model)
-    states = block_states(model)
-    if not states:
+    weights = [state.weight for state in block_states(model).values()]
+    weights += [module._parameters[VALUES] for module in nm_modules(model).values()]
+    if not weights:
         raise EmbedError("The model carries no blocks; call masks.embed(model) first.")
-    units = compile_units(model, (state.weight for state in states.values())) or [model]
+    units = compile_units(model, weights) or [model]
     for config in caching_configurations(model):
         log.info("The model's use_cache is off now: each layer's cache would need a compiled graph of its own.")
         config.use_cache = False

@@ -37,9 +37,9 @@ class WeightReport:
 class Report(Mapping[str, WeightReport]):
     """A `WeightReport` for every embedded weight, by name; prints as a table."""
 
-    def __init__(self, weights: Mapping[str, WeightReport]) -> None:
-        """Make the report of `weights`, by name, in the order of the model."""
-        self._weights = dict(weights)
+    def __init__(self, weights: Mapping[str, WeightReport], pruned: int = 0) -> None:
+        """Make the report of `weights`, by name, in the order of the model, beside the number of pruned weights."""
+        self._weights, self.pruned = dict(weights), pruned
 
     def __getitem__(self, name: str) -> WeightReport:
         return self._weights[name]
@@ -58,4 +58,8 @@ class Report(Mapping[str, WeightReport]):
     def __str__(self) -> str:
         width = max((len(name) for name in self), default=0)
         lines = [f"{name:<{width}}  {weight}" for name, weight in self.items()]
-        return "\n".join([*lines, f"{self.rewritten} of {len(self)} weights rewritten."])
+        if self or not self.pruned:
+            lines.append(f"{self.rewritten} of {len(self)} weights rewritten.")
+        if self.pruned:
+            lines.append(f"{self.pruned} weights are pruned; masks.summary(tokens) names their kernels.")
+        return "\n".join(lines)

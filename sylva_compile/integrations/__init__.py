@@ -8,15 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sylva_compile.integrations.accelerate import BlocksState, register_blocks_for_checkpointing
+    from sylva_compile.integrations.low_rank_callback import LowRankCallback
     from sylva_compile.integrations.trainer import BlocksTrainerMixin
     from sylva_compile.integrations.trainer_callback import BlocksCallback
 
-__all__ = ["BlocksCallback", "BlocksState", "BlocksTrainerMixin", "register_blocks_for_checkpointing"]
+__all__ = [
+    "BlocksCallback",
+    "BlocksState",
+    "BlocksTrainerMixin",
+    "LowRankCallback",
+    "register_blocks_for_checkpointing",
+]
 
 _MODULES = {
     "BlocksCallback": "trainer_callback",
     "BlocksState": "accelerate",
     "BlocksTrainerMixin": "trainer",
+    "LowRankCallback": "low_rank_callback",
     "register_blocks_for_checkpointing": "accelerate",
 }
 

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sylva_compile.schedules.layers import LayerSchedule
+    from sylva_compile.schedules.mask_change import MaskChange
     from sylva_compile.schedules.moving import MovingBlocks
     from sylva_compile.schedules.trainer_callback import ScheduleCallback
 
-__all__ = ["LayerSchedule", "MovingBlocks", "ScheduleCallback"]
+__all__ = ["LayerSchedule", "MaskChange", "MovingBlocks", "ScheduleCallback"]
 
-_MODULES = {"LayerSchedule": "layers", "MovingBlocks": "moving", "ScheduleCallback": "trainer_callback"}
+_MODULES = {
+    "LayerSchedule": "layers",
+    "MaskChange": "mask_change",
+    "MovingBlocks": "moving",
+    "ScheduleCallback": "trainer_callback",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,7 @@ def load(source: str, *, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """
     compiler = _compiler()
     command = (compiler, *_FLAGS, *flags)
-    key = "\0".join([*command, _version(compiler), _processor(), source])
+    key = "\0".join([*command, _version(compiler), processor(), source])
     try:
         path = cached(key, ".so", functools.partial(_compile, command, source, name))
     except OSError as error:
@@ -73,7 +73,7 @@ def _version(compiler: str) -> str:
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's description, on which `-march=native` depends: unlike machines may share one cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()

@@ -1,0 +1,97 @@
+"""Pre-train a small GPT-2 from scratch by every method, and keep a row of every run.
+
+    python -m benchmarks.pretraining.run
+
+The text is the one of the quality harness: the documentation of Python's standard library, and the sentences of SST-2
+and CoLA from --data. Every method takes the same steps. At the first seed it tries the middle learning rates of one
+list and goes on until the best one has tried neighbours; the other seeds use that one. It is chosen by the loss on a
+validation part, and the table has the loss on a test part. Rows go to benchmarks/results/pretraining/rows.jsonl, and
+a run that has a row is skipped. `python -m benchmarks.pretraining.table` prints the table and draws the curves.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.command import parser_of
+from benchmarks.pretraining.training import METHODS, Sizes, pretrain, read_text
+from benchmarks.quality.rows import Rows
+from benchmarks.report import RESULTS, machine
+
+PATH = RESULTS / "pretraining" / "rows.jsonl"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+SEEDS = (0, 1, 2)
+
+
+def key_of(method: str, learning_rate: float, seed: int, sizes: Sizes) -> dict[str, Any]:
+    """Return what a row is known by."""
+    return {
+        "method": method,
+        **asdict(METHODS[method]),
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "sizes": asdict(sizes),
+    }
+
+
+def losses_of(rows: Mapping[str, Any], method: str, seed: int, sizes: Sizes) -> dict[float, float]:
+    """Return the validation loss of each learning rate that a method has tried at a seed."""
+    found = {}
+    for row in rows.values():
+        run = row["run"]
+        if run == key_of(method, run["learning_rate"], seed, sizes):
+            found[run["learning_rate"]] = row["result"]["validation"]
+    return found
+
+
+def next_rates(losses: Mapping[float, float]) -> list[float]:
+    """Return the learning rates to try next: the middle three, then the untried neighbours of the best."""
+    middle = RATES[len(RATES) // 2 - 1 : len(RATES) // 2 + 2]
+    if missing := [rate for rate in middle if rate not in losses]:
+        return missing
+    at = RATES.index(best_rate(losses))
+    return [RATES[near] for near in (at - 1, at + 1) if 0 <= near < len(RATES) and RATES[near] not in losses]
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """Return the learning rate of the lowest finite loss."""
+    return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+
+
+def runs_to_do(rows: Rows, method: str, sizes: Sizes) -> Iterator[tuple[float, int]]:
+    """Yield the learning rate and seed of each run of a method that has no row; read the rows anew for each."""
+    while missing := next_rates(losses_of(rows.read(), method, SEEDS[0], sizes)):
+        yield missing[0], SEEDS[0]
+    rate = best_rate(losses_of(rows.read(), method, SEEDS[0], sizes))
+    for seed in SEEDS[1:]:
+        if rate not in losses_of(rows.read(), method, seed, sizes):
+            yield rate, seed
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do all runs that have no row yet."""
+    assert __spec__ is not None
+    parser = parser_of(__spec__, __doc__)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with sst2/ and cola/ (%(default)s)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="lines to train")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    sizes, rows = Sizes(), Rows(PATH)
+    text = read_text(options.data, sizes)
+    for method in options.methods:
+        for learning_rate, seed in runs_to_do(rows, method, sizes):
+            print(f"{method}, learning rate {learning_rate:g}, seed {seed}", flush=True)
+            result = pretrain(text, sizes, METHODS[method], learning_rate, seed, lambda line: print(line, flush=True))
+            date = datetime.now(UTC).isoformat(timespec="seconds")
+            rows.append(key_of(method, learning_rate, seed, sizes), result=result, date=date, machine=machine())
+
+
+if __name__ == "__main__":
+    main()

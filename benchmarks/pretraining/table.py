@@ -1,0 +1,105 @@
+"""Print the table of the pre-trainings, and draw their loss curves.
+
+    python -m benchmarks.pretraining.table
+
+Both are written beside the rows: benchmarks/results/pretraining/table.md and curves.png. The share of the gap is what
+adapters win back of the loss between SLoPe and dense training, seed by seed.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.command import parser_of
+from benchmarks.pretraining.run import PATH, SEEDS, best_rate, losses_of
+from benchmarks.pretraining.training import METHODS, Sizes
+from benchmarks.quality.rows import Rows
+
+
+def chosen(rows: Mapping[str, Any], method: str, sizes: Sizes) -> list[dict[str, Any]]:
+    """Return the rows of a method at its best learning rate, by seed; none before it is known."""
+    losses = losses_of(rows, method, SEEDS[0], sizes)
+    if not losses:
+        return []
+    rate = best_rate(losses)
+    found = [
+        row
+        for row in rows.values()
+        if row["run"]["method"] == method
+        and row["run"]["learning_rate"] == rate
+        and rate in losses_of({"": row}, method, row["run"]["seed"], sizes)
+    ]
+    return sorted(found, key=lambda row: row["run"]["seed"])
+
+
+def table_of(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the table as Markdown."""
+    dense = {row["run"]["seed"]: row["result"]["test"] for row in lines.get("dense", [])}
+    sparse = {row["run"]["seed"]: row["result"]["test"] for row in lines.get("SLoPe 2:4", [])}
+    text = ["| method | learning rate | test loss | folded | behind dense | of the gap | seeds |"]
+    text.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for method, rows in lines.items():
+        if not rows:
+            continue
+        test = {row["run"]["seed"]: row["result"]["test"] for row in rows}
+        folded = [row["result"]["test, folded"] for row in rows if "test, folded" in row["result"]]
+        behind = [test[seed] - dense[seed] for seed in test if seed in dense]
+        gained = [
+            (sparse[seed] - test[seed]) / (sparse[seed] - dense[seed])
+            for seed in test
+            if METHODS[method].adapters and seed in dense and seed in sparse
+        ]
+        cells = [
+            method,
+            f"{rows[0]['run']['learning_rate']:g}",
+            _spread(list(test.values())),
+            _spread(folded),
+            "" if method == "dense" else _spread(behind),
+            f"{100 * statistics.mean(gained):.0f}%" if gained else "",
+            str(len(test)),
+        ]
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def curves_of(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Draw the validation loss over the steps, the mean of the seeds."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for method, rows in lines.items():
+        curves = [row["result"]["curve"] for row in rows]
+        if curves:
+            steps = [step for step, _ in curves[0]]
+            means = [statistics.mean(curve[at][1] for curve in curves) for at in range(len(steps))]
+            axes.plot(steps, means, label=method)
+    axes.set_xlabel("step")
+    axes.set_ylabel("validation loss")
+    axes.set_yscale("log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    """Write the table and the picture."""
+    assert __spec__ is not None
+    parser_of(__spec__, __doc__).parse_args()
+    rows, sizes = Rows(PATH).read(), Sizes()
+    lines = {method: chosen(rows, method, sizes) for method in METHODS}
+    text = table_of(lines)
+    print(text)
+    (PATH.parent / "table.md").write_text(text)
+    curves_of(lines).savefig(PATH.parent / "curves.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()

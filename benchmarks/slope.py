@@ -1,0 +1,324 @@
+"""SLoPe's products beside dense ones: the forward pass, the input gradient, a training step of a layer, and its memory.
+
+    python -m benchmarks.slope                             prints the tables and writes benchmarks/results/*.json
+    python -m benchmarks.slope --device cuda --dtype bfloat16
+
+The forward pass multiplies by an N:M sparse matrix and the input gradient by one that is pruned twice; the weight
+gradient is a dense product from which the kept places are gathered. A step is these three products and AdamW on the
+kept values; its second operand is gathered from them, as training does it. Dense and sparse take turns, and a ratio is
+that of their medians: above 1 is in favour of the sparse one. Results are compared before anything is timed.
+
+Memory is counted in bytes for each weight of the dense matrix, and measured: what stays between two steps, and the peak
+of a step without its activations.
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.command import parser_of
+from benchmarks.peak import peak_above
+from benchmarks.report import print_table, write_results
+from sylva_compile.kernels.nm import cuda
+from sylva_compile.kernels.nm.choice import choose_kernel
+from sylva_compile.kernels.nm_mm import column_dtype, nm_mm, to_dense
+from sylva_compile.kernels.nm_sample import nm_sample
+from sylva_compile.kernels.nm_transpose import OUTSIDE, nm_transpose
+
+ROUNDING = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
+"""The largest relative error of a product, by dtype."""
+
+
+def kept(matrix: Tensor, n: int, m: int) -> Tensor:
+    """Return the columns of the n largest of every m neighbours in a row of `matrix [rows, k]`."""
+    groups = matrix.abs().unflatten(1, (-1, m))
+    order = groups.argsort(dim=2, descending=True, stable=True)[..., :n].sort(dim=2).values
+    columns = order + torch.arange(0, matrix.shape[1], m, device=matrix.device)[:, None]
+    return columns.flatten(1).to(column_dtype(matrix.shape[1]))
+
+
+@dataclass
+class Layer:
+    """A weight `[out, in]`: the kept values and columns of W∘R, and the rows and slots that make those of (W∘R∘C)ᵀ.
+
+    The slot of a place is its index among the n values of its group, `OUTSIDE` where R keeps nothing.
+    """
+
+    values: Tensor
+    columns: Tensor
+    rows: Tensor
+    slots: Tensor
+    n: int
+    m: int
+
+    @classmethod
+    def random(cls, shape: tuple[int, int], n: int, m: int, dtype: torch.dtype, device: str) -> "Layer":
+        """Prune a random weight of `shape` (out, in) twice."""
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        columns = kept(weight, n, m)
+        values = weight.gather(1, columns.long())
+        first = torch.full_like(weight, -1.0).scatter_(1, columns.long(), values.abs())
+        # Places outside of R come last, zeros inside of it before them.
+        rows = kept((first + 1.0).t().contiguous(), n, m)
+        slot = (torch.arange(values.shape[1], device=device) % n).to(torch.uint8).expand(columns.shape)
+        all_slots = torch.full(shape, OUTSIDE, dtype=torch.uint8, device=device).scatter_(1, columns.long(), slot)
+        return cls(values.to(dtype), columns, rows, all_slots.t().gather(1, rows.long()), n, m)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """The numbers of inputs and of outputs."""
+        return self.rows.shape[0], self.values.shape[0]
+
+    def second(self) -> Tensor:
+        """Gather the values of (W∘R∘C)ᵀ, `[in, out / m * n]`."""
+        return nm_transpose(self.values, self.rows, self.slots, self.n, self.m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x (W∘R)ᵀ`."""
+        return nm_mm(x, self.values, self.columns, self.features[0], False)
+
+    def input_gradient(self, gradient: Tensor, second: Tensor) -> Tensor:
+        """Return `gY (W∘R∘C)`."""
+        return nm_mm(gradient, second, self.rows, self.features[1], False)
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Return `gYᵀ X` at the places of R."""
+        return nm_sample(gradient, x, self.columns)
+
+    def state(self) -> list[Tensor]:
+        """Return the tensors that a training keeps beside gradient and optimizer state."""
+        return [self.values, self.columns, self.rows, self.slots]
+
+
+def medians(turns: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Return the median milliseconds of each, taking turns, after one round that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(repeats + 1):
+        for name, run in turns.items():
+            started = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            found[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(times[1:]) for name, times in found.items()}
+
+
+def check(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Assert that a product is as precise as its dtype allows, and no product of zeros."""
+    error = float((found.double() - exact).norm() / exact.norm())
+    assert float(exact.norm()) > 0 and error < ROUNDING[str(dtype).removeprefix("torch.")], (
+        f"relative error {error:.1e}"
+    )
+
+
+def adam(values: Tensor) -> Callable[[Tensor], None]:
+    """Return AdamW's step on `values`."""
+    parameter = torch.nn.Parameter(values)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-5, fused=True)
+
+    def step(gradient: Tensor) -> None:
+        parameter.grad = gradient
+        optimizer.step()
+        parameter.grad = None
+
+    return step
+
+
+def time_row(layer: Layer, tokens: int, threads: int, repeats: int, device: str) -> dict[str, Any]:
+    """Time one shape: milliseconds of dense and sparse products and steps, and their ratios."""
+    torch.set_num_threads(threads)
+    (inputs, outputs), dtype = layer.features, layer.values.dtype
+    generator = torch.Generator().manual_seed(1)
+    x, gradient = (torch.randn(tokens, k, generator=generator).to(device, dtype) for k in (inputs, outputs))
+    weight, second = to_dense(layer.values, layer.columns, inputs), layer.second()
+    twice = to_dense(second, layer.rows, outputs).t().contiguous()
+    assert torch.equal(twice, weight.where(twice != 0, 0)), "C keeps what R does not"
+    # Products in float64 take long, so some tokens at both ends are compared, and some rows of the weight gradient.
+    ends = [*range(min(tokens, 64)), *range(max(tokens - 64, 0), tokens)]
+    check(layer.forward(x)[ends], x[ends].double() @ weight.double().t(), dtype)
+    check(layer.input_gradient(gradient, second)[ends], gradient[ends].double() @ twice.double(), dtype)
+    exact = (gradient[:, -64:].double().t() @ x.double()).gather(1, layer.columns[-64:].long())
+    check(layer.weight_gradient(gradient, x)[-64:], exact, dtype)
+
+    dense_adam, sparse_adam = adam(weight.clone()), adam(layer.values.clone())
+
+    def dense_step() -> None:
+        _ = x @ weight.t(), gradient @ weight
+        dense_adam(gradient.t() @ x)
+
+    def sparse_step() -> None:
+        _ = layer.forward(x), layer.input_gradient(gradient, layer.second())
+        sparse_adam(layer.weight_gradient(gradient, x))
+
+    turns: dict[str, Callable[[], object]] = {
+        "forward dense": lambda: x @ weight.t(),
+        "forward sparse": lambda: layer.forward(x),
+        "input dense": lambda: gradient @ twice,
+        "input sparse": lambda: layer.input_gradient(gradient, second),
+        "step dense": dense_step,
+        "step sparse": sparse_step,
+    }
+    is_there = device == "cuda" and cuda.missing(outputs, inputs, layer.values.shape[1], dtype, x.device) is None
+    if is_there and cuda.is_two_of_four(layer.columns):
+        packed = cuda.compress(layer.values, layer.columns, inputs)
+        check(nm_mm(x, *packed, inputs, False)[ends], x[ends].double() @ weight.double().t(), dtype)
+        turns["forward compressed"] = lambda: nm_mm(x, *packed, inputs, False)
+    ms = medians(turns, repeats, device)
+    ratios = {name: ms[f"{name} dense"] / ms[f"{name} sparse"] for name in ("forward", "input", "step")}
+    if "forward compressed" in ms:
+        ratios["compressed"] = ms["forward dense"] / ms["forward compressed"]
+    shape = {"in": inputs, "out": outputs, "tokens": tokens, "pattern": f"{layer.n}:{layer.m}", "threads": threads}
+    choices = {
+        "forward": choose_kernel(tokens, outputs, inputs, layer.values.shape[1], dtype, device),
+        "input": choose_kernel(tokens, inputs, outputs, second.shape[1], dtype, device),
+    }
+    return {**shape, "ratio": ratios, "ms": ms, "chosen": {name: vars(one) for name, one in choices.items()}}
+
+
+def arithmetic(n: int, m: int, value: int, column: int) -> dict[str, dict[str, float]]:
+    """Return the bytes for each weight of the dense matrix, by what they hold.
+
+    Training keeps values, gradient and AdamW's two states in float32, columns and rows of two masks, and one slot;
+    inference keeps values of `value` bytes and columns of `column` bytes.
+    """
+    share = n / m
+    return {
+        "dense": {"training": 16.0, "inference": float(value)},
+        "sparse": {
+            "training": share * (16 + 2 * column + 1),
+            "inference": share * (value + column),
+        },
+    }
+
+
+def measure_memory(layer: Layer, tokens: int, device: str) -> dict[str, dict[str, int]]:
+    """Return the bytes that a layer holds in training and in inference, and what a step allocates beside them."""
+    inputs, outputs = layer.features
+    x, gradient = (torch.ones(tokens, k, device=device, dtype=layer.values.dtype) for k in (inputs, outputs))
+    weight = to_dense(layer.values, layer.columns, inputs)
+    found = {}
+    for name in ("dense", "sparse"):
+        values = (weight if name == "dense" else layer.values).clone()
+        parameter = torch.nn.Parameter(values)
+        optimizer = torch.optim.AdamW([parameter], fused=True)
+
+        def step(name: str = name, parameter: torch.nn.Parameter = parameter) -> None:
+            with torch.no_grad():
+                if name == "dense":
+                    _ = gradient @ parameter
+                    parameter.grad = gradient.t() @ x
+                else:
+                    layer.input_gradient(gradient, layer.second())
+                    parameter.grad = layer.weight_gradient(gradient, x)
+
+        step()
+        optimizer.step()
+        parameter.grad = None
+        held = [parameter, *(state for state in optimizer.state[parameter].values() if state.dim())]
+        places = [] if name == "dense" else layer.state()[1:]
+        _, peak = peak_above(step, x.device)
+        assert parameter.grad is not None
+        training = sum(tensor.nbytes for tensor in (*held, parameter.grad, *places))
+        # The result of the input gradient is an activation, which both have alike.
+        peak -= parameter.grad.nbytes + gradient.shape[0] * inputs * x.element_size()
+        inference = parameter.nbytes + (0 if name == "dense" else layer.columns.nbytes)
+        found[name] = {"training": training, "inference": inference, "transient": peak}
+    return found
+
+
+def memory_row(layer: Layer, tokens: int, device: str) -> dict[str, Any]:
+    """Return the memory of a layer beside a dense one: by arithmetic, measured, and as ratios."""
+    torch.set_num_threads(1)
+    counted = arithmetic(layer.n, layer.m, layer.values.element_size(), layer.columns.element_size())
+    measured = measure_memory(layer, tokens, device)
+    ratios = {
+        kind: {name: row["sparse"][name] / row["dense"][name] for name in ("training", "inference")}
+        for kind, row in (("counted", counted), ("measured", measured))
+    }
+    inputs, outputs = layer.features
+    shape = {"in": inputs, "out": outputs, "pattern": f"{layer.n}:{layer.m}"}
+    return {**shape, "ratio": ratios, "bytes": measured}
+
+
+def options_of(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
+
+    def pair(separator: str) -> Callable[[str], tuple[int, int]]:
+        def parse(text: str) -> tuple[int, int]:
+            first, second = map(int, text.split(separator))
+            return first, second
+
+        return parse
+
+    parser = parser_of(__spec__, __doc__)
+    shapes = ["768x768", "768x3072", "1024x4096", "2048x2048", "4096x1024", "4096x4096"]
+    parser.add_argument("--shapes", nargs="+", type=pair("x"), default=list(map(pair("x"), shapes)), help="in x out")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048], help="%(default)s")
+    parser.add_argument("--patterns", nargs="+", type=pair(":"), default=[(2, 4)], help="n:m (2:4)")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="%(default)s")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="%(default)s")
+    parser.add_argument("--dtype", default="float32", choices=list(ROUNDING), help="%(default)s")
+    parser.add_argument("--largest", type=float, default=math.inf, help="GFLOP of a dense product that is timed")
+    parser.add_argument("--repeats", type=int, default=7, help="%(default)s")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Measure, print the tables and write the results; return the rows of both tables."""
+    options = options_of(argv)
+    threads_before = torch.get_num_threads()
+    times, memory = [], []
+    for (n, m), (inputs, outputs) in itertools.product(options.patterns, options.shapes):
+        layer = Layer.random((outputs, inputs), n, m, getattr(torch, options.dtype), options.device)
+        memory.append(memory_row(layer, min(options.tokens), options.device))
+        for tokens, threads in itertools.product(options.tokens, options.threads):
+            if 2e-9 * tokens * inputs * outputs <= options.largest:
+                times.append(time_row(layer, tokens, threads, options.repeats, options.device))
+    torch.set_num_threads(threads_before)
+    shown = ["forward", "input", "step", *(["compressed"] if options.device == "cuda" else [])]
+    print_table(
+        "Speed of sparse products and steps, in multiples of the dense ones'",
+        ["in x out", "pattern", "tokens", "threads", *shown, "kernels"],
+        [
+            [
+                *(f"{row['in']} x {row['out']}", row["pattern"], str(row["tokens"]), str(row["threads"])),
+                *(f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "-" for name in shown),
+                ", ".join(one["kernel"] for one in row["chosen"].values()),
+            ]
+            for row in times
+        ],
+    )
+    print_table(
+        "Memory of a layer, in multiples of a dense one's",
+        ["in x out", "pattern", "training", "counted", "inference", "counted"],
+        [
+            [
+                *(f"{row['in']} x {row['out']}", row["pattern"]),
+                *(
+                    f"{row['ratio'][kind][name]:.3f}"
+                    for name in ("training", "inference")
+                    for kind in ("measured", "counted")
+                ),
+            ]
+            for row in memory
+        ],
+    )
+    results = {"times": times, "memory": memory}
+    if not options.no_write:
+        settings = {key: value for key, value in vars(options).items() if key not in ("no_write", "largest")}
+        settings["cusparselt"] = cuda.version()
+        print(f"written to {write_results('slope', settings, results)}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

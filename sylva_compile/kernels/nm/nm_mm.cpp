@@ -1,0 +1,242 @@
+// x * W^T on the CPU, for a sparse W [rows, in_features] whose rows all hold equally many elements.
+//
+// A task multiplies a run of rows by a panel of tokens. The panel is a copy of x in which the tokens of one column lie
+// side by side, so that an element of W multiplies whole vectors of tokens: one load a vector, no gather. Several rows
+// are multiplied at a time: with that many sums on their way, a load from the second-level cache is not waited for.
+// N:M sparsity spreads the columns of a row evenly, so a run of a row's elements reads a run of the panel's columns.
+// Long rows are cut into such runs, which stay in the second-level cache.
+//
+// Each sum is taken in the order of the elements of its row, and runs depend on the shape of W alone. The result thus
+// depends neither on the number of threads nor on which tokens share a panel.
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, SUMS = 24;  // lanes of a vector; vectors of sums that the registers hold
+#else
+constexpr int LANES = 8, SUMS = 12;
+#endif
+constexpr int WIDEST = 4;   // vectors of tokens of a panel
+constexpr int HIGHEST = 8;  // rows multiplied at a time
+constexpr int CHUNK = 96;   // rows whose sums stay in the first-level cache until they are stored
+constexpr int RUN = 1024;   // columns of a panel that stay in the second-level cache
+constexpr int SHARE = 4;    // tasks for each thread, where the tokens alone do not give as many
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef int32_t Order __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+struct Problem {
+    const float* x;
+    int64_t tokens, in_features, token_stride, column_stride;
+    const float* values;  // [rows, per_row]
+    int64_t rows, per_row;
+    float* out;  // [tokens, rows]
+};
+
+struct Release {
+    void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
+typedef std::unique_ptr<float[], Release> Memory;
+
+Memory allocate(int64_t count) {
+    return Memory(static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64), std::nothrow)));
+}
+
+// Returns a0 b0 a1 b1 ... from the lower halves of both vectors (`upper`: from their upper halves).
+inline Vector zip(Vector a, Vector b, bool upper) {
+    Order order;
+    for (int i = 0; i < LANES; ++i) order[i] = i / 2 + (i % 2) * LANES + (upper ? LANES / 2 : 0);
+#if defined(__clang__)
+    Vector zipped;
+    for (int i = 0; i < LANES; ++i) zipped[i] = order[i] < LANES ? a[order[i]] : b[order[i] - LANES];
+    return zipped;
+#else
+    return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// Writes the transpose of a tile of LANES x LANES.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    Vector tile[LANES], zipped[LANES];
+    for (int i = 0; i < LANES; ++i) tile[i] = *reinterpret_cast<const Vector*>(from + i * from_stride);
+#pragma GCC unroll 4
+    for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; ++i) {
+            zipped[2 * i] = zip(tile[i], tile[i + LANES / 2], false);
+            zipped[2 * i + 1] = zip(tile[i], tile[i + LANES / 2], true);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) tile[i] = zipped[i];
+    }
+    for (int i = 0; i < LANES; ++i) *reinterpret_cast<Vector*>(to + i * to_stride) = tile[i];
+}
+
+// Returns the number of vectors of a panel for so many tokens.
+int vectors_of(int64_t tokens) { return tokens <= LANES ? 1 : tokens <= 2 * LANES ? 2 : WIDEST; }
+
+// Copies `used` tokens of x, from `token` on, into panel [in_features][VECTORS * LANES]; the other tokens become zero.
+template <int VECTORS>
+void load_panel(const Problem& p, int64_t token, int64_t used, float* panel) {
+    constexpr int WIDTH = VECTORS * LANES;
+    const float* x = p.x + token * p.token_stride;
+    for (int64_t column = 0; column < p.in_features; column += LANES) {
+        const int64_t columns = std::min<int64_t>(LANES, p.in_features - column);
+        for (int64_t first = 0; first < WIDTH; first += LANES) {
+            const int64_t tokens = std::max<int64_t>(0, std::min<int64_t>(LANES, used - first));
+            const float* from = x + first * p.token_stride + column * p.column_stride;
+            float* to = panel + column * WIDTH + first;
+            if (columns == LANES && tokens == LANES && p.column_stride == 1) {
+                transpose(from, p.token_stride, to, WIDTH);
+                continue;
+            }
+            for (int64_t i = 0; i < columns; ++i) {
+                for (int64_t j = 0; j < tokens; ++j)
+                    to[i * WIDTH + j] = from[j * p.token_stride + i * p.column_stride];
+                for (int64_t j = tokens; j < LANES; ++j) to[i * WIDTH + j] = 0.0f;
+            }
+        }
+    }
+}
+
+// sums[ROWS][VECTORS * LANES] (+)= `count` elements of ROWS rows of W times the panel.
+// Inlined into the loops around it, it would lose its addresses to the stack.
+template <int VECTORS, int ROWS, typename C>
+__attribute__((noinline)) void multiply(const float* panel, const float* values, const C* columns, int64_t per_row, int64_t count, float* sums,
+              bool add) {
+    constexpr int WIDTH = VECTORS * LANES;
+    Vector total[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) total[r][v] = Vector{};
+    for (int64_t e = 0; e < count; ++e)
+        for (int r = 0; r < ROWS; ++r) {
+            const int64_t column = columns[r * per_row + e];
+            const Vector* x = reinterpret_cast<const Vector*>(panel + column * WIDTH);
+            const float value = values[r * per_row + e];
+            for (int v = 0; v < VECTORS; ++v) total[r][v] += value * x[v];
+        }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            Vector* place = reinterpret_cast<Vector*>(sums + r * WIDTH) + v;
+            *place = add ? *place + total[r][v] : total[r][v];
+        }
+}
+
+// Writes sums [rows][VECTORS * LANES] to the columns `row`.. of the result.
+template <int VECTORS>
+void store(const Problem& p, const float* sums, int64_t row, int64_t rows, int64_t token, int64_t used) {
+    constexpr int WIDTH = VECTORS * LANES;
+    for (int64_t t = 0; t < used; t += LANES)
+        for (int64_t r = 0; r < rows; r += LANES) {
+            float* to = p.out + (token + t) * p.rows + row + r;
+            const float* from = sums + r * WIDTH + t;
+            if (r + LANES <= rows && t + LANES <= used) {
+                transpose(from, WIDTH, to, p.rows);
+                continue;
+            }
+            for (int64_t i = 0; i < std::min<int64_t>(LANES, used - t); ++i)
+                for (int64_t j = 0; j < std::min<int64_t>(LANES, rows - r); ++j)
+                    to[i * p.rows + j] = from[j * WIDTH + i];
+        }
+}
+
+template <typename C>
+bool any_outside(const C* columns, int64_t count, int64_t in_features) {
+    // Compared in the type of the columns, many at a time.
+    const C last = static_cast<C>(std::min<int64_t>(in_features - 1, std::numeric_limits<C>::max()));
+    C outside = 0;
+    for (int64_t e = 0; e < count; ++e) outside |= (columns[e] < 0) | (columns[e] > last);
+    return outside != 0;
+}
+
+// Computes rows first..last of W for `used` tokens from `token` on. Returns false if a column lies outside of W.
+template <int VECTORS, typename C>
+bool multiply_rows(const Problem& p, const C* columns, const float* panel, int64_t token, int64_t used, int64_t first,
+                   int64_t last, float* sums) {
+    constexpr int WIDTH = VECTORS * LANES, ROWS = std::min(SUMS / VECTORS, HIGHEST);
+    const int64_t runs = (p.in_features + RUN - 1) / RUN, length = (p.per_row + runs - 1) / runs;
+    for (int64_t row = first; row < last; row += CHUNK) {
+        const int64_t rows = std::min<int64_t>(CHUNK, last - row);
+        // Checked here, and not before, so that threads wait for each other once alone.
+        if (any_outside(columns + row * p.per_row, rows * p.per_row, p.in_features)) return false;
+        for (int64_t e = 0; e < p.per_row; e += length) {
+            const int64_t count = std::min(length, p.per_row - e);
+            const float* values = p.values + row * p.per_row + e;
+            const C* at = columns + row * p.per_row + e;
+            int64_t r = 0;
+            for (; r + ROWS <= rows; r += ROWS)
+                multiply<VECTORS, ROWS>(panel, values + r * p.per_row, at + r * p.per_row, p.per_row, count,
+                                        sums + r * WIDTH, e > 0);
+            for (; r < rows; ++r)
+                multiply<VECTORS, 1>(panel, values + r * p.per_row, at + r * p.per_row, p.per_row, count,
+                                     sums + r * WIDTH, e > 0);
+        }
+        store<VECTORS>(p, sums, row, rows, token, used);
+    }
+    return true;
+}
+
+template <typename C>
+int compute(const Problem& p, const C* columns, int threads) {
+    constexpr int64_t WIDTH = WIDEST * LANES;
+    int failed = 0;
+    const int64_t panels = (p.tokens + WIDTH - 1) / WIDTH, chunks = (p.rows + CHUNK - 1) / CHUNK;
+    const int64_t parts = std::min(chunks, std::max<int64_t>(1, (SHARE * threads + panels - 1) / panels));
+    const int64_t tasks = panels * parts;
+    // Tasks of one panel go to one thread as far as possible, since each thread makes its own copy of a panel.
+    const int64_t together = parts == 1 ? 1 : (tasks + threads - 1) / threads;
+#pragma omp parallel num_threads(threads)
+    {
+        const Memory panel = allocate(p.in_features * LANES * vectors_of(p.tokens));
+        const Memory sums = allocate(CHUNK * WIDTH);
+        int64_t loaded = -1;
+        if (!panel || !sums) {
+#pragma omp atomic write
+            failed = 2;
+        }
+#pragma omp for schedule(dynamic, together)
+        for (int64_t task = 0; task < tasks; ++task) {
+            if (!panel || !sums) continue;
+            const int64_t token = task / parts * WIDTH, part = task % parts;
+            const int64_t used = std::min(WIDTH, p.tokens - token);
+            const int64_t first = chunks * part / parts * CHUNK;
+            const int64_t last = std::min(chunks * (part + 1) / parts * CHUNK, p.rows);
+            const auto run = [&](auto vectors) {
+                if (loaded != token) load_panel<vectors()>(p, token, used, panel.get());
+                loaded = token;
+                if (!multiply_rows<vectors()>(p, columns, panel.get(), token, used, first, last, sums.get())) {
+#pragma omp atomic write
+                    failed = 1;
+                }
+            };
+            switch (vectors_of(used)) {
+                case 1: run(std::integral_constant<int, 1>()); break;
+                case 2: run(std::integral_constant<int, 2>()); break;
+                default: run(std::integral_constant<int, WIDEST>());
+            }
+        }
+    }
+    return failed;
+}
+
+}  // namespace
+
+// out [tokens, rows] = x [tokens, in_features] * W^T. values and columns: [rows, per_row], contiguous; columns are
+// int16, or int32 if `wide`, each once in a row. No size is zero.
+// Returns 0; 1 if a column lies outside of W; 2 if there is not enough memory.
+extern "C" int sylva_nm_mm(const float* x, int64_t tokens, int64_t in_features, int64_t token_stride,
+                           int64_t column_stride, const float* values, const void* columns, int wide, int64_t rows,
+                           int64_t per_row, int threads, float* out) {
+    const Problem p{x, tokens, in_features, token_stride, column_stride, values, rows, per_row, out};
+    return wide ? compute(p, static_cast<const int32_t*>(columns), threads)
+                : compute(p, static_cast<const int16_t*>(columns), threads);
+}

@@ -1,0 +1,114 @@
+"""The parameters of pruned weights, known by name, and the checks that their gradients are averaged and stepped.
+
+Process-wide state: the names of living parameters, the weights that pruning has replaced as long as somebody holds
+them, and a hook before every optimizer's step while there are any.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sylva_compile._torch import active_ddp, at_end_of_backward, parameters_of_ddp
+from sylva_compile.errors import EmbedError
+
+_names: Any = WeakIdKeyDictionary()
+_averaged_here: Any = WeakIdKeyDictionary()
+_replaced: Any = WeakIdKeyDictionary()
+_hooks: list[Any] = []
+
+
+def note_carried(parameter: nn.Parameter, name: str) -> None:
+    """Know `parameter` as one of the pruned weight `name` from now on."""
+    _names[parameter] = name
+
+
+def is_carried(tensor: Tensor) -> bool:
+    """Whether `tensor` is a parameter of a pruned weight."""
+    return tensor in _names
+
+
+def note_replaced(parameter: nn.Parameter, name: str) -> None:
+    """Refuse steps of optimizers that still hold `parameter`, which another one of the weight `name` has replaced."""
+    _replaced[parameter] = name
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _replaced:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (name := _replaced.get(parameter)) is not None:
+                raise EmbedError(
+                    f"The optimizer holds {name} from before it was pruned, folded or made dense again, and would "
+                    "train nothing; make it afterwards, from model.parameters()."
+                )
+
+
+def check_averaged(arguments: Iterable[Any]) -> None:
+    """Check, in a training pass, that the running DistributedDataParallel knows the parameters of pruned weights.
+
+    Args:
+        arguments: any values; parameters of pruned weights are looked for among them.
+
+    Raises:
+        EmbedError: it was made before the weights were pruned. Outside of such a pass nothing is checked.
+    """
+    ddp = active_ddp()
+    if ddp is None or not torch.is_grad_enabled():
+        return
+    known: set[int] | None = None
+    for value in arguments:
+        if not isinstance(value, nn.Parameter) or not value.requires_grad or value in _averaged_here:
+            continue
+        name = _names.get(value)
+        if name is None:
+            continue
+        known = {id(parameter) for parameter in parameters_of_ddp(ddp)} if known is None else known
+        if id(value) not in known:
+            raise EmbedError(
+                f"{name}: DistributedDataParallel wrapped the model before its weights were pruned, and would never "
+                "average their gradients; call masks.embed(model) first, then wrap the model."
+            )
+
+
+def average_here(parameters: list[nn.Parameter], group: Any) -> None:
+    """Average the gradients of `parameters` over `group` at the end of each backward pass, from now on.
+
+    For parameters that were made after DistributedDataParallel has wrapped the model. Every rank calls it with the same
+    parameters, whose values are those of the first rank afterwards. Passes under `no_sync` are averaged as well, which
+    changes nothing but the number of messages.
+    """
+    for parameter in parameters:
+        dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
+        _averaged_here[parameter] = True
+    averager = _Averager(parameters, group)
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(averager.note)
+
+
+class _Averager:
+    """Averages gradients in the order of their parameters, which is the same on every rank."""
+
+    def __init__(self, parameters: list[nn.Parameter], group: Any) -> None:
+        self._parameters, self._group, self._waits = parameters, group, False
+
+    def note(self, parameter: Tensor) -> None:
+        """Have the end of the running backward pass average all gradients."""
+        if not self._waits:
+            self._waits = True
+            at_end_of_backward(self._finish)
+
+    def _finish(self) -> None:
+        self._waits = False
+        size = dist.get_world_size(self._group)
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad, group=self._group)
+                parameter.grad.div_(size)

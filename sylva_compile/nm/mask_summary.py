@@ -1,0 +1,49 @@
+"""The table of a model's N:M masks that `NMMasks.summary` prints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sylva_compile.kernels.nm.choice import choose_kernel
+from sylva_compile.kernels.nm_transpose import OUTSIDE
+from sylva_compile.nm.layout import NMLayout
+from sylva_compile.nm.mask import NMMask
+
+
+def summary_of(masks: Mapping[str, NMMask], double: bool, present: Mapping[str, Any], tokens: int | None) -> str:
+    """Return a table with a line for each weight, and the totals.
+
+    Args:
+        masks: by weight name.
+        double: whether there are second masks.
+        present: the pruned modules by weight name; none if the model is not pruned.
+        tokens: of a pass; with it, the kernels of both products of each pruned weight are named.
+    """
+    width = max((len(name) for name in masks), default=6)
+    title = f"{'weight':<{width}}  {'shape':>14}  {'pattern':>7}  {'kept':>7}  {'input gradient':>14}"
+    lines = [title if tokens is None else f"{title}  kernels at {tokens} tokens"]
+    total = kept = 0
+    for name, mask in masks.items():
+        size = mask.shape[0] * mask.shape[1]
+        total, kept = total + size, kept + mask.nnz
+        share = f"{mask.nnz / size:.1%}"
+        second = share if not double else "" if name not in present else f"{_density(present[name]._nm_layout):.1%}"
+        shape, pattern = f"{mask.shape[0]} x {mask.shape[1]}", f"{mask.n}:{mask.m}"
+        line = f"{name:<{width}}  {shape:>14}  {pattern:>7}  {share:>7}  {second:>14}"
+        if tokens is not None and name in present:
+            line = f"{line}  {' and '.join(_kernels(present[name]._nm_layout, tokens))}"
+        lines.append(line)
+    lines.append(f"{len(masks)} weights, {kept:,} of {total:,} elements kept ({kept / max(total, 1):.1%}).")
+    return "\n".join(lines)
+
+
+def _density(layout: NMLayout) -> float:
+    return int((layout.slots != OUTSIDE).sum()) / (layout.out_features * layout.in_features)
+
+
+def _kernels(layout: NMLayout, tokens: int) -> tuple[str, str]:
+    """Return the names of the kernels of the forward pass and of the input gradient."""
+    out, size, kind = layout.out_features, layout.in_features, (layout.dtype, layout.columns.device)
+    forward = choose_kernel(tokens, out, size, layout.columns.shape[1], *kind)
+    if layout.double:
+        return forward.kernel, choose_kernel(tokens, size, out, layout.rows.shape[1], *kind).kernel
+    return forward.kernel, choose_kernel(tokens, out, size, layout.columns.shape[1], *kind, transposed=True).kernel

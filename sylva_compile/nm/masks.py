@@ -1,0 +1,221 @@
+"""`NMMasks`: the N:M masks of a model's weights."""
+
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sylva_compile.blocks.fingerprint import base_fingerprint
+from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
+from sylva_compile.errors import EmbedError, MaskError
+from sylva_compile.nm.embedding import embed, nm_modules
+from sylva_compile.nm.low_rank import LEFT, RIGHT
+from sylva_compile.nm.mask import NMMask
+from sylva_compile.nm.mask_file import read_masks, write_masks
+from sylva_compile.nm.mask_summary import summary_of
+from sylva_compile.nm.module import VALUES, values_of
+
+log = logging.getLogger(__name__)
+
+
+class NMMasks(Mapping[str, NMMask]):
+    """The masks of a model: a mapping from weight name to `NMMask`, usually bound to the model it was made for.
+
+    Attributes:
+        config: how the masks were made; files keep it.
+        double: whether input gradients use a second mask (SLoPe's double pruning).
+    """
+
+    def __init__(
+        self,
+        masks: Mapping[str, NMMask],
+        *,
+        model: nn.Module | None = None,
+        double: bool = True,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make masks from `masks`, by weight name; `model`, which they are bound to if given, is not kept alive."""
+        self._masks, self.double, self.config = dict(masks), double, dict(config or {})
+        self._model: weakref.ref[nn.Module] | None = None
+        if model is not None:
+            self.bind(model)
+
+    def __getitem__(self, name: str) -> NMMask:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but the model, since another process has another one; `embed(model)` binds again."""
+        return self.__dict__ | {"_model": None}
+
+    def __repr__(self) -> str:
+        return f"NMMasks({len(self)} weights, {'bound' if self.model is not None else 'not bound'})"
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that these masks are bound to, or None."""
+        return self._model() if self._model is not None else None
+
+    def bind(self, model: nn.Module) -> None:
+        """Bind to `model` after checking that every masked weight is there in its shape, whole or pruned by these.
+
+        Raises:
+            MaskError: the model lacks a masked weight or has it in another shape.
+            ScopeError: a weight cannot be pruned (quantised, on the meta device).
+            EmbedError: the model is pruned by other masks.
+        """
+        model = unwrap(model)
+        present = nm_modules(model)
+        if present:
+            self._check_same(present)
+        else:
+            weights = named_weights(model)
+            for name, mask in self.items():
+                if name not in weights:
+                    raise MaskError(f"These masks name {name!r}, which this model lacks; make masks for this model.")
+                if tuple(weights[name].shape) != mask.shape:
+                    found = tuple(weights[name].shape)
+                    raise MaskError(f"{name} is {found} here and {mask.shape} in these masks; prune this model.")
+                check_weight(name, weights[name])
+        self._model = weakref.ref(model)
+
+    def _check_same(self, present: Mapping[str, Any]) -> None:
+        same = present.keys() == self.keys() and all(
+            present[name]._nm_layout.double == self.double
+            and torch.equal(present[name]._nm_layout.columns.cpu(), mask.columns)
+            for name, mask in self.items()
+        )
+        if not same:
+            raise EmbedError(
+                f"The model already has {len(present)} weights pruned by other masks; call unprune(model) first."
+            )
+
+    def embed(self, model: nn.Module | None = None) -> nn.Module:
+        """Prune the weights of `model` (the bound one if left out), and let their kept values be parameters.
+
+        Each pruned module has a parameter `weight_values [out, in // m * n]`, float32 or wider, in place of its weight.
+        Make the optimizer afterwards. Doing it twice with the same masks changes nothing.
+
+        Returns:
+            The model, changed in place.
+
+        Raises:
+            MaskError, ScopeError, EmbedError: as `bind`; or DistributedDataParallel has wrapped the model, a module
+                computes otherwise than Linear and Conv1D, or the call is made under `torch.inference_mode()`. The model
+                is as before then.
+        """
+        model = self._require_model() if model is None else model
+        self.bind(model)
+        if not nm_modules(model):
+            self._compare_base(model)
+            embed(model, self._masks, double=self.double)
+        return model
+
+    def _compare_base(self, model: nn.Module) -> None:
+        """Log a warning if the weights are others than those that the masks were chosen for, and lose large values."""
+        weights, wanted = named_weights(model), self.config.get("base")
+        if wanted is None or base_fingerprint(weights[name] for name in self) == wanted:
+            return
+        for name, mask in self.items():
+            # A pruned model that goes on has the same masks by magnitude, since all else is zero.
+            if not NMMask.by_magnitude(weights[name], mask.n, mask.m, mask.input_axis).same_as(mask):
+                log.warning(
+                    "These masks were chosen for other weights than this model's, and would not keep their largest "
+                    "values (%s first); call prune_masks again unless that is what you want.",
+                    name,
+                )
+                return
+
+    def modules(self) -> dict[str, Any]:
+        """Return the pruned modules of the bound model by weight name; prune it if need be."""
+        found = nm_modules(self.embed())
+        return {name: found[name] for name in self}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the kept values of the bound model in the order of the masks, each with its adapter's L and Rt."""
+        held = (VALUES, LEFT, RIGHT)
+        modules = self.modules().values()
+        return [module._parameters[name] for module in modules for name in held if name in module._parameters]
+
+    def change_masks(self) -> None:
+        """Choose the second masks again from the values as they are, in place: nothing is compiled again.
+
+        Call it after an optimizer step, not between a forward pass and its backward pass: autograd refuses that.
+        `schedules.MaskChange` calls it every few steps. Without double pruning it does nothing.
+        """
+        for module in self.modules().values():
+            module._nm_layout.change(values_of(module))
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return what the model's own state dict lacks to resume a training exactly, by weight name.
+
+        These are the second masks, and the values themselves where the weight's dtype rounds them.
+        """
+        found = {}
+        for name, module in self.modules().items():
+            layout = module._nm_layout
+            found[name] = {"rows": layout.rows.cpu().clone(), "slots": layout.slots.cpu().clone()}
+            for held in (VALUES, LEFT, RIGHT):
+                if held in module._parameters and module._parameters[held].dtype != layout.dtype:
+                    found[name][held] = module._parameters[held].detach().cpu().clone()
+        return found
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on where `state_dict` was made; load the model's own state dict before.
+
+        Raises:
+            MaskError: it is of other weights, or adapters are missing; nothing has changed then.
+        """
+        modules = self.modules()
+        if modules.keys() != state_dict.keys():
+            raise MaskError("The state is of other weights than these masks; give the one that was saved with them.")
+        for name, saved in state_dict.items():
+            layout, parameters = modules[name]._nm_layout, modules[name]._parameters
+            places = {"rows": layout.rows, "slots": layout.slots}
+            for key, value in saved.items():
+                target = places[key] if key in places else parameters.get(key)
+                if target is None or target.shape != value.shape:
+                    raise MaskError(
+                        f"{name} has no {key} of shape {tuple(value.shape)}; add its adapter before loading."
+                    )
+        for name, saved in state_dict.items():
+            layout, parameters = modules[name]._nm_layout, modules[name]._parameters
+            places = {"rows": layout.rows, "slots": layout.slots}
+            for key, value in saved.items():
+                (places[key] if key in places else parameters[key]).copy_(value)
+
+    def summary(self, tokens: int | None = None) -> str:
+        """Return a table with a line for each weight, and the totals.
+
+        Args:
+            tokens: of a forward pass; with it, the table names the kernels of forward pass and input gradient for so
+                many. What is not known of this machine is measured now.
+        """
+        model = self.model
+        return summary_of(self, self.double, {} if model is None else nm_modules(model), tokens)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks as one safetensors file. Raises MaskError where that cannot be written."""
+        write_masks(Path(path), self, {"double": self.double, "config": self.config})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "NMMasks":
+        """Read masks that `save` wrote; they are not bound to a model. Raises MaskError for any other file."""
+        masks, notes = read_masks(Path(path))
+        return cls(masks, double=notes["double"], config=notes["config"])
+
+    def _require_model(self) -> nn.Module:
+        if (model := self.model) is None:
+            raise MaskError("These masks are not bound to a living model; call masks.embed(model) with the model.")
+        return model

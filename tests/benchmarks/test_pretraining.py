@@ -1,0 +1,71 @@
+"""The pre-trainings of `benchmarks.pretraining`, in sizes that take seconds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.pretraining import run, table
+from benchmarks.pretraining.training import METHODS, Method, Sizes, Text, new_model, pretrain
+from benchmarks.quality.rows import Rows
+from benchmarks.quality.tasks.small_gpt2 import Recipe
+
+SIZES = Sizes(Recipe(layers=1, heads=2, width=16, batch=4), steps=20, length=16, held_out=8, change=5, evaluate=10)
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    # A sequence counts upwards, so that there is something to learn.
+    sequences = (torch.arange(16) + torch.arange(80)[:, None]) % 32
+    return Text(sequences[:64], sequences[64:72], sequences[72:], 32)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_methods_learn(text: Text, name: str) -> None:
+    before = new_model(text, SIZES, 0)(input_ids=text.test, labels=text.test).loss.item()
+    method = METHODS[name]
+    if method.adapters:
+        method = Method(2, 4, adapters=0.5, rank=4)
+    found = pretrain(text, SIZES, method, 1e-2, 0, lambda line: None)
+    assert [at for at, _ in found["curve"]] == [10, 20]
+    assert found["test"] < before - 0.1
+    if method.adapters:
+        assert found["test, folded"] == pytest.approx(found["test"], abs=1e-5)
+
+
+def test_a_run_is_the_same_again(text: Text) -> None:
+    one, other = (pretrain(text, SIZES, METHODS["SLoPe 2:4"], 1e-2, 1, lambda line: None) for _ in range(2))
+    assert one["curve"] == other["curve"] and one["test"] == other["test"]
+
+
+def row(method: str, rate: float, seed: int, loss: float) -> dict[str, Any]:
+    result = {"curve": [[50, loss + 1], [100, loss]], "validation": loss, "test": loss}
+    return {"run": run.key_of(method, rate, seed, SIZES), "result": result}
+
+
+def test_rates_walk_until_the_best_has_tried_neighbours(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "rows.jsonl")
+    tried = []
+    for rate, seed in run.runs_to_do(rows, "dense", SIZES):
+        tried.append((rate, seed))
+        rows.append(**row("dense", rate, seed, abs(rate - 1e-3)))
+    assert tried == [(2e-3, 0), (4e-3, 0), (8e-3, 0), (1e-3, 0), (5e-4, 0), (1e-3, 1), (1e-3, 2)]
+    # A training that diverged is never the best.
+    assert run.best_rate({1e-3: float("nan"), 2e-3: 3.0}) == 2e-3
+
+
+def test_the_table_has_the_share_of_the_gap() -> None:
+    late = "SLoPe 2:4, adapters in the last 1%"
+    rows = {
+        str(at): row(method, 1e-3, seed, loss)
+        for at, (method, seed, loss) in enumerate(
+            [("dense", 0, 2.0), ("dense", 1, 2.2), ("SLoPe 2:4", 0, 3.0), ("SLoPe 2:4", 1, 3.2), (late, 0, 2.5)]
+        )
+    }
+    lines = {method: table.chosen(rows, method, SIZES) for method in METHODS}
+    text = table.table_of(lines)
+    assert "| dense | 0.001 | 2.100 ± 0.141 |  |  |  | 2 |" in text
+    assert "| SLoPe 2:4 | 0.001 | 3.100 ± 0.141 |  | 1.000 ± 0.000 |  | 2 |" in text
+    assert f"| {late} | 0.001 | 2.500 |  | 0.500 | 50% | 1 |" in text
+    assert len(table.curves_of(lines).axes[0].lines) == 3

@@ -1,0 +1,73 @@
+"""DistributedDataParallel averages the values of pruned weights, and adapters that come after it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import two_ranks
+from prune_two_ranks import model_and_masks, train
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import sylva_compile
+from sylva_compile.errors import EmbedError, ScopeError
+
+
+def test_two_ranks_train_like_one(tmp_path: Path) -> None:
+    two_ranks.run("prune_two_ranks.py", tmp_path)
+    model, masks, batch = model_and_masks()
+    train(model, masks, batch)
+    for how in ("eager", "compiled"):
+        first, second = (torch.load(tmp_path / f"{how}{rank}") for rank in (0, 1))
+        for name, value in model.state_dict().items():
+            assert torch.equal(first[name], second[name]), f"{how}: ranks differ in {name}"
+            torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """Make a process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_pruned_after_wrapping_are_refused(compiled: bool) -> None:
+    model, masks, batch = model_and_masks()
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(EmbedError, match="then wrap"):
+        masks.embed(wrapped)
+    masks.embed()
+    if compiled:
+        model.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
+    with pytest.raises(EmbedError, match=r"one\.weight: DistributedDataParallel wrapped the model before"):
+        wrapped(batch)
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_that_are_split_are_refused_at_once() -> None:
+    model, masks, _ = model_and_masks()
+    masks.embed()
+    with pytest.raises(EmbedError, match=r"one\.weight is pruned and cannot be split"):
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    model, _, _ = model_and_masks()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ScopeError, match=r"one\.weight is split over processes"):
+        sylva_compile.prune_masks(model)
+
+
+@pytest.mark.usefixtures("alone")
+def test_late_adapters_need_a_group() -> None:
+    model, masks, batch = model_and_masks()
+    masks.embed()
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(EmbedError, match="give its process_group"):
+        sylva_compile.add_low_rank(wrapped, 2)
+    sylva_compile.add_low_rank(model, 2)
+    with pytest.raises(EmbedError, match=r"one\.weight: DistributedDataParallel wrapped"):
+        wrapped(batch)

@@ -1,0 +1,64 @@
+"""One of two processes that train pruned layers together: `python prune_two_ranks.py RANK DIRECTORY`."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from two_ranks import process_group
+
+import sylva_compile
+from sylva_compile import NMMasks
+from sylva_compile.schedules import MaskChange
+
+STEPS = 3
+
+
+class Net(nn.Module):
+    """Two linear layers; Dynamo compiles no `forward` of torch's own containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.two(self.one(x).relu())
+        return out
+
+
+def model_and_masks() -> tuple[nn.Module, NMMasks, Tensor]:
+    """Make a model, its masks and a batch of 8, equal on every rank."""
+    torch.manual_seed(0)
+    model = Net().double()
+    return model, sylva_compile.prune_masks(model), torch.randn(8, 16, dtype=torch.float64)
+
+
+def train(model: nn.Module, masks: NMMasks, batch: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Take a few steps, with a change of masks after each, and then a few with adapters."""
+    schedule = MaskChange(masks, every=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    for step in range(2 * STEPS):
+        if step == STEPS:
+            generator = torch.Generator().manual_seed(5 if group is None else dist.get_rank() + 5)
+            added = sylva_compile.add_low_rank(model, 3, generator=generator, process_group=group)
+            optimizer.add_param_group({"params": added})
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def main(rank: int, directory: str, group: dist.ProcessGroup) -> None:
+    for how in ("eager", "compiled"):
+        model, masks, batch = model_and_masks()
+        backend = sylva_compile.backend(masks, inner="aot_eager")
+        if how == "compiled":
+            model.compile(backend=backend)
+        train(DistributedDataParallel(model), masks, batch[rank::2], group)
+        torch.save(model.state_dict(), f"{directory}/{how}{rank}")
+
+
+if __name__ == "__main__":
+    with process_group(int(sys.argv[1]), f"{sys.argv[2]}/store") as world:
+        main(int(sys.argv[1]), sys.argv[2], world)
