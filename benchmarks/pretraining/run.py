@@ -1,6 +1,6 @@
 """Pre-train a small GPT-2 from scratch by every method, and keep a row of every run.
 
-    python -m benchmarks.pretraining.run
+    python -m benchmarks.pretraining.run  # goes on if interrupted
 
 The text is the one of the quality harness: the documentation of Python's standard library, and the sentences of SST-2
 and CoLA from --data. Every method takes the same steps. At the first seed it tries the middle learning rates of one
@@ -10,7 +10,7 @@ a run that has a row is skipped. `python -m benchmarks.pretraining.table` prints
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,7 +74,7 @@ def runs_to_do(rows: Rows, method: str, sizes: Sizes) -> Iterator[tuple[float, i
             yield rate, seed
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Do all runs that have no row yet."""
     assert __spec__ is not None
     parser = parser_of(__spec__, __doc__)

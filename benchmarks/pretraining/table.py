@@ -1,6 +1,6 @@
 """Print the table of the pre-trainings, and draw their loss curves.
 
-    python -m benchmarks.pretraining.table
+    python -m benchmarks.pretraining.table  # from the rows of benchmarks.pretraining.run
 
 Both are written beside the rows: benchmarks/results/pretraining/table.md and curves.png. The share of the gap is what
 adapters win back of the loss between SLoPe and dense training, seed by seed.
@@ -89,10 +89,10 @@ def curves_of(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the table and the picture."""
     assert __spec__ is not None
-    parser_of(__spec__, __doc__).parse_args()
+    parser_of(__spec__, __doc__).parse_args(argv)
     rows, sizes = Rows(PATH).read(), Sizes()
     lines = {method: chosen(rows, method, sizes) for method in METHODS}
     text = table_of(lines)
