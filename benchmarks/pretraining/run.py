@@ -76,7 +76,6 @@ def runs_to_do(rows: Rows, method: str, sizes: Sizes) -> Iterator[tuple[float, i
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Do all runs that have no row yet."""
-    assert __spec__ is not None
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with sst2/ and cola/ (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="lines to train")

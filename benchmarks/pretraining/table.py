@@ -91,7 +91,6 @@ def curves_of(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the table and the picture."""
-    assert __spec__ is not None
     parser_of(__spec__, __doc__).parse_args(argv)
     rows, sizes = Rows(PATH).read(), Sizes()
     lines = {method: chosen(rows, method, sizes) for method in METHODS}
