@@ -12,6 +12,7 @@ from sylva_compile.nm.averaging import average_here, note_carried, note_replaced
 from sylva_compile.nm.embedding import nm_modules, sharing
 from sylva_compile.nm.low_rank import LEFT, RIGHT, LowRank, Prune
 from sylva_compile.nm.module import VALUES, values_of
+from sylva_compile.nm.ranks import broadcast_places
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +99,7 @@ def _from_first_rank(modules: dict[str, Any], added: list[nn.Parameter], group: 
     average_here(added, group)
     for module in modules.values():
         if (columns := module._nm_low_rank.columns) is not None:
-            wide = columns.int()
-            torch.distributed.broadcast(wide, torch.distributed.get_global_rank(group, 0), group=group)
-            columns.copy_(wide)
+            broadcast_places(columns, group)
 
 
 def fold_low_rank(model: nn.Module) -> nn.Module:

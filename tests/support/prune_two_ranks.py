@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from two_ranks import process_group
 
 import sylva_compile
 from sylva_compile import NMMasks
+from sylva_compile.errors import EmbedError
 from sylva_compile.schedules import MaskChange
 
 STEPS = 3
@@ -49,7 +51,33 @@ def train(model: nn.Module, masks: NMMasks, batch: Tensor, group: dist.ProcessGr
         schedule.step()
 
 
+def train_unseeded(rank: int, directory: str, group: dist.ProcessGroup) -> None:
+    """Prune models that begin differently on each rank, with the group and without, and write what all see."""
+    torch.manual_seed(rank)
+    refused = Net()
+    sylva_compile.prune_masks(refused).embed()
+    with pytest.raises(EmbedError, match="process_group="):
+        DistributedDataParallel(refused)
+    model = Net().double()
+    masks = sylva_compile.prune_masks(model, process_group=group)
+    masks.embed()
+    sylva_compile.add_low_rank(model, 3)
+    wrapped = DistributedDataParallel(model)
+    torch.nn.init.ones_(model.get_parameter("one.weight_right"))
+    x = torch.linspace(-1, 1, 64, dtype=torch.float64).reshape(4, 16).requires_grad_()
+    out = wrapped(x)
+    out.square().sum().backward()
+    assert x.grad is not None
+    places = masks.state_dict()
+    torch.save([out.detach(), x.grad, model.state_dict(), places], f"{directory}/unseeded{rank}")
+    for name, module in masks.modules().items():
+        before = places[name]["rows"]
+        module._nm_layout.change(module.weight_values)
+        assert torch.equal(before, module._nm_layout.rows.cpu()), "C is of other values"
+
+
 def main(rank: int, directory: str, group: dist.ProcessGroup) -> None:
+    train_unseeded(rank, directory, group)
     for how in ("eager", "compiled"):
         model, masks, batch = model_and_masks()
         backend = sylva_compile.backend(masks, inner="aot_eager")
