@@ -20,12 +20,17 @@ from sylva_compile.nm.module import VALUES, NMModule, dense_weight, nm_class
 
 
 def nm_modules(model: nn.Module) -> dict[str, Any]:
-    """Return the pruned modules of `model` by the name of their weight; one of those that share a weight."""
-    found: dict[NMLayout, Any] = {}
-    for module in unwrap(model).modules():
+    """Return the pruned modules of `model` by the name of their weight; one of those that share a weight.
+
+    Names are those in the masks. Where weights have the same one, since parts were pruned by themselves or copied, they
+    are those of the weights in `model`.
+    """
+    found: dict[NMLayout, tuple[str, Any]] = {}
+    for path, module in unwrap(model).named_modules():
         if isinstance(module, NMModule):
-            found.setdefault(module._nm_layout, module)
-    return {layout.name: module for layout, module in found.items()}
+            found.setdefault(module._nm_layout, (f"{path}.weight" if path else "weight", module))
+    named = {layout.name: module for layout, (_, module) in found.items()}
+    return named if len(named) == len(found) else dict(found.values())
 
 
 def sharing(model: nn.Module, layout: NMLayout) -> list[Any]:

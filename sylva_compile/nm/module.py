@@ -44,6 +44,8 @@ class NMModule:
         module: Any = self
         layout, low_rank = self._nm_layout, self._nm_low_rank
         values = module.weight_values
+        if x.shape[-1] != layout.in_features:
+            raise EmbedError(f"{layout.name} takes {layout.in_features} inputs and is given x of {tuple(x.shape)}.")
         if not torch.compiler.is_compiling():
             if is_sharded(values):
                 raise split(layout)

@@ -481,6 +481,46 @@ def test_a_shared_weight_has_one_set_of_values() -> None:
     torch.testing.assert_close(dense(x), model(x))
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x))
+        return out
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_weights_of_one_name_are_told_apart(copied: bool) -> None:
+    model = Pair().double()
+    masks = [sylva_compile.prune_masks(model.a)]
+    masks[0].embed()
+    if copied:
+        model.b = copy.deepcopy(model.a)
+        with torch.no_grad():
+            model.b.get_parameter("0.weight_values").mul_(2)
+    else:
+        masks.append(sylva_compile.prune_masks(model.b))
+        masks[1].embed()
+    for each in masks:
+        each.change_masks()
+    sylva_compile.export_pruned(model)
+    added = sylva_compile.add_low_rank(model, 2)
+    assert len(added) == 4
+    with torch.no_grad():
+        for parameter in added:
+            parameter.add_(0.5 * (parameter == 0))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    wanted = model(x).detach()
+    dense = Pair().double()
+    dense.load_state_dict(sylva_compile.export_pruned(model))
+    torch.testing.assert_close(dense(x), wanted)
+    sylva_compile.unprune(model)
+    assert type(model.a[0]) is type(model.b[0]) is nn.Linear
+    torch.testing.assert_close(model(x), wanted)
+
+
 class Odd(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
@@ -507,6 +547,14 @@ def test_weights_that_cannot_be_pruned_are_refused_by_name(caplog: pytest.LogCap
     sylva_compile.Masks.from_block_maps(blocks, {"0.weight": torch.ones(1, 1, dtype=torch.bool)}, 8).embed()
     with pytest.raises(EmbedError, match=r"0\.weight carries blocks"):
         sylva_compile.prune_masks(blocks)
+
+
+@pytest.mark.parametrize("width", [12, 20])
+def test_inputs_of_another_width_are_refused(width: int) -> None:
+    model = nn.Sequential(nn.Linear(16, 8))
+    sylva_compile.prune_masks(model).embed()
+    with pytest.raises(RuntimeError, match=r"0\.weight takes 16 inputs and is given x of \(3, "):
+        model(torch.randn(3, width))
 
 
 def test_an_optimizer_from_before_is_refused() -> None:
