@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sylva_compile._torch import active_ddp, at_end_of_backward, parameters_of_ddp
+from sylva_compile._torch import active_ddp, at_end_of_backward, parameters_of_ddp, running_backward
 from sylva_compile.errors import EmbedError
 from sylva_compile.nm.ranks import same_places_when_wrapped
 
@@ -122,18 +122,25 @@ class _Averager:
     """Averages gradients in the order of their parameters, which is the same on every rank."""
 
     def __init__(self, parameters: list[nn.Parameter], group: Any) -> None:
-        self._parameters, self._group, self._waits = parameters, group, False
+        self._parameters, self._group, self._backward = parameters, group, -1
 
     def note(self, parameter: Tensor) -> None:
         """Have the end of the running backward pass average all gradients."""
-        if not self._waits:
-            self._waits = True
+        # A pass that raises never ends, so it is not enough to note that one is waited for.
+        if self._backward != running_backward():
+            self._backward = running_backward()
             at_end_of_backward(self._finish)
 
     def _finish(self) -> None:
-        self._waits = False
+        self._backward = -1
         size = dist.get_world_size(self._group)
-        for parameter in self._parameters:
-            if parameter.grad is not None:
+        # A parameter that one rank alone has used is averaged on all, and one that none has used keeps no gradient.
+        used = torch.tensor([parameter.grad is not None for parameter in self._parameters], dtype=torch.int32)
+        used = used.to(self._parameters[0].device)
+        dist.all_reduce(used, group=self._group)
+        for parameter, ranks in zip(self._parameters, used.tolist(), strict=True):
+            if ranks:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad, group=self._group)
                 parameter.grad.div_(size)

@@ -1,6 +1,7 @@
 """DistributedDataParallel averages the values of pruned weights, and adapters that come after it."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,26 @@ def test_mixed_precision_and_values_that_were_frozen_are_refused() -> None:
     with pytest.raises(EmbedError, match=r"two\.weight: its values did not require grad"):
         wrapped(batch)
     DistributedDataParallel(model)(batch).sum().backward()
+
+
+@pytest.mark.usefixtures("alone")
+def test_late_adapters_are_averaged_after_a_pass_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masks, batch = model_and_masks()
+    masks.embed()
+    sylva_compile.add_low_rank(model, 2, process_group=dist.group.WORLD)
+    sent, send = [], dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **options: (sent.append(tensor), send(tensor, **options)))
+
+    def out_of_memory(gradient: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    messages = []
+    for fails in (False, True, False, False):
+        x = batch.clone().requires_grad_()
+        if fails:
+            x.register_hook(out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
+            model(x).sum().backward()
+        messages.append(len(sent))
+        sent.clear()
+    assert messages == [5, 0, 5, 5]

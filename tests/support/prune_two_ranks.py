@@ -76,8 +76,44 @@ def train_unseeded(rank: int, directory: str, group: dist.ProcessGroup) -> None:
         assert torch.equal(before, module._nm_layout.rows.cpu()), "C is of other values"
 
 
+class Either(nn.Module):
+    """One layer on the first rank and both on the other one, where `all` is not set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.all = nn.Linear(8, 8), nn.Linear(8, 8), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.one(x)
+        return self.two(out) if self.all or dist.get_rank() else out
+
+
+def average_late_adapters(rank: int, group: dist.ProcessGroup) -> None:
+    """Compare gradients of late adapters with the mean over ranks, also of layers that one rank leaves out."""
+    torch.manual_seed(0)
+    model = Either().double()
+    sylva_compile.prune_masks(model).embed()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    added = sylva_compile.add_low_rank(model, 2, process_group=group)
+    with torch.no_grad():
+        for parameter in added:
+            parameter.add_(0.5)
+    torch.manual_seed(rank)
+    for everything in (True, False, True, False):
+        model.all = everything
+        x = torch.randn(4, 8, dtype=torch.float64)
+        own = torch.autograd.grad(model(x).square().sum(), added, allow_unused=True)
+        wrapped(x).square().sum().backward()
+        for parameter, gradient in zip(added, own, strict=True):
+            mean = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+            dist.all_reduce(mean, group=group)
+            torch.testing.assert_close(parameter.grad, mean / 2)
+        wrapped.zero_grad()
+
+
 def main(rank: int, directory: str, group: dist.ProcessGroup) -> None:
     train_unseeded(rank, directory, group)
+    average_late_adapters(rank, group)
     for how in ("eager", "compiled"):
         model, masks, batch = model_and_masks()
         backend = sylva_compile.backend(masks, inner="aot_eager")
