@@ -75,7 +75,7 @@ def embed(model: nn.Module, masks: Mapping[str, NMMask], *, double: bool) -> Non
         owners = [module for module, _ in owners_of(model, weight)]
         layout = _layout(name, weight, mask, double=double)
         values = layout.read(weight).to(block_dtype(weight.dtype))
-        parameter = nn.Parameter(values.contiguous())
+        parameter = nn.Parameter(values.contiguous(), requires_grad=weight.requires_grad)
         layout.change(parameter)
         layout.changes = 0
         for module in owners:

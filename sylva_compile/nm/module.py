@@ -139,6 +139,9 @@ class NMModule:
         # Values are gathered from the dense weight in any case, so there is no tensor to assign.
         metadata = {**metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(given, prefix, metadata, strict, missing, unexpected_keys, error_msgs)  # type: ignore[misc]
+        if prefix + VALUES in given and not module.weight_values.is_meta:
+            # The second mask is that of the values. `NMMasks.load_state_dict`, called later, has one from further back.
+            layout.change(module.weight_values)
         missing_keys += [prefix + "weight" if key == prefix + VALUES else key for key in missing]
         if places is not None and low_rank is not None and low_rank.columns is not None:
             low_rank.columns.copy_(places)

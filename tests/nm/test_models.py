@@ -521,6 +521,25 @@ def test_weights_of_one_name_are_told_apart(copied: bool) -> None:
     torch.testing.assert_close(model(x), wanted)
 
 
+def test_the_second_mask_is_that_of_loaded_values() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    masks = sylva_compile.prune_masks(model)
+    masks.embed()
+    model.load_state_dict(model.state_dict() | {"0.weight": torch.randn(64, 64) * masks["0.weight"].dense()})
+    found = masks.state_dict()["0.weight"]
+    masks.change_masks()
+    assert_same(found, masks.state_dict()["0.weight"])
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    model = Pair()
+    model.a.requires_grad_(False)
+    sylva_compile.prune_masks(model).embed()
+    assert [name for name, one in model.named_parameters() if one.requires_grad] == ["b.0.bias", "b.0.weight_values"]
+    sylva_compile.unprune(model)
+    assert not model.a[0].weight.requires_grad
+
+
 class Odd(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
