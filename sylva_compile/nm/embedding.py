@@ -96,7 +96,7 @@ def _layout(name: str, weight: Tensor, mask: NMMask, *, double: bool) -> NMLayou
         input_axis=mask.input_axis,
         double=double,
         dtype=weight.dtype,
-        columns=mask.columns.clone(),
+        columns=mask.columns,  # Shared on the CPU: R never changes.
         rows=rows.to(column_dtype(out)),
         slots=rows.to(torch.uint8),
     )

@@ -96,6 +96,7 @@ class NMModule:
         layout.to(module._parameters[VALUES].device)
         if low_rank is not None:
             low_rank.to(module._parameters[VALUES].device)
+            low_rank.share_with(layout)
         return result
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -152,6 +153,8 @@ class NMModule:
         for name in (VALUES, LEFT, RIGHT):
             if name in module._parameters:
                 note_carried(module._parameters[name], self._nm_layout.name)
+        if self._nm_low_rank is not None:
+            self._nm_low_rank.share_with(self._nm_layout)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class has no importable name, so a pickle names the class it was made from.

@@ -540,6 +540,30 @@ def test_frozen_weights_stay_frozen() -> None:
     assert not model.a[0].weight.requires_grad
 
 
+def test_folded_layers_hold_what_inference_reads() -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    masks = sylva_compile.prune_masks(model)
+    masks.embed()
+    layout, mask = masks.modules()["0.weight"]._nm_layout, masks["0.weight"]
+    assert layout.columns.data_ptr() == mask.columns.data_ptr()
+    sylva_compile.add_low_rank(model, 2)
+    sylva_compile.fold_low_rank(model)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        wanted = model(x)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.double()):
+        layout, low_rank = each[0]._nm_layout, each[0]._nm_low_rank
+        with torch.no_grad():
+            torch.testing.assert_close(each(x.to(layout.dtype)).float(), wanted)
+        assert layout.rows.numel() == layout.slots.numel() == 0
+        assert layout.columns.data_ptr() == low_rank.folded.data_ptr()
+        assert low_rank.columns.data_ptr() == low_rank.folded[32:].data_ptr()
+    masks.change_masks()
+    assert masks.summary(4).splitlines()[1].endswith("and none")
+    sylva_compile.unprune(model)
+    torch.testing.assert_close(model(x.double()).float(), wanted)
+
+
 class Odd(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
