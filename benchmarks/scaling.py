@@ -21,9 +21,8 @@ without latencies, which grow with N, and with one link of that speed for each p
 | FSDP2, blocks embedded after | gradients of blocks | layers twice, the rest once | |
 
 Gradients have the dtype of their parameters: blocks and LoRA's are float32. Buffers, which DistributedDataParallel
-broadcasts, are not counted. FSDP2 pads the first dimension of each
-parameter to a multiple of N. A step takes at least the larger one of compute and messages, if all of them run beside
-each other, and at most the sum; the tables show both.
+broadcasts, are not counted. FSDP2 pads the first dimension of each parameter to a multiple of N. A step takes at least
+the larger one of compute and messages, if all of them run beside each other, and at most the sum; the tables show both.
 """
 
 import json

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.distributed import DistBackendError, DistNetworkError
+from torch.distributed import DistNetworkError
 
 from sylva_compile.errors import LostRankError
 
-_LOST = ("closed by peer", "reset by peer", "Broken pipe")
-"""Words in the errors of Gloo, which have no class of their own."""
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError", "was aborted")
+"""Words in the errors of Gloo and NCCL, whose classes say no more than that a message failed."""
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def naming_lost_ranks(work: str, advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        lost = isinstance(error, DistBackendError | DistNetworkError) or any(word in str(error) for word in _LOST)
+        lost = isinstance(error, DistNetworkError) or any(word in str(error) for word in _LOST)
         if isinstance(error, LostRankError) or not lost:
             raise
         # Gloo's messages go on with advice on bugs.

@@ -31,7 +31,15 @@ def test_errors_of_lost_ranks_are_named_in_one_line(error: Exception) -> None:
     assert "dvice" not in said and raised.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2"), TraceError("No loss."), KeyError("peer")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2"),
+        DistBackendError("Duplicate GPU detected"),
+        TraceError("No loss."),
+        KeyError("peer"),
+    ],
+)
 def test_other_errors_are_left_alone(error: Exception) -> None:
     @naming_lost_ranks("work", "do this")
     def fail() -> None:

@@ -62,7 +62,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Raises:
         AdapterError: there is no adapter, it is damaged, it belongs to another base, or an adapter of this name is
             loaded; the model is as before then.
-        ScopeError: a weight cannot carry blocks (quantised, sharded, on the meta device).
+        ScopeError: a weight cannot carry blocks (quantised, split otherwise than by rows, on the meta device).
         EmbedError: the model carries other masks and no name was given, DistributedDataParallel has wrapped it already,
             or `disable_adapter` shows the base.
     """

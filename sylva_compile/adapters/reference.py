@@ -31,6 +31,7 @@ def reference_model(model: nn.Module) -> "ReferenceModel":
 
     Raises:
         AdapterError: the model carries no blocks.
+        EmbedError: `fully_shard` splits the model.
     """
     model = unwrap(model)
     if any(is_sharded(parameter) for parameter in model.parameters()):

@@ -14,7 +14,8 @@ from torch.distributed import all_reduce
 
 from sylva_compile._torch import at_end_of_backward, reduces_gradients
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.blocks.ddp import check_same_places
+from sylva_compile.blocks.shards import is_sharded, processes_of
 from sylva_compile.errors import EmbedError
 
 
@@ -22,9 +23,11 @@ def average_gradients(model: nn.Module, states: Iterable[BlockState]) -> None:
     """Average the gradients of those blocks in `states` whose dense weight is sharded, from now on.
 
     Raises:
-        EmbedError: a weight is a DTensor that `fully_shard` does not gather.
+        EmbedError: a weight is a DTensor that `fully_shard` does not gather, or other processes have other masks.
     """
     planned = [(state, _sharded_by(model, state)) for state in states if is_sharded(state.weight)]
+    if planned:
+        check_same_places([state for state, _ in planned], processes_of(planned[0][0].weight))
     averager = _Averager()
     for state, module in planned:
         averager.follow(state, module)

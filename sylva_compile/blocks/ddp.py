@@ -1,11 +1,13 @@
 """What is known of the DistributedDataParallel that averages the gradients of blocks, and the checks of it."""
 
+import hashlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import all_gather_object, get_world_size
 from torch.nn.parallel import DistributedDataParallel
 
 from sylva_compile._torch import active_ddp, mixed_precision_of_ddp, parameters_of_ddp
@@ -32,13 +34,37 @@ def note_wrapper(ddp: DistributedDataParallel, states: Iterable[BlockState]) -> 
     """Note that `ddp`, which is being made, wraps those of `states` whose blocks are in its model.
 
     Raises:
-        EmbedError: it is made with `mixed_precision=`, and wraps one.
+        EmbedError: it is made with `mixed_precision=` and wraps one, or other processes have blocks in other places.
     """
     wrapped = {id(parameter) for parameter in parameters_of_ddp(ddp)}
-    for state in states:
-        if id(state.blocks) in wrapped:
-            _check_precision(ddp, state.name)
-            _wrappers[state] = _Wrapper(weakref.ref(ddp), state.blocks.requires_grad)
+    inside = [state for state in states if id(state.blocks) in wrapped]
+    for state in inside:
+        _check_precision(ddp, state.name)
+    if inside:
+        check_same_places(inside, ddp.process_group)
+    for state in inside:
+        _wrappers[state] = _Wrapper(weakref.ref(ddp), state.blocks.requires_grad)
+
+
+def check_same_places(states: Iterable[BlockState], group: Any) -> None:
+    """Raise EmbedError unless the blocks of `states` are in the same places on all processes of `group`."""
+    if not same_on_all(group, {state.name: state.mask.positions for state in states}):
+        raise EmbedError(
+            "The processes have blocks in different places, and their gradients would be averaged across them; give "
+            "process_group=... to trace_and_mask, or the same seed on all processes."
+        )
+
+
+def same_on_all(group: Any, positions: Mapping[str, Tensor]) -> bool:
+    """Whether all processes of `group` give the same positions; no group is one process. All of them call it."""
+    if group is None or get_world_size(group) == 1:
+        return True
+    digest = hashlib.sha256()
+    for name in sorted(positions):
+        digest.update(name.encode() + positions[name].cpu().numpy().tobytes())
+    digests: list[str | None] = [None] * get_world_size(group)
+    all_gather_object(digests, digest.hexdigest(), group=group)
+    return len(set(digests)) == 1
 
 
 def check_averaged(states: Iterable[BlockState]) -> None:

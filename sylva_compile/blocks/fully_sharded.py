@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.shards import is_sharded, is_split_by_rows, writer_of
+from sylva_compile.blocks.ddp import check_same_places
+from sylva_compile.blocks.shards import is_sharded, is_split_by_rows, processes_of, writer_of
 from sylva_compile.errors import EmbedError
 
 
@@ -22,7 +23,8 @@ def follows(state: BlockState, is_weight: bool, value: object) -> bool:
         Whether the tensors that passes read, or that optimizers step, are others than before.
 
     Raises:
-        EmbedError: the DTensor is split in another way than by rows, or has no values.
+        EmbedError: the DTensor is split in another way than by rows, or has no values; or other processes have blocks
+            in other places.
     """
     home = state.weight if is_weight else state.blocks
     if not isinstance(value, nn.Parameter) or value.shape != home.shape:
@@ -53,6 +55,9 @@ def _shard(state: BlockState, is_weight: bool, value: nn.Parameter) -> None:
             f"{state.name} has no values (meta device), and what is loaded into it later lacks its blocks; set "
             "accelerate's cpu_ram_efficient_loading to False, or embed the blocks after loading."
         )
+    if not is_weight:
+        # FSDP splits all blocks as those of the first process are.
+        check_same_places([state], processes_of(value))
     if is_weight:
         state.weight = state.live_weight = value
         state.writer = writer_of(value, state.layout.positions, state.mask.block_size)

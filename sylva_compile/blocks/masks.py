@@ -120,7 +120,7 @@ class Masks(Mapping[str, BlockMask]):
 
         Raises:
             MaskError: the model lacks a masked weight or has it in another shape.
-            ScopeError: a weight cannot carry blocks (quantised, sharded, on the meta device).
+            ScopeError: a weight cannot carry blocks (quantised, split otherwise than by rows, on the meta device).
         """
         model = unwrap(model)
         parameters = named_weights(model)
@@ -146,7 +146,7 @@ class Masks(Mapping[str, BlockMask]):
 
         Raises:
             MaskError: the model lacks a masked weight or has it in another shape.
-            ScopeError: a weight cannot carry blocks (quantised, sharded, on the meta device).
+            ScopeError: a weight cannot carry blocks (quantised, split otherwise than by rows, on the meta device).
             EmbedError: the model carries other masks already, a module cannot carry blocks, DistributedDataParallel has
                 wrapped the model, or the call is made under `torch.inference_mode()`. The model is as before then.
         """

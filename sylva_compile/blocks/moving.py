@@ -1,16 +1,14 @@
 """`move`: put the blocks of a model at other places, with everything that depends on where they are."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_gather_object, get_world_size
 
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.ddp import group_that_averages
+from sylva_compile.blocks.ddp import group_that_averages, same_on_all
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.layout import update_input_channels
 from sylva_compile.errors import ArgumentError, EmbedError, MaskError
@@ -72,15 +70,7 @@ def check_no_gradients(name: str, state: BlockState) -> None:
 
 def check_same_on_all_ranks(states: Iterable[BlockState], new: Mapping[str, BlockMask]) -> None:
     """Raise EmbedError if processes whose gradients are averaged would move blocks to different places."""
-    group = group_that_averages(states)
-    if group is None:
-        return
-    digest = hashlib.sha256()
-    for name in sorted(new):
-        digest.update(name.encode() + new[name].positions.numpy().tobytes())
-    digests: list[str | None] = [None] * get_world_size(group)
-    all_gather_object(digests, digest.hexdigest(), group=group)
-    if len(set(digests)) > 1:
+    if not same_on_all(group_that_averages(states), {name: mask.positions for name, mask in new.items()}):
         raise EmbedError(
             "The processes would move blocks to different places, and their gradients would be averaged across them; "
             "choose the places with one seed, or on one process for all."

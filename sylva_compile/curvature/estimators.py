@@ -118,9 +118,16 @@ class Estimators:
 
     def settle(self, names: Collection[str]) -> None:
         """Finish updates of the weights `names` that processes make together; all of them name the same."""
+        failure = None
         for name, estimator in self._estimators.items():
             if name in names:
-                estimator.settle()
+                try:
+                    estimator.settle()
+                except TraceError as error:
+                    # The messages of the other weights must still be sent.
+                    failure = failure or error
+        if failure is not None:
+            raise failure
 
     def combine(self, group: ProcessGroup) -> None:
         """Replace all statistics by their totals over the ranks of `group`."""

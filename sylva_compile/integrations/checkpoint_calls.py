@@ -45,15 +45,21 @@ def check_saving() -> None:
         )
 
 
-def check_loading(own: Mapping[str, Any]) -> None:
+def check_loading(owner: Any, own: Mapping[str, Any]) -> None:
     """Check that the running call of `load`, if any, finds everything in `own`, a nested state dict, in its shape.
+
+    Inside of another object that `load` was given, names are not known here, and torch checks them itself.
+
+    Args:
+        owner: the object that was asked for its state dict.
+        own: that state dict.
 
     Raises:
         AdapterError: the checkpoint is not whole, or of another model or training.
     """
     name, given = checkpoint_call()
     reader = given.get("storage_reader")
-    if name != "load" or reader is None:
+    if name != "load" or reader is None or given.get("elem") is not owner:
         return
     source = getattr(reader, "checkpoint_id", None) or "The checkpoint"
     try:

@@ -15,6 +15,7 @@ Tensors are copies on the CPU, since torch reads a checkpoint into the tensors o
 another base, other masks or another optimizer is refused before anything has changed.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.layout import update_input_channels
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import named_weights, unwrap
-from sylva_compile.blocks.shards import put, reshard, whole
+from sylva_compile.blocks.shards import is_sharded, put, whole
 from sylva_compile.errors import AdapterError, ArgumentError
 from sylva_compile.integrations.checkpoint_calls import calling, check_loading, check_saving
 from sylva_compile.integrations.optimizer_states import OptimizerStates, on_cpu
@@ -38,7 +39,7 @@ from sylva_compile.integrations.saved_places import SavedPlaces, base_at_blocks,
 from sylva_compile.integrations.schedule_states import load_state_beside_adapter, masks_that_move, state_beside_adapter
 from sylva_compile.lost_ranks import naming_lost_ranks
 
-_FORMAT = "sylva-blocks-1"
+_FORMAT = "sylva-checkpoint-1"
 _SOURCE = "The checkpoint"
 
 
@@ -109,7 +110,6 @@ class CheckpointedBlocks:
                 checkpoint already; or an optimizer steps other parameters than the model's.
             EmbedError: blocks and dense weights differ, a base is not known any more, or `disable_adapter` shows it.
         """
-        reshard(self.model)
         states = states_to_save(self.model)
         if loading := calling() == "load":
             for state in states.values():
@@ -130,7 +130,7 @@ class CheckpointedBlocks:
             "optimizer": {str(number): each.tensors() for number, each in enumerate(optimizers)},
             "manifest": b"" if loading else packed(self._manifest(states, others, optimizers)),
         }
-        check_loading(found)
+        check_loading(self, found)
         return found
 
     @naming_lost_ranks("the loading of a checkpoint", "start the job again")
@@ -142,7 +142,6 @@ class CheckpointedBlocks:
             ArgumentError: it is of another optimizer or schedule. Nothing has changed in all these cases.
             EmbedError: `disable_adapter` shows the base.
         """
-        reshard(self.model)
         states = states_to_save(self.model)
         manifest = unpacked(state_dict.get("manifest", b""))
         if manifest.get("format") != _FORMAT:
@@ -226,10 +225,7 @@ class CheckpointedBlocks:
             "format": _FORMAT,
             "weights": weights,
             "modules_to_save": {name: str(value.dtype) for name, value in others.items()},
-            "frozen": {
-                name: self._checksum(name, (id(value), value._version), lambda value=value: value)
-                for name, value in frozen.items()
-            },
+            "frozen": {name: self._checksum_of(name, value) for name, value in frozen.items()},
             "optimizers": [each.rest() for each in optimizers],
             "schedules": [state_beside_adapter(schedule) for schedule in self.schedules],
         }
@@ -239,6 +235,14 @@ class CheckpointedBlocks:
         if name not in self._checksums or self._checksums[name][0] != version:
             self._checksums[name] = version, checksum(read())
         return self._checksums[name][1]
+
+    def _checksum_of(self, name: str, tensor: Tensor) -> str:
+        """Return the checksum of `tensor`, from before if nothing has changed it since."""
+        if is_sharded(tensor):
+            # Reading one is collective, and no process may leave it out by what it alone knows.
+            return checksum(tensor)
+        known = weakref.ref(tensor), tensor._version, tensor.dtype, tensor.data_ptr()
+        return self._checksum(name, known, lambda: tensor)
 
     def _check(
         self,

@@ -1,7 +1,8 @@
 """`OptimizerStates`: the states of an optimizer by the names of its parameters, for checkpoints of any number of ranks.
 
-States in the shape of their parameter are tensors that are split as the parameter is. Everything else is small: step
-counts, options, the numbers of the steps since which blocks have been where they are.
+For `torch.distributed.checkpoint`; `whole_states` is for files that one process writes. States in the shape of their
+parameter are tensors that are split as the parameter is. Everything else is small: step counts, options, the numbers of
+the steps since which blocks have been where they are.
 
 A checkpoint is read into tensors that are there already. So parameters that have no state yet have zeros in its place:
 in an optimizer that has stepped nothing, and for blocks that have moved since the last step. Which states a parameter
@@ -157,8 +158,11 @@ def _states_after_a_step(optimizer: Any, group: _Group, parameter: Tensor) -> di
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)
     twin.param_groups = [{**group, "params": [tiny]}]
+    devices = [tiny.device] if tiny.device.type == "cuda" else []
     try:
-        twin.step()
+        # An optimizer may draw random numbers, of which the training's must not depend on saves.
+        with torch.random.fork_rng(devices):
+            twin.step()
     except Exception:
         # An optimizer that needs more (a closure) has the states that it has, and a resumed one must have stepped.
         return {}

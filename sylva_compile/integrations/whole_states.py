@@ -1,6 +1,8 @@
 """The state of an optimizer whose parameters `fully_shard` has split, as one process would have it.
 
-Checkpoints hold whole states, so that a training goes on with any number of processes, under FSDP2 or without it.
+For files that one process writes, of the Trainer and of accelerate; `optimizer_states` keeps states split, for
+`torch.distributed.checkpoint`. These files hold whole states, so that a training goes on with any number of processes,
+under FSDP2 or without it.
 """
 
 from collections.abc import Mapping

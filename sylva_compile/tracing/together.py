@@ -2,7 +2,7 @@
 
 Each pass gathers weights, so no process may leave one out or end before the others. A process without a batch repeats
 its last one, which does not count. Errors of the library are exchanged at fixed points of each batch. An error of the
-model or of `loss_fn` on one process alone leaves the others waiting, as it does in training.
+model or of `loss_fn` on one process alone, or a batch that they cannot take, leaves the others waiting, as in training.
 
 The processes add up mean gradients together (see `curvature.gradient_sum`), a layer at a time: when a backward pass
 leaves a layer that they all run. The rest follows at the end of each batch. None of these messages depends on anything

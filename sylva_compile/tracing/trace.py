@@ -101,6 +101,8 @@ def estimate(model: nn.Module, config: SylvaConfig | None = None, **options: Any
     Raises:
         ArgumentError, ScopeError: an argument, or a weight in scope, cannot be used, or the method traces nothing.
         EmbedError: the model carries blocks already.
+
+    All processes of a model that `fully_shard` has split call it.
     """
     config = SylvaConfig.resolve(config, options)
     weights, specs = _weights_to_trace(unwrap(model), config)

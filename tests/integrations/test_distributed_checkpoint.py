@@ -178,6 +178,40 @@ class TestGoesOn:
             assert torch.equal(state.weight, block_states(expected.net)[name].weight)
         assert not again.optimizer.state
 
+    def test_inside_of_an_object_of_the_user(self, tmp_path: Path) -> None:
+        class Application:
+            def __init__(self, training: Training) -> None:
+                self.blocks, self.step = training.blocks_state(), 0
+
+            def state_dict(self) -> dict[str, Any]:
+                return {"blocks": self.blocks.state_dict(), "step": self.step}
+
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                self.blocks.load_state_dict(state_dict["blocks"])
+                self.step = state_dict["step"]
+
+        once, again = Training("alone"), Training("alone")
+        once.train(2)
+        mine, other = Application(once), Application(again)
+        mine.step = 2
+        dcp.save({"app": mine}, checkpoint_id=tmp_path)
+        dcp.load({"app": other}, checkpoint_id=tmp_path)
+        assert other.step == 2
+        assert_same(again.snapshot(), once.snapshot())
+
+    def test_random_numbers_do_not_depend_on_saves(self) -> None:
+        class Noisy(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                torch.randn(3)
+                return super().step(closure)
+
+        training = Training("alone")
+        optimizer = Noisy(training.masks.parameters(), lr=1e-3, momentum=0.9)
+        state = sylva_compile.blocks_state(training.net, optimizer)
+        before = torch.get_rng_state()
+        state.state_dict()
+        assert torch.equal(torch.get_rng_state(), before)
+
     def test_a_model_that_was_compiled(self, saved: Path) -> None:
         again, expected = Training("alone", every=2), Training("alone", every=2)
         for each in (again, expected):
@@ -324,6 +358,16 @@ class TestIsRefused:
         again = Training("alone", every=2)
         with sylva_compile.disable_adapter(again.net), pytest.raises(EmbedError, match="leave the block first"):
             load(again, saved)
+
+    def test_a_frozen_weight_that_took_the_place_of_another(self, tmp_path: Path) -> None:
+        once, again = Training("alone"), Training("alone")
+        for training in (once, again):
+            training.net.frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
+        state = once.blocks_state()
+        state.state_dict()
+        once.net.frozen.data = torch.ones(4)
+        dcp.save({"blocks": state}, checkpoint_id=tmp_path)
+        self.refused(again, tmp_path, "1 frozen weights differ, frozen first")
 
 
 class TestSavingIsRefused:

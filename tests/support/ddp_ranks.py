@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_invariant
@@ -16,6 +17,7 @@ from two_ranks import process_group
 
 import sylva_compile
 from sylva_compile import Masks
+from sylva_compile.errors import EmbedError
 from sylva_compile.schedules import LayerSchedule
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -217,7 +219,20 @@ def _hook(name: str, sent: list[int]) -> tuple[Any, Callable[[Any, dist.GradBuck
     return state, hook
 
 
+def refuse_other_places(rank: int) -> None:
+    """Blocks in other places on each rank are refused, before anything is sent into them."""
+    model, _ = model_and_masks()
+    torch.manual_seed(rank)
+    masks = sylva_compile.trace_and_mask(model, method="random", sparsity=0.5, block_size=16)
+    masks.embed()
+    before = [blocks.detach().clone() for blocks in masks.parameters()]
+    with pytest.raises(EmbedError, match="in different places"):
+        DistributedDataParallel(model)
+    assert all(torch.equal(blocks, was) for blocks, was in zip(masks.parameters(), before, strict=True))
+
+
 def main(rank: int, ranks: int, directory: str) -> None:
+    refuse_other_places(rank)
     for name, case in cases_of(ranks).items():
         torch.save(train(case, batch(rank, ranks, case.dtype), wrap=True), f"{directory}/{name}{rank}")
 

@@ -57,7 +57,7 @@ class Training:
     without that.
     """
 
-    def __init__(self, how: str, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    def __init__(self, how: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> None:
         torch.manual_seed(0)
         sizes = {"hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "vocab_size": 64}
         self.model = LlamaForCausalLM(
@@ -65,7 +65,9 @@ class Training:
         ).to(dtype)
         self.model.requires_grad_(False)
         # Blocks of 16 cross the borders of shards and the edges of weights.
+        torch.manual_seed(seed)
         self.masks = sylva_compile.trace_and_mask(self.model, method="random", sparsity=0.6, block_size=16)
+        torch.manual_seed(1)
         self.ids = torch.randint(3, 64, (8 if dist.get_world_size() == 4 else 6, 10))
         self.how = how
         if how == "alone":
@@ -262,6 +264,8 @@ def state_dicts(how: str) -> None:
 
 
 def refusals(how: str) -> None:
+    with pytest.raises(EmbedError, match="in different places"):
+        Training(how, seed=dist.get_rank())
     sharded = Training(how)
     optimizer = AdamW(sharded.masks.parameters(), lr=1e-2, nonfinite="raise")
     before = sharded.weights()
