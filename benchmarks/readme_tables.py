@@ -192,9 +192,10 @@ def slope_table() -> str:
     held = memory[0]["ratio"]["measured"]
     note = (
         f"What the products of a layer at {memory[0]['pattern']} read, gradients and AdamW's states are "
-        f"{held['training']:.3f} of a dense layer's memory in training (in float32, with places), and values and columns "
-        f"{held['inference']:.3f} of it in inference. That leaves out columns that `NMMasks` keeps on the host of a "
-        "model on a GPU, and adapters. A layer keeps its second mask in inference too, unless `fold_low_rank` drops it. "
+        f"{held['training']:.3f} of a dense layer's memory in training (in float32, with places), and values and "
+        f"columns {held['inference']:.3f} of it in inference. That leaves out columns that `NMMasks` keeps on the host "
+        "of a model on a GPU, and adapters. A layer keeps its second mask in inference too, unless `fold_low_rank` "
+        "drops it. "
         f"Measured on {row['machine']['processor']}, torch {row['machine']['versions']['torch']}, {row['date'][:10]}."
     )
     return f"{markdown(columns, rows)}\n\n{note}"

@@ -113,7 +113,7 @@ def packed_and_multiplied(x: Tensor, values: Tensor, columns: Tensor, in_feature
 
 
 def _algorithm(compressed: Tensor, x: Tensor) -> tuple[int, int, int]:
-    """Return cuSPARSELt's algorithm and its two options, searched for once in a process for tokens up to a power of two.
+    """Return cuSPARSELt's algorithm and its two options, searched for once for tokens up to a power of two.
 
     A search takes long, and the numbers of tokens of a training or of a generation are many.
     """
