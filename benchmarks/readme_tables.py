@@ -191,8 +191,11 @@ def slope_table() -> str:
         columns += [f"{count} thread{'s' if count > 1 else ''}: forward", "input gradient", "step"]
     held = memory[0]["ratio"]["measured"]
     note = (
-        f"A layer at {memory[0]['pattern']} holds {held['training']:.3f} of a dense one's memory in training (values, "
-        f"their gradients and AdamW's states in float32, and places) and {held['inference']:.3f} of it in inference. "
+        f"What the products of a layer at {memory[0]['pattern']} read, gradients and AdamW's states are "
+        f"{held['training']:.3f} of a dense layer's memory in training (in float32, with places), and values and "
+        f"columns {held['inference']:.3f} of it in inference. That leaves out columns that `NMMasks` keeps on the host "
+        "of a model on a GPU, and adapters. A layer keeps its second mask in inference too, unless `fold_low_rank` "
+        "drops it. "
         f"Measured on {row['machine']['processor']}, torch {row['machine']['versions']['torch']}, {row['date'][:10]}."
     )
     return f"{markdown(columns, rows)}\n\n{note}"

@@ -9,7 +9,8 @@ kept values; its second operand is gathered from them, as training does it. Dens
 that of their medians: above 1 is in favour of the sparse one. Results are compared before anything is timed.
 
 Memory is counted in bytes for each weight of the dense matrix, and measured: what stays between two steps, and the peak
-of a step without its activations.
+of a step without its activations. That is of the products' operands, not of modules: `NMMasks` and adapters are
+left out, and second masks in inference, which modules keep until `fold_low_rank`.
 """
 
 import argparse

@@ -244,6 +244,12 @@ def at_end_of_backward(function: Any) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
+def running_backward() -> int:
+    """Return a number of the backward pass that is running in this thread, another one for each; -1 outside of one."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
 def compiled_call(module: nn.Module) -> Any:
     """Return what `module.compile()` has put in place of the module's call, or None."""
     return module._compiled_call_impl

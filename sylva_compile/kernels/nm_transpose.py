@@ -14,7 +14,9 @@ OUTSIDE = 255
 """The slot of a place that the first mask does not keep: its value is zero."""
 
 
-def nm_transpose_reference(values: Tensor, places: Tensor, slots: Tensor, n: int, m: int) -> Tensor:
+def nm_transpose_reference(
+    values: Tensor, places: Tensor, slots: Tensor, n: int, m: int, after: Tensor | None = None
+) -> Tensor:
     """Return the values by torch's own operations, as an oracle. Arguments as those of `nm_transpose`."""
     group = torch.arange(places.shape[0], device=places.device)[:, None] // m
     is_inside = slots != OUTSIDE
@@ -23,7 +25,7 @@ def nm_transpose_reference(values: Tensor, places: Tensor, slots: Tensor, n: int
 
 
 @torch.library.custom_op("sylva::nm_transpose", mutates_args=())
-def nm_transpose(values: Tensor, places: Tensor, slots: Tensor, n: int, m: int) -> Tensor:
+def nm_transpose(values: Tensor, places: Tensor, slots: Tensor, n: int, m: int, after: Tensor | None = None) -> Tensor:
     """Return the values of the transposed matrix.
 
     Args:
@@ -32,6 +34,8 @@ def nm_transpose(values: Tensor, places: Tensor, slots: Tensor, n: int, m: int) 
         slots: uint8, as `places`: the index of each value among the n of its group in W's row, or `OUTSIDE`.
         n: how many values of a group W keeps.
         m: out of how many.
+        after: any tensor. It is not read: compiled code gathers the values when it is there. With an output's gradient
+            that is in the backward pass, where they would otherwise be gathered before and kept until then.
 
     Returns:
         `[in_features, p]`, contiguous, in the dtype of `values`.
@@ -40,7 +44,7 @@ def nm_transpose(values: Tensor, places: Tensor, slots: Tensor, n: int, m: int) 
 
 
 @nm_transpose.register_fake
-def _(values: Tensor, places: Tensor, slots: Tensor, n: int, m: int) -> Tensor:
+def _(values: Tensor, places: Tensor, slots: Tensor, n: int, m: int, after: Tensor | None = None) -> Tensor:
     return values.new_empty(places.shape)
 
 

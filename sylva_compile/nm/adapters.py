@@ -12,6 +12,7 @@ from sylva_compile.nm.averaging import average_here, note_carried, note_replaced
 from sylva_compile.nm.embedding import nm_modules, sharing
 from sylva_compile.nm.low_rank import LEFT, RIGHT, LowRank, Prune
 from sylva_compile.nm.module import VALUES, values_of
+from sylva_compile.nm.ranks import broadcast_places
 
 log = logging.getLogger(__name__)
 
@@ -98,16 +99,15 @@ def _from_first_rank(modules: dict[str, Any], added: list[nn.Parameter], group: 
     average_here(added, group)
     for module in modules.values():
         if (columns := module._nm_low_rank.columns) is not None:
-            wide = columns.int()
-            torch.distributed.broadcast(wide, torch.distributed.get_global_rank(group, 0), group=group)
-            columns.copy_(wide)
+            broadcast_places(columns, group)
 
 
 def fold_low_rank(model: nn.Module) -> nn.Module:
     """Fold the L of each adapter into the sparse product, for inference, in place: one product for both.
 
     The output is that of before, but for rounding; an L that is dense until now is pruned by magnitude first, which
-    changes it. The model's parameters are frozen and take the dtype of the weights; train before, not afterwards.
+    changes it. The parameters of pruned weights are frozen and take their weights' dtype; train before, not
+    afterwards. Second masks are dropped.
 
     Returns:
         The model.
@@ -130,7 +130,9 @@ def fold_low_rank(model: nn.Module) -> nn.Module:
             left, columns = low_rank.pruned(left)
         both = nn.Parameter(torch.cat([values_of(module), left]).to(layout.dtype), requires_grad=False)
         right = nn.Parameter(module._parameters[RIGHT].detach().to(layout.dtype), requires_grad=False)
-        low_rank.folded, low_rank.columns = torch.cat([layout.columns, columns]), columns
+        low_rank.folded = torch.cat([layout.columns, columns])
+        layout.drop_second_mask()
+        low_rank.share_with(layout)
         note_carried(both, layout.name)
         for attribute in (VALUES, LEFT, RIGHT):
             note_replaced(module._parameters[attribute], layout.name)

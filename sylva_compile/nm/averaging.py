@@ -1,30 +1,49 @@
 """The parameters of pruned weights, known by name, and the checks that their gradients are averaged and stepped.
 
 Process-wide state: the names of living parameters, the weights that pruning has replaced as long as somebody holds
-them, and a hook before every optimizer's step while there are any.
+them, a hook before every optimizer's step, and one that follows the making of a DistributedDataParallel.
 """
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sylva_compile._torch import active_ddp, at_end_of_backward, parameters_of_ddp
+from sylva_compile._torch import active_ddp, at_end_of_backward, parameters_of_ddp, running_backward
 from sylva_compile.errors import EmbedError
+from sylva_compile.nm.ranks import same_places_when_wrapped
 
 _names: Any = WeakIdKeyDictionary()
 _averaged_here: Any = WeakIdKeyDictionary()
 _replaced: Any = WeakIdKeyDictionary()
+_frozen_when_wrapped: Any = WeakIdKeyDictionary()
 _hooks: list[Any] = []
+_wrapping_hooks: list[Any] = []
 
 
 def note_carried(parameter: nn.Parameter, name: str) -> None:
     """Know `parameter` as one of the pruned weight `name` from now on."""
     _names[parameter] = name
+    if not _wrapping_hooks:
+        _wrapping_hooks.append(register_module_module_registration_hook(_on_module))
+
+
+def _on_module(module: nn.Module, name: str, submodule: Any) -> None:
+    """Follow a DistributedDataParallel from when it takes the model that it wraps, before it sends anything."""
+    if name == "module" and isinstance(module, DistributedDataParallel):
+        same_places_when_wrapped(module, submodule)
+        for parameter in submodule.parameters():
+            if parameter in _names:
+                _frozen_when_wrapped.pop(parameter, None)
+                if not parameter.requires_grad:
+                    _frozen_when_wrapped[parameter] = weakref.ref(module)
 
 
 def is_carried(tensor: Tensor) -> bool:
@@ -58,7 +77,8 @@ def check_averaged(arguments: Iterable[Any]) -> None:
         arguments: any values; parameters of pruned weights are looked for among them.
 
     Raises:
-        EmbedError: it was made before the weights were pruned. Outside of such a pass nothing is checked.
+        EmbedError: it was made before the weights were pruned, or while they did not require grad. Outside of
+            such a pass nothing is checked.
     """
     ddp = active_ddp()
     if ddp is None or not torch.is_grad_enabled():
@@ -75,6 +95,11 @@ def check_averaged(arguments: Iterable[Any]) -> None:
             raise EmbedError(
                 f"{name}: DistributedDataParallel wrapped the model before its weights were pruned, and would never "
                 "average their gradients; call masks.embed(model) first, then wrap the model."
+            )
+        if (wrapper := _frozen_when_wrapped.get(value)) is not None and wrapper() is ddp:
+            raise EmbedError(
+                f"{name}: its values did not require grad when DistributedDataParallel wrapped the model, which would "
+                "never average their gradients; call requires_grad_() first, then wrap the model."
             )
 
 
@@ -97,18 +122,25 @@ class _Averager:
     """Averages gradients in the order of their parameters, which is the same on every rank."""
 
     def __init__(self, parameters: list[nn.Parameter], group: Any) -> None:
-        self._parameters, self._group, self._waits = parameters, group, False
+        self._parameters, self._group, self._backward = parameters, group, -1
 
     def note(self, parameter: Tensor) -> None:
         """Have the end of the running backward pass average all gradients."""
-        if not self._waits:
-            self._waits = True
+        # A pass that raises never ends, so it is not enough to note that one is waited for.
+        if self._backward != running_backward():
+            self._backward = running_backward()
             at_end_of_backward(self._finish)
 
     def _finish(self) -> None:
-        self._waits = False
+        self._backward = -1
         size = dist.get_world_size(self._group)
-        for parameter in self._parameters:
-            if parameter.grad is not None:
+        # A parameter that one rank alone has used is averaged on all, and one that none has used keeps no gradient.
+        used = torch.tensor([parameter.grad is not None for parameter in self._parameters], dtype=torch.int32)
+        used = used.to(self._parameters[0].device)
+        dist.all_reduce(used, group=self._group)
+        for parameter, ranks in zip(self._parameters, used.tolist(), strict=True):
+            if ranks:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad, group=self._group)
                 parameter.grad.div_(size)

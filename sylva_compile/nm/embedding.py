@@ -20,12 +20,17 @@ from sylva_compile.nm.module import VALUES, NMModule, dense_weight, nm_class
 
 
 def nm_modules(model: nn.Module) -> dict[str, Any]:
-    """Return the pruned modules of `model` by the name of their weight; one of those that share a weight."""
-    found: dict[NMLayout, Any] = {}
-    for module in unwrap(model).modules():
+    """Return the pruned modules of `model` by the name of their weight; one of those that share a weight.
+
+    Names are those in the masks. Where weights have the same one, since parts were pruned by themselves or copied, they
+    are those of the weights in `model`.
+    """
+    found: dict[NMLayout, tuple[str, Any]] = {}
+    for path, module in unwrap(model).named_modules():
         if isinstance(module, NMModule):
-            found.setdefault(module._nm_layout, module)
-    return {layout.name: module for layout, module in found.items()}
+            found.setdefault(module._nm_layout, (f"{path}.weight" if path else "weight", module))
+    named = {layout.name: module for layout, (_, module) in found.items()}
+    return named if len(named) == len(found) else dict(found.values())
 
 
 def sharing(model: nn.Module, layout: NMLayout) -> list[Any]:
@@ -70,7 +75,7 @@ def embed(model: nn.Module, masks: Mapping[str, NMMask], *, double: bool) -> Non
         owners = [module for module, _ in owners_of(model, weight)]
         layout = _layout(name, weight, mask, double=double)
         values = layout.read(weight).to(block_dtype(weight.dtype))
-        parameter = nn.Parameter(values.contiguous())
+        parameter = nn.Parameter(values.contiguous(), requires_grad=weight.requires_grad)
         layout.change(parameter)
         layout.changes = 0
         for module in owners:
@@ -91,7 +96,7 @@ def _layout(name: str, weight: Tensor, mask: NMMask, *, double: bool) -> NMLayou
         input_axis=mask.input_axis,
         double=double,
         dtype=weight.dtype,
-        columns=mask.columns.clone(),
+        columns=mask.columns,  # Shared on the CPU: R never changes.
         rows=rows.to(column_dtype(out)),
         slots=rows.to(torch.uint8),
     )

@@ -66,11 +66,11 @@ def export_pruned(model: nn.Module, form: Form = "dense") -> dict[str, Any]:
             _check_semi_structured(name, module)
     found: dict[str, Any] = {}
     replaced: dict[str, Any] = {}
+    weights = {module._nm_layout: merged_weight(module) for module in modules.values()}
     for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
-        first = modules.get(module._nm_layout.name) if "_nm_layout" in module.__dict__ else None
-        if first is not None:
+        if "_nm_layout" in module.__dict__:
             path = f"{prefix}." if prefix else ""
-            weight = merged_weight(first)
+            weight = weights[module._nm_layout]
             replaced[path + "weight"] = weight if form == "dense" else torch.sparse.to_sparse_semi_structured(weight)
             replaced |= {path + LEFT: None, path + RIGHT: None}
     for name, value in unwrap(model).state_dict().items():

@@ -52,13 +52,17 @@ class NMLayout:
 
     @torch.no_grad()
     def change(self, values: Tensor) -> None:
-        """Choose the second mask again, from `values [out, in // m * n]`, in place."""
-        if not self.double:
+        """Choose the second mask again, from `values [out, in // m * n]`, in place, unless it is dropped."""
+        if not self.double or not self.rows.shape[1]:
             return
         rows, slots = keep_again(values, self.columns, self.in_features, self.n, self.m)
         self.rows.copy_(rows)
         self.slots.copy_(slots)
         self.changes += 1
+
+    def drop_second_mask(self) -> None:
+        """Let go of the second mask, of a weight that is not trained any more."""
+        self.rows, self.slots = (one.new_empty((self.in_features, 0)) for one in (self.rows, self.slots))
 
     def to(self, device: torch.device) -> None:
         """Move the places to `device`."""

@@ -40,7 +40,7 @@ class _NMLinear(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             # Gathered anew in every backward pass, so that it can never be behind the values. Without accumulation that
             # costs as much as writing it after every step.
-            packed = nm_transpose(values.to(gradient.dtype), rows, slots, ctx.n, ctx.m)
+            packed = nm_transpose(values.to(gradient.dtype), rows, slots, ctx.n, ctx.m, gradient)
             of_x = nm_mm(gradient, packed, rows, gradient.shape[1], False)
         if ctx.needs_input_grad[1]:
             of_values = nm_sample(gradient, x, columns).to(values.dtype)

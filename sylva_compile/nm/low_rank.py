@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sylva_compile.errors import MaskError
 from sylva_compile.kernels.nm_mm import to_dense
+from sylva_compile.nm.layout import NMLayout
 from sylva_compile.nm.linear import nm_linear
 from sylva_compile.nm.pattern import keep
 
@@ -50,6 +51,11 @@ class LowRank:
         if device.type != "meta":
             self.columns = None if self.columns is None else self.columns.to(device)
             self.folded = None if self.folded is None else self.folded.to(device)
+
+    def share_with(self, layout: NMLayout) -> None:
+        """Let the columns of the weight and of L be parts of the folded ones, which are in memory once."""
+        if self.folded is not None:
+            layout.columns, self.columns = self.folded[: layout.out_features], self.folded[layout.out_features :]
 
     def output(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Return `(x L Rt) / r`: `[..., out]` for `x [..., in]`."""

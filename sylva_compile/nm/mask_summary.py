@@ -26,7 +26,8 @@ def summary_of(masks: Mapping[str, NMMask], double: bool, present: Mapping[str, 
         size = mask.shape[0] * mask.shape[1]
         total, kept = total + size, kept + mask.nnz
         share = f"{mask.nnz / size:.1%}"
-        second = share if not double else "" if name not in present else f"{_density(present[name]._nm_layout):.1%}"
+        has_second = name in present and present[name]._nm_layout.rows.shape[1] > 0
+        second = share if not double else f"{_density(present[name]._nm_layout):.1%}" if has_second else ""
         shape, pattern = f"{mask.shape[0]} x {mask.shape[1]}", f"{mask.n}:{mask.m}"
         line = f"{name:<{width}}  {shape:>14}  {pattern:>7}  {share:>7}  {second:>14}"
         if tokens is not None and name in present:
@@ -44,6 +45,8 @@ def _kernels(layout: NMLayout, tokens: int) -> tuple[str, str]:
     """Return the names of the kernels of the forward pass and of the input gradient."""
     out, size, kind = layout.out_features, layout.in_features, (layout.dtype, layout.columns.device)
     forward = choose_kernel(tokens, out, size, layout.columns.shape[1], *kind)
+    if layout.double and not layout.rows.shape[1]:
+        return forward.kernel, "none"
     if layout.double:
         return forward.kernel, choose_kernel(tokens, size, out, layout.rows.shape[1], *kind).kernel
     return forward.kernel, choose_kernel(tokens, out, size, layout.columns.shape[1], *kind, transposed=True).kernel

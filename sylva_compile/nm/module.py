@@ -44,6 +44,8 @@ class NMModule:
         module: Any = self
         layout, low_rank = self._nm_layout, self._nm_low_rank
         values = module.weight_values
+        if x.shape[-1] != layout.in_features:
+            raise EmbedError(f"{layout.name} takes {layout.in_features} inputs and is given x of {tuple(x.shape)}.")
         if not torch.compiler.is_compiling():
             if is_sharded(values):
                 raise split(layout)
@@ -94,6 +96,7 @@ class NMModule:
         layout.to(module._parameters[VALUES].device)
         if low_rank is not None:
             low_rank.to(module._parameters[VALUES].device)
+            low_rank.share_with(layout)
         return result
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -137,6 +140,9 @@ class NMModule:
         # Values are gathered from the dense weight in any case, so there is no tensor to assign.
         metadata = {**metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(given, prefix, metadata, strict, missing, unexpected_keys, error_msgs)  # type: ignore[misc]
+        if prefix + VALUES in given and not module.weight_values.is_meta:
+            # The second mask is that of the values. `NMMasks.load_state_dict`, called later, has one from further back.
+            layout.change(module.weight_values)
         missing_keys += [prefix + "weight" if key == prefix + VALUES else key for key in missing]
         if places is not None and low_rank is not None and low_rank.columns is not None:
             low_rank.columns.copy_(places)
@@ -147,6 +153,8 @@ class NMModule:
         for name in (VALUES, LEFT, RIGHT):
             if name in module._parameters:
                 note_carried(module._parameters[name], self._nm_layout.name)
+        if self._nm_low_rank is not None:
+            self._nm_low_rank.share_with(self._nm_layout)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class has no importable name, so a pickle names the class it was made from.

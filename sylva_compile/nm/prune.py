@@ -1,6 +1,7 @@
 """`prune_masks`: the N:M masks of a model, by magnitude."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +14,20 @@ from sylva_compile.nm.embedding import check_can_carry, nm_modules
 from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.masks import NMMasks
 from sylva_compile.nm.pattern import check_pattern
+from sylva_compile.nm.ranks import of_first_rank
 from sylva_compile.version import __version__
 
 log = logging.getLogger(__name__)
 
 
 def prune_masks(
-    model: nn.Module, n: int = 2, m: int = 4, scope: Scope = "all-linear", *, double: bool = True
+    model: nn.Module,
+    n: int = 2,
+    m: int = 4,
+    scope: Scope = "all-linear",
+    *,
+    double: bool = True,
+    process_group: Any = None,
 ) -> NMMasks:
     """Choose which n of every m inputs each output keeps, by magnitude, for pre-training as in SLoPe.
 
@@ -33,6 +41,8 @@ def prune_masks(
         scope: "all-linear" (every Linear and Conv1D but the output head), a regular expression for whole module names,
             or a list of endings of module names.
         double: False leaves the second mask out: input gradients are exact.
+        process_group: the processes that train the model together: all of them call this and get the masks of the
+            first. Without it, models must begin with the same weights on all of them.
 
     Returns:
         Masks bound to the model.
@@ -63,6 +73,7 @@ def prune_masks(
     if left:
         log.warning("%d weights stay dense, since m=%d does not divide their sizes: %s.", len(left), m, ", ".join(left))
     log_share_left_out(model, {name: weights[name] for name in masks})
+    masks = of_first_rank(masks, process_group)
     config = {
         "n": n,
         "m": m,

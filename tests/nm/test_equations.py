@@ -9,7 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nm_twin import Twin
+from prune_two_ranks import Net
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from transformers.pytorch_utils import Conv1D
 
 import sylva_compile
@@ -147,3 +151,23 @@ def test_random_weights_keep_the_share_of_the_paper(n: int, m: int, share: float
     kept = (layout.slots != 255).sum() / (512 * 512)
     assert abs(float(kept) - share) < 0.003
     assert f"{float(kept):.1%}" in masks.summary()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_code_gathers_the_second_operand_in_the_backward_pass(dtype: torch.dtype) -> None:
+    ops: dict[str, list[str]] = {}
+
+    def compiler(name: str) -> Any:
+        def compile_graph(graph: Any, inputs: Any) -> Any:
+            ops[name] = [str(node.target) for node in graph.graph.nodes]
+            return make_boxed_func(graph)
+
+        return compile_graph
+
+    model = Net().to(dtype)
+    sylva_compile.prune_masks(model).embed()
+    compilers = {"fw_compiler": compiler("forward"), "bw_compiler": compiler("backward")}
+    model.compile(backend=aot_autograd(**compilers, partition_fn=min_cut_rematerialization_partition))
+    model(torch.randn(3, 16, dtype=dtype, requires_grad=True)).sum().backward()
+    assert "sylva.nm_transpose.default" not in ops["forward"]
+    assert ops["backward"].count("sylva.nm_transpose.default") == 2

@@ -481,6 +481,89 @@ def test_a_shared_weight_has_one_set_of_values() -> None:
     torch.testing.assert_close(dense(x), model(x))
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x))
+        return out
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_weights_of_one_name_are_told_apart(copied: bool) -> None:
+    model = Pair().double()
+    masks = [sylva_compile.prune_masks(model.a)]
+    masks[0].embed()
+    if copied:
+        model.b = copy.deepcopy(model.a)
+        with torch.no_grad():
+            model.b.get_parameter("0.weight_values").mul_(2)
+    else:
+        masks.append(sylva_compile.prune_masks(model.b))
+        masks[1].embed()
+    for each in masks:
+        each.change_masks()
+    sylva_compile.export_pruned(model)
+    added = sylva_compile.add_low_rank(model, 2)
+    assert len(added) == 4
+    with torch.no_grad():
+        for parameter in added:
+            parameter.add_(0.5 * (parameter == 0))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    wanted = model(x).detach()
+    dense = Pair().double()
+    dense.load_state_dict(sylva_compile.export_pruned(model))
+    torch.testing.assert_close(dense(x), wanted)
+    sylva_compile.unprune(model)
+    assert type(model.a[0]) is type(model.b[0]) is nn.Linear
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_the_second_mask_is_that_of_loaded_values() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    masks = sylva_compile.prune_masks(model)
+    masks.embed()
+    model.load_state_dict(model.state_dict() | {"0.weight": torch.randn(64, 64) * masks["0.weight"].dense()})
+    found = masks.state_dict()["0.weight"]
+    masks.change_masks()
+    assert_same(found, masks.state_dict()["0.weight"])
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    model = Pair()
+    model.a.requires_grad_(False)
+    sylva_compile.prune_masks(model).embed()
+    assert [name for name, one in model.named_parameters() if one.requires_grad] == ["b.0.bias", "b.0.weight_values"]
+    sylva_compile.unprune(model)
+    assert not model.a[0].weight.requires_grad
+
+
+def test_folded_layers_hold_what_inference_reads() -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    masks = sylva_compile.prune_masks(model)
+    masks.embed()
+    layout, mask = masks.modules()["0.weight"]._nm_layout, masks["0.weight"]
+    assert layout.columns.data_ptr() == mask.columns.data_ptr()
+    sylva_compile.add_low_rank(model, 2)
+    sylva_compile.fold_low_rank(model)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        wanted = model(x)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.double()):
+        layout, low_rank = each[0]._nm_layout, each[0]._nm_low_rank
+        with torch.no_grad():
+            torch.testing.assert_close(each(x.to(layout.dtype)).float(), wanted)
+        assert layout.rows.numel() == layout.slots.numel() == 0
+        assert layout.columns.data_ptr() == low_rank.folded.data_ptr()
+        assert low_rank.columns.data_ptr() == low_rank.folded[32:].data_ptr()
+    masks.change_masks()
+    assert masks.summary(4).splitlines()[1].endswith("and none")
+    sylva_compile.unprune(model)
+    torch.testing.assert_close(model(x.double()).float(), wanted)
+
+
 class Odd(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
@@ -507,6 +590,14 @@ def test_weights_that_cannot_be_pruned_are_refused_by_name(caplog: pytest.LogCap
     sylva_compile.Masks.from_block_maps(blocks, {"0.weight": torch.ones(1, 1, dtype=torch.bool)}, 8).embed()
     with pytest.raises(EmbedError, match=r"0\.weight carries blocks"):
         sylva_compile.prune_masks(blocks)
+
+
+@pytest.mark.parametrize("width", [12, 20])
+def test_inputs_of_another_width_are_refused(width: int) -> None:
+    model = nn.Sequential(nn.Linear(16, 8))
+    sylva_compile.prune_masks(model).embed()
+    with pytest.raises(RuntimeError, match=r"0\.weight takes 16 inputs and is given x of \(3, "):
+        model(torch.randn(3, width))
 
 
 def test_an_optimizer_from_before_is_refused() -> None:

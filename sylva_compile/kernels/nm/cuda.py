@@ -21,7 +21,7 @@ DEFAULT_ALGORITHM = (0, 1, -1)
 """The algorithm that torch takes by itself, and no splitting of the sum."""
 
 _patterns: dict[tuple[int, torch.Size, torch.dtype, torch.device], bool] = {}
-_algorithms: dict[tuple[torch.Size, torch.Size, torch.dtype, torch.device], tuple[int, int, int]] = {}
+_algorithms: dict[tuple[torch.Size, int, torch.dtype, torch.device], tuple[int, int, int]] = {}
 
 
 def version() -> int | None:
@@ -113,8 +113,11 @@ def packed_and_multiplied(x: Tensor, values: Tensor, columns: Tensor, in_feature
 
 
 def _algorithm(compressed: Tensor, x: Tensor) -> tuple[int, int, int]:
-    """Return cuSPARSELt's algorithm and its two options for a shape, searched for once in a process."""
-    key = (compressed.shape, x.shape, x.dtype, x.device)
+    """Return cuSPARSELt's algorithm and its two options, searched for once for tokens up to a power of two.
+
+    A search takes long, and the numbers of tokens of a training or of a generation are many.
+    """
+    key = (compressed.shape, max(x.shape[0] - 1, 0).bit_length(), x.dtype, x.device)
     if key not in _algorithms:
         if torch.cuda.is_current_stream_capturing():
             # A search waits for the GPU, which a capture forbids.

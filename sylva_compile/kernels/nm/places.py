@@ -69,7 +69,9 @@ def nm_sample_cpu(lhs: Tensor, rhs: Tensor, columns: Tensor) -> Tensor:
     return out
 
 
-def nm_transpose_cpu(values: Tensor, places: Tensor, slots: Tensor, n: int, m: int) -> Tensor:
+def nm_transpose_cpu(
+    values: Tensor, places: Tensor, slots: Tensor, n: int, m: int, after: Tensor | None = None
+) -> Tensor:
     """Return the values of a transposed matrix; arguments as in `sylva_compile.kernels.nm_transpose`.
 
     Raises:
@@ -78,7 +80,7 @@ def nm_transpose_cpu(values: Tensor, places: Tensor, slots: Tensor, n: int, m: i
     """
     (rows, per_row), (in_features, kept) = values.shape, places.shape
     fits = slots.shape == places.shape and slots.dtype == torch.uint8 and _is_index(places) and 1 <= n <= m
-    if not fits or in_features * n != per_row * m:
+    if not fits or in_features % m or in_features * n != per_row * m:
         raise ArgumentError(
             f"values {tuple(values.shape)}, places {tuple(places.shape)} of {places.dtype}, slots "
             f"{tuple(slots.shape)} of {slots.dtype}; give {n} values for every {m} of the {in_features} columns, int16 "

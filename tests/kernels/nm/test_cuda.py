@@ -168,12 +168,12 @@ class TestProducts:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         assert cuda.is_two_of_four(columns)
 
-    def test_an_algorithm_is_searched_once_for_each_shape(self, stand_in: StandIn) -> None:
+    def test_an_algorithm_is_searched_once_for_each_class_of_shapes(self, stand_in: StandIn) -> None:
         values, columns = matrix()
-        for tokens in (13, 16, 24, 9):
+        for tokens in (13, 16, 24, 9, 32):
             cuda.packed_and_multiplied(torch.ones(tokens, 128, dtype=torch.bfloat16), values, columns, 128)
         assert stand_in.searched == [(128, 16), (128, 24)]
-        assert stand_in.options == [(7, 2, 1)] * 4
+        assert stand_in.options == [(7, 2, 1)] * 5
 
     def test_no_search_while_a_graph_is_captured(self, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

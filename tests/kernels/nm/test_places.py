@@ -156,6 +156,8 @@ def test_operands_that_do_not_fit_are_refused() -> None:
             nm_transpose(*wrong, 2, 4)
     with pytest.raises(ValueError, match="give 1 values for every 4 of the 24"):
         nm_transpose(values, kept, slots, 1, 4)
+    with pytest.raises(ValueError, match="give 2 values for every 4 of the 22"):
+        nm_transpose(values[:, :11], kept[:22], slots[:22], 2, 4)
 
 
 def test_without_a_compiler_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
