@@ -35,8 +35,7 @@ def same_places_when_wrapped(ddp: Any, model: nn.Module) -> None:
     """Let the pruned weights of `model`, which `ddp` is about to wrap, have the same masks on all of its processes.
 
     DistributedDataParallel sends the first rank's values. The second masks, and the places of adapters, are chosen from
-    values, so the first rank's are sent too. The masks R are compared, since `NMMasks` keeps them
-    outside of the model.
+    values, so the first rank's are sent too. The masks R are compared, since `NMMasks` keeps them outside of the model.
 
     Raises:
         EmbedError: it is made with `mixed_precision=`, or the processes have other masks.
