@@ -1,6 +1,7 @@
 """`Sightings`: takes the operands of weight gradients from compiled graphs, and finds the gradients that gave none."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ class Sightings:
         """
         self._names, self._update, self._done = names, update, done
         self._reasons: dict[str, str] = {}
+        # Dynamo may keep the backend that calls this, and must not keep the estimators behind `update` with it.
+        self.miss = partial(_note_reason, names, self._reasons)
+        """Receives a weight, and the reason for which a graph computes its gradient itself."""
         self._sums: dict[str, Tensor] = {}
 
     def listen(self, weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool) -> None:
@@ -38,12 +42,6 @@ class Sightings:
         self._update(name, inputs.detach(), gradients.detach())
         if name not in self._done.seen:
             self._done.seen.append(name)
-
-    def miss(self, weight: Tensor, reason: str) -> None:
-        """Receive the reason for which a graph computes a gradient itself."""
-        name = self._names.get(weight.data_ptr())
-        if name is not None:
-            self._reasons[name] = reason
 
     def check(self, weights: Iterable[str], gradients: Iterable[Tensor | None]) -> None:
         """Note the weights whose gradient a pass did not show.
@@ -68,3 +66,9 @@ class Sightings:
             if gradient is not None and (any(gradient.stride()) or not gradient.dim()) and bool(gradient.any()):
                 why = "it is used outside of the graphs that torch.compile makes"
                 self._done.missed.setdefault(name, self._reasons.get(name, why))
+
+
+def _note_reason(names: Mapping[int, str], reasons: dict[str, str], weight: Tensor, reason: str) -> None:
+    name = names.get(weight.data_ptr())
+    if name is not None:
+        reasons[name] = reason

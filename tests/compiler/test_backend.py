@@ -154,7 +154,7 @@ class TestArguments:
             torch.compile(model, backend=backend, **asked)(torch.randn(3, 40))
 
     def test_a_model_in_place_of_masks(self) -> None:
-        with pytest.raises(ArgumentError, match="Sequential; give the Masks"):
+        with pytest.raises(ArgumentError, match="Sequential; give those that trace_and_mask"):
             sylva_compile.backend(small())  # type: ignore[arg-type]
 
     def test_unbound_masks(self) -> None:

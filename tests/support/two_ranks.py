@@ -30,8 +30,8 @@ def process_group(rank: int, store: str, ranks: int = 2) -> Iterator[dist.Proces
 def run(script: str, *arguments: str | Path, timeout: float = 300, ranks: int = 2) -> list[str]:
     """Run `python SCRIPT RANK *arguments` for every rank; return the output of each. None outlives the call."""
     path = Path(__file__).parent / script
-    # One thread a rank: more would wait for each other on a small machine.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # One thread a rank: more would wait for each other on a small machine. Scripts import the benchmarks as well.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(path.parents[2])}
     processes = [
         subprocess.Popen(
             [sys.executable, path, str(rank), *arguments], stdout=subprocess.PIPE, text=True, env=environment
