@@ -303,10 +303,11 @@ def main(directory: Path) -> None:
         if ranks == 4:
             other_moves_in_other_copies(how)
             continue
-        like_one_process(how, muon, 1e-5, "aot_eager")
         adapters(how, directory)
         if ranks == 3:
+            like_one_process(how, muon, 1e-5)
             continue
+        like_one_process(how, muon, 1e-5, "aot_eager")
         like_one_process(how, torch_adamw, 1e-5, "aot_eager", reshard_after_forward=False)
         accumulated(how)
         in_bfloat16(how)
