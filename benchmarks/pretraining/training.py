@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import sylva_compile
 from benchmarks.quality.tasks.base import without_dropout
-from benchmarks.quality.tasks.small_gpt2 import Recipe, gather, train_tokenizer
+from benchmarks.quality.tasks.small_gpt2 import Recipe, gather, train_tokenizer, warm_and_cool
 from sylva_compile.schedules import MaskChange
 
 
@@ -169,9 +169,3 @@ def check_gradients(model: torch.nn.Module) -> None:
     """Assert that the first backward pass reached every parameter."""
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.any()), f"{name} has no gradient"
-
-
-def warm_and_cool(at: int, steps: int) -> float:
-    """Return the factor of the learning rate in step `at` of `steps`."""
-    warm = max(1, steps // 20)
-    return (at + 1) / warm if at < warm else 0.5 * (1 + math.cos(math.pi * (at - warm) / (steps - warm)))

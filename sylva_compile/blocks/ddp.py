@@ -1,4 +1,4 @@
-"""What is known of the DistributedDataParallel that averages the gradients of blocks, and the checks of it."""
+"""Notes which DistributedDataParallel averages the gradients of blocks, and checks that it can."""
 
 import hashlib
 import weakref
@@ -48,22 +48,27 @@ def note_wrapper(ddp: DistributedDataParallel, states: Iterable[BlockState]) -> 
 
 def check_same_places(states: Iterable[BlockState], group: Any) -> None:
     """Raise EmbedError unless the blocks of `states` are in the same places on all processes of `group`."""
-    if not same_on_all(group, {state.name: state.mask.positions for state in states}):
+    if not same_on_all(group, digest_of({state.name: state.mask.positions for state in states})):
         raise EmbedError(
             "The processes have blocks in different places, and their gradients would be averaged across them; give "
             "process_group=... to trace_and_mask, or the same seed on all processes."
         )
 
 
-def same_on_all(group: Any, positions: Mapping[str, Tensor]) -> bool:
-    """Whether all processes of `group` give the same positions; no group is one process. All of them call it."""
-    if group is None or get_world_size(group) == 1:
-        return True
+def digest_of(positions: Mapping[str, Tensor]) -> str:
+    """Return a digest of tensors on any device, by name."""
     digest = hashlib.sha256()
     for name in sorted(positions):
         digest.update(name.encode() + positions[name].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def same_on_all(group: Any, digest: str) -> bool:
+    """Whether all processes of `group` give the same digest; no group is one process. All of them call it."""
+    if group is None or get_world_size(group) == 1:
+        return True
     digests: list[str | None] = [None] * get_world_size(group)
-    all_gather_object(digests, digest.hexdigest(), group=group)
+    all_gather_object(digests, digest, group=group)
     return len(set(digests)) == 1
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.ddp import group_that_averages, same_on_all
+from sylva_compile.blocks.ddp import digest_of, group_that_averages, same_on_all
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.layout import update_input_channels
 from sylva_compile.errors import ArgumentError, EmbedError, MaskError
@@ -70,7 +70,7 @@ def check_no_gradients(name: str, state: BlockState) -> None:
 
 def check_same_on_all_ranks(states: Iterable[BlockState], new: Mapping[str, BlockMask]) -> None:
     """Raise EmbedError if processes whose gradients are averaged would move blocks to different places."""
-    if not same_on_all(group_that_averages(states), {name: mask.positions for name, mask in new.items()}):
+    if not same_on_all(group_that_averages(states), digest_of({name: mask.positions for name, mask in new.items()})):
         raise EmbedError(
             "The processes would move blocks to different places, and their gradients would be averaged across them; "
             "choose the places with one seed, or on one process for all."

@@ -72,17 +72,21 @@ def put(tensor: Tensor, values: Tensor) -> None:
     torch.autograd.graph.increment_version(tensor)
 
 
+def split_modules(model: nn.Module) -> list[Any]:
+    """Return the modules of `model` that `fully_shard` has taken, the outer ones first."""
+    # There are some only once its package is imported, which takes a second.
+    package = sys.modules.get("torch.distributed.fsdp")
+    return [] if package is None else [module for module in model.modules() if isinstance(module, package.FSDPModule)]
+
+
 def reshard(model: nn.Module) -> None:
     """Let `fully_shard` free what it still holds gathered of `model`; its parameters are the shards then.
 
     All processes call it: the next pass gathers again on all of them. After an evaluation, the parameters of the
     outermost module, and of others with `reshard_after_forward=False`, are gathered tensors until a backward pass.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    for module in split_modules(model):
+        module.reshard()
 
 
 def rows_of(tensor: Any) -> tuple[int, int]:

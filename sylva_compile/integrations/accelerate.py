@@ -112,7 +112,7 @@ def register_blocks_for_checkpointing(accelerator: "Accelerator", *schedules: Sc
 
 
 class _BesideDense:
-    """What a checkpoint of the dense models lacks of a training with blocks; all processes save and load it."""
+    """Adds to a checkpoint of dense models what a training with blocks needs; all processes save and load it."""
 
     def __init__(self, accelerator: "Accelerator", schedules: Sequence[Schedule]) -> None:
         self._accelerator, self._schedules = accelerator, schedules

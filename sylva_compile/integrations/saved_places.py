@@ -30,7 +30,7 @@ def left_behind(state: BlockState) -> bytes:
 
 
 class SavedPlaces:
-    """What a checkpoint holds of one weight, beside the values of its blocks."""
+    """The places of one weight in a checkpoint, with their base values; the values of its blocks are beside them."""
 
     def __init__(self, mask: BlockMask, originals: Tensor, left: bytes) -> None:
         """Take the mask of then, and what `base_at_blocks` and `left_behind` returned then."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sylva_compile._torch import mixed_precision_of_ddp
+from sylva_compile.blocks.ddp import same_on_all
 from sylva_compile.errors import EmbedError
 from sylva_compile.nm.mask import NMMask
 
@@ -50,11 +51,9 @@ def same_places_when_wrapped(ddp: Any, model: nn.Module) -> None:
             "torch.autocast."
         )
     group = ddp.process_group
-    if (size := dist.get_world_size(group)) == 1:
+    if dist.get_world_size(group) == 1:
         return
-    digests: list[str | None] = [None] * size
-    dist.all_gather_object(digests, _digest(modules), group=group)
-    if len(set(digests)) > 1:
+    if not same_on_all(group, _digest(modules)):
         raise EmbedError(
             "The processes have pruned their weights in different places, and would train different models; give "
             "process_group=... to prune_masks, or use the same seed on all processes."

@@ -1,6 +1,5 @@
 """Models that `fully_shard` has split over processes: which processes, and their state between two passes."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,15 +8,8 @@ from torch import nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from sylva_compile._torch import abandon_pass, prepare_pass
-from sylva_compile.blocks.shards import is_sharded, processes_of
+from sylva_compile.blocks.shards import is_sharded, processes_of, reshard, split_modules
 from sylva_compile.errors import ArgumentError
-
-
-def split_modules(model: nn.Module) -> list[Any]:
-    """Return the modules of `model` that `fully_shard` has taken, the outer ones first."""
-    # There are some only once its package is imported, which takes a second.
-    package = sys.modules.get("torch.distributed.fsdp")
-    return [] if package is None else [module for module in model.modules() if isinstance(module, package.FSDPModule)]
 
 
 def sharing_processes(weights: Mapping[str, nn.Parameter], group: ProcessGroup | None) -> ProcessGroup | None:
@@ -52,7 +44,7 @@ def between_passes(model: nn.Module) -> Iterator[None]:
     modules = split_modules(model)
     for module in modules:
         prepare_pass(module)
-        module.reshard()
+    reshard(model)
     try:
         yield
     except BaseException:
@@ -60,5 +52,4 @@ def between_passes(model: nn.Module) -> Iterator[None]:
             abandon_pass(module)
         raise
     finally:
-        for module in modules:
-            module.reshard()
+        reshard(model)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from sylva_compile._torch import compiled_call, set_compiled_call
 from sylva_compile.blocks.scope import owners_of
-from sylva_compile.blocks.shards import compute_device
+from sylva_compile.blocks.shards import compute_device, split_modules
 from sylva_compile.errors import TraceError
 from sylva_compile.kernels.observe import observing
 from sylva_compile.tracing.batches import LossFn, count_sequences, loss_of, tensors_of, to_device
@@ -30,7 +30,7 @@ from sylva_compile.tracing.observation import Listener, check_loss, untouched, w
 from sylva_compile.tracing.probes import probes
 from sylva_compile.tracing.progress import TraceProgress
 from sylva_compile.tracing.ranks import together, turns
-from sylva_compile.tracing.sharded import between_passes, split_modules
+from sylva_compile.tracing.sharded import between_passes
 from sylva_compile.tracing.sightings import Sightings
 
 

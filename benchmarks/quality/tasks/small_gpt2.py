@@ -157,7 +157,7 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, texts: Sequence
     sequences = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     steps = recipe.epochs * (len(sequences) // recipe.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _warm_and_cool(at, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: warm_and_cool(at, steps))
     started = time.monotonic()
     for at in range(steps):
         if at % (steps // recipe.epochs) == 0:
@@ -181,6 +181,7 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, texts: Sequence
     return model
 
 
-def _warm_and_cool(at: int, steps: int) -> float:
+def warm_and_cool(at: int, steps: int) -> float:
+    """Return the factor of the learning rate in step `at`: up for a twentieth of the steps, then half a cosine."""
     warm = max(1, steps // 20)
     return (at + 1) / warm if at < warm else 0.5 * (1 + math.cos(math.pi * (at - warm) / (steps - warm)))
