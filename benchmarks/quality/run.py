@@ -64,6 +64,8 @@ class Runner:
         """Train and evaluate the model of `run`; return the measurements of its row."""
         started = time.perf_counter()
         settings = run.settings
+        # Dynamo compiles one code a few times, for all models of a process together, and then runs it as it is.
+        torch.compiler.reset()
         data = self.data(run)
         model = self.model(run)
         batches = [batch for epoch in range(settings.epochs) for batch in self.batches(run, 1000 * run.seed + epoch)]

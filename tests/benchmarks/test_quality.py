@@ -492,6 +492,16 @@ def test_a_compiled_run_comes_to_the_same(data: Path) -> None:
     assert compiled["saved_bytes"] < plain["saved_bytes"]
 
 
+def test_later_runs_are_compiled_like_the_first(data: Path) -> None:
+    settings = Settings(
+        model="tiny", train=32, validation=16, epochs=1, sparsity=0.7, block_size=8, compile="aot_eager"
+    )
+    runner = quality.Runner(data)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        saved = [runner.do(Run("sst2", "random", CHANCE, settings, 1e-2, seed))["saved_bytes"] for seed in range(2)]
+    assert saved[1] == pytest.approx(saved[0], rel=0.05)
+
+
 def test_a_step_and_the_floor_take_turns_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     floor, model, batches = load_model("tiny", 0), load_model("tiny", 0), [batch() for _ in range(3)]
     start = [parameter.clone() for parameter in floor.parameters()]
