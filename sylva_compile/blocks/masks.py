@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from sylva_compile.blocks.block_mask import BlockMask, check_block_fits
 from sylva_compile.blocks.embed import block_states, embed
-from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.mask_summary import summary_of
 from sylva_compile.blocks.moving import Carry, move, resume
+from sylva_compile.blocks.quantised_base import check_blocks_divide, fingerprint_of_bases
 from sylva_compile.blocks.scope import check_not_split, check_weight, named_weights, unwrap
 from sylva_compile.config import check_block_size
 from sylva_compile.errors import MaskError
 from sylva_compile.files import to_json, write_file
+from sylva_compile.quantised.registry import shape_of
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +109,11 @@ class Masks(Mapping[str, BlockMask]):
             raise MaskError(f"The model has no parameter {missing[0]!r}; name weights as in model.named_parameters().")
         for name in block_maps:
             check_not_split(model, name, parameters[name])
-        check_block_fits(block_size, {name: tuple(parameters[name].shape) for name in block_maps})
+        check_block_fits(block_size, {name: shape_of(parameters[name]) for name in block_maps})
         blocks = {}
         for name, block_map in block_maps.items():
             check_weight(name, parameters[name])
-            blocks[name] = BlockMask.from_block_map(block_map, parameters[name].shape, block_size)
+            blocks[name] = BlockMask.from_block_map(block_map, shape_of(parameters[name]), block_size)
         return cls(blocks, model=model, config={"method": "by hand", "block_size": block_size})
 
     def bind(self, model: nn.Module) -> None:
@@ -128,11 +129,11 @@ class Masks(Mapping[str, BlockMask]):
             if name not in parameters:
                 raise MaskError(f"These masks name {name!r}, which this model lacks; make masks for this model.")
             check_not_split(model, name, parameters[name])
-            if tuple(parameters[name].shape) != mask.shape:
-                found = tuple(parameters[name].shape)
+            if (found := shape_of(parameters[name])) != mask.shape:
                 raise MaskError(f"{name} is {found} here and {mask.shape} in these masks; make masks for this model.")
-        for name in self:
+        for name, mask in self.items():
             check_weight(name, parameters[name])
+            check_blocks_divide({name: parameters[name]}, mask.block_size)
         self._model = weakref.ref(model)
 
     def embed(self, model: nn.Module | None = None) -> nn.Module:
@@ -282,7 +283,7 @@ class Masks(Mapping[str, BlockMask]):
         wanted = self.config.get("base")
         if wanted is None or block_states(model) or not all(name in parameters for name in self):
             return
-        if base_fingerprint(parameters[name] for name in self) != wanted:
+        if fingerprint_of_bases(model, (parameters[name] for name in self)) != wanted:
             log.warning(
                 "These masks were chosen for other weights than this model's; trace again unless that is what you want."
             )
