@@ -122,15 +122,24 @@ def assert_losses_agree(losses: list[float], dtype: torch.dtype = torch.float32)
     assert max(losses) - min(losses) < allowed, f"losses differ: {losses}"
 
 
+def plain_tensors(tensor: Any) -> list[Tensor]:
+    """Return `tensor`, or the tensors that it wraps: some quantised weights consist of several."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in plain_tensors(getattr(tensor, name))]
+
+
 def saved_bytes(variant: Variant) -> tuple[int, float]:
     """Return the bytes of distinct storages that the forward pass saves for the backward, and the loss."""
-    known = {t.untyped_storage().data_ptr() for t in [*variant.model.parameters(), *variant.model.buffers()]}
+    held = [*variant.model.parameters(), *variant.model.buffers()]
+    known = {plain.untyped_storage().data_ptr() for tensor in held for plain in plain_tensors(tensor)}
     storages: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage
+        for storage in (plain.untyped_storage() for plain in plain_tensors(tensor)):
+            if storage.data_ptr() not in known:
+                storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
