@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.embedded.generated_class import empty_module, generated_class
+from sylva_compile.embedded.wide import stay_wide
 from sylva_compile.errors import EmbedError, MaskError
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.nm.averaging import check_averaged, note_carried
@@ -89,10 +91,7 @@ class NMModule:
         for name, before in masters.items():
             after = module._parameters[name]
             note_carried(after, layout.name)
-            if after.dtype != wide:
-                gradient, after.grad = after.grad, None
-                after.data = before.to(device=after.device, dtype=wide)
-                after.grad = None if gradient is None else gradient.to(wide)
+            stay_wide(after, before, wide)
         layout.to(module._parameters[VALUES].device)
         if low_rank is not None:
             low_rank.to(module._parameters[VALUES].device)
@@ -208,19 +207,11 @@ def dense_left(module: Any) -> Tensor:
     return low_rank.dense_left(module._parameters[VALUES].detach()[out:], low_rank.folded[out:])
 
 
-_classes: dict[type, type] = {}
-
-
 def nm_class(base: type) -> type:
     """Return the subclass of `base` whose weight is pruned; made once and kept."""
-    if base not in _classes:
-        members = {"__module__": __name__, "_nm_base": base}
-        _classes[base] = type(f"NM{base.__name__}", (NMModule, base), members)
-    return _classes[base]
+    return generated_class(NMModule, base, "NM", lambda: {"_nm_base": base})
 
 
 def _rebuild(base: type) -> nn.Module:
     """Make an empty module of the generated class; pickles name this function, and then set the module's state."""
-    cls: Any = nm_class(base)
-    module: nn.Module = cls.__new__(cls)
-    return module
+    return empty_module(nm_class(base))

@@ -449,7 +449,14 @@ def test_summary_and_report_name_the_kernels() -> None:
     case, masks = pruned("gpt2", dtype=torch.float32)
     assert masks.model is case.model
     backend = sylva_compile.backend(masks)
-    assert str(backend.report()) == "4 weights are pruned; masks.summary(tokens) names their kernels."
+    before = backend.report()
+    assert str(before).endswith("not run, input gradient not run\n4 weights are pruned.") and not before
+    name = next(iter(before.others))
+    case.model(**case.batch).loss.backward()
+    assert before.others[name] == "2:4, forward not run, input gradient not run"
+    tokens = case.batch["input_ids"].numel()
+    ran = f"2:4, forward sparse at {tokens} tokens, input gradient sparse at {tokens} tokens"
+    assert backend.report().others == dict.fromkeys(before.others, ran)
     first, line, *_, last = masks.summary(4).splitlines()
     assert first.endswith("kernels at 4 tokens") and line.endswith(("sparse and sparse", "dense and dense"))
     assert last == "4 weights, 6,144 of 12,288 elements kept (50.0%)."
