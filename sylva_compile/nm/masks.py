@@ -14,6 +14,7 @@ from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.embedded.bound_masks import BoundMasks
 from sylva_compile.errors import EmbedError, MaskError
 from sylva_compile.nm.embedding import embed, nm_modules
+from sylva_compile.nm.freezing import freeze
 from sylva_compile.nm.low_rank import LEFT, RIGHT
 from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.mask_file import read_masks, write_masks
@@ -131,6 +132,15 @@ class NMMasks(BoundMasks[NMMask]):
         """
         for module in self.modules().values():
             module._nm_layout.change(values_of(module))
+
+    def freeze(self) -> None:
+        """Let the bound model be for inference alone, in place, with less memory and the same output but for rounding.
+
+        Second masks are dropped. Values and adapters are frozen and take their weights' dtype. Forward passes whose
+        input requires grad raise EmbedError from then on, and so do steps of optimizers made before.
+        `fold_low_rank(model)` does all this, and folds adapters.
+        """
+        freeze(self.embed())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return what the model's own state dict lacks to resume a training exactly, by weight name.

@@ -58,14 +58,15 @@ class NMModule:
                 x = x.to(torch.get_autocast_dtype(kind))
         elif x.dtype != layout.dtype:
             raise EmbedError(f"{layout.name} computes in {layout.dtype} and is given {x.dtype}; convert one of them.")
+        if layout.frozen and torch.is_grad_enabled() and x.requires_grad:
+            done = "frozen" if low_rank is None or low_rank.folded is None else "folded"
+            raise EmbedError(f"{layout.name} is {done} for inference; run it under torch.no_grad().")
         if low_rank is not None and low_rank.folded is not None:
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise EmbedError(f"{layout.name} is folded for inference; run it under torch.no_grad().")
             both = nm_linear(x, values, low_rank.folded)
             out = both[..., : layout.out_features]
             out = out + (both[..., layout.out_features :] @ module.weight_right.to(x.dtype)) / low_rank.rank
         else:
-            second = (layout.rows, layout.slots) if layout.double else None
+            second = (layout.rows, layout.slots) if layout.double and not layout.frozen else None
             out = nm_linear(x, values, layout.columns, second, (layout.n, layout.m))
             if low_rank is not None:
                 out = out + low_rank.output(x, module.weight_left, module.weight_right)
@@ -86,8 +87,7 @@ class NMModule:
         probe = fn(torch.empty(0, dtype=layout.dtype, device=masters[VALUES].device))
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         layout.dtype = probe.dtype
-        folded = low_rank is not None and low_rank.folded is not None
-        wide = layout.dtype if folded else block_dtype(layout.dtype)
+        wide = layout.dtype if layout.frozen else block_dtype(layout.dtype)
         for name, before in masters.items():
             after = module._parameters[name]
             note_carried(after, layout.name)

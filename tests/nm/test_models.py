@@ -628,3 +628,32 @@ def test_semi_structured_weights_are_refused_where_torch_has_none() -> None:
         sylva_compile.export_pruned(case.model, "semi-structured")
     with pytest.raises(EmbedError, match="no pruned weights"):
         sylva_compile.export_pruned(tiny("llama").model)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_frozen_model_computes_the_same_without_what_training_needs(rank: int) -> None:
+    case, masks = pruned(dtype=torch.bfloat16)
+    if rank:
+        sylva_compile.add_low_rank(case.model, rank)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    case.model(**case.batch).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        before = case.model(**case.batch).logits
+        masks.freeze()
+        masks.freeze()
+        assert torch.equal(case.model(**case.batch).logits, before)
+    name, module = next(iter(masks.modules().items()))
+    layout = module._nm_layout
+    assert layout.rows.numel() == layout.slots.numel() == 0
+    assert {parameter.dtype for parameter in masks.parameters()} == {torch.bfloat16}
+    with pytest.raises(EmbedError, match=f"{name} is frozen for inference; run it under torch.no_grad"):
+        case.model(**case.batch)
+    with pytest.raises(EmbedError, match="The optimizer holds"):
+        optimizer.step()
+    dense = tiny("llama", layers=1).model.to(torch.bfloat16)
+    dense.load_state_dict(sylva_compile.export_pruned(case.model))
+    with torch.no_grad():
+        wide = copy.deepcopy(case.model).double()
+        wanted = dense.double()(**case.batch).logits
+        torch.testing.assert_close(wide(**case.batch).logits, wanted, rtol=2e-2, atol=2e-2)
