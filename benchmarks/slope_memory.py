@@ -14,11 +14,12 @@ are counted, each memory once.
 """
 
 import argparse
+import functools
 import gc
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sylva_compile
 from benchmarks.command import parser_of
@@ -58,18 +59,14 @@ def measure(options: argparse.Namespace, pattern: Pattern | None) -> dict[str, i
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.arange(options.tokens, device=device)[None] % 100
 
-    def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-
-    step()
+    train(model, optimizer, ids)
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
     found = {"held": above()}
     optimizer.zero_grad()
     between = above()
-    found["peak"] = between + peak_above(step, device)[1]
+    found["peak"] = between + peak_above(functools.partial(train, model, optimizer, ids), device)[1]
     optimizer.zero_grad()
-    del optimizer, step
+    del optimizer
     found["evaluated"] = above()
     if masks is not None:
         masks.freeze()
@@ -80,6 +77,12 @@ def measure(options: argparse.Namespace, pattern: Pattern | None) -> dict[str, i
     for name, share in SHARES.items():
         found[name] = folded(above, shape, pattern, share, device)
     return found
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+    """Run one step."""
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
 
 
 def folded(
