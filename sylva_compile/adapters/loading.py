@@ -37,9 +37,8 @@ from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.quantised_base import checksum_of, kind_of
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import put, reshard
+from sylva_compile.compiler.kinds import KINDS
 from sylva_compile.errors import AdapterError
-from sylva_compile.nm.embedding import nm_modules
-from sylva_compile.nm.export import unprune
 from sylva_compile.quantised.registry import shape_of
 
 
@@ -180,10 +179,9 @@ def merge_and_unload(model: nn.Module, *, dequantise: bool = False) -> nn.Module
     states = block_states(model)
     check_may_merge(states, dequantise=dequantise)
     dense = trained_weights(model, states)
-    unembed(model)
+    for kind in KINDS:
+        kind.unembed(model)
     make_dense(model, dense)
-    if nm_modules(model):
-        unprune(model)
     forget_adapters(model)
     replaced_tensors(model).clear()
     return model

@@ -14,13 +14,13 @@ from sylva_compile.blocks import registry
 from sylva_compile.blocks.averaging import average_gradients
 from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.ddp import check_not_wrapped
 from sylva_compile.blocks.embedded_module import EmbeddedModule, embedded_class
 from sylva_compile.blocks.quantised_base import check_can_carry, quantised_base
 from sylva_compile.blocks.quantised_module import quantised_class
 from sylva_compile.blocks.quantised_state import QuantisedState
 from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
 from sylva_compile.blocks.shards import is_sharded, reshard
+from sylva_compile.embedded.wrapping import check_not_wrapped
 from sylva_compile.errors import EmbedError
 
 _Owners = list[tuple[nn.Module, str]]

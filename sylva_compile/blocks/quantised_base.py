@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from sylva_compile.blocks.fingerprint import base_fingerprint, checksum
+from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.scope import owners_of
 from sylva_compile.blocks.shards import whole
 from sylva_compile.errors import ScopeError
@@ -42,13 +42,13 @@ def checksum_of_base(base: QuantisedBase) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def fingerprint_of_bases(model: nn.Module, weights: Iterable[Tensor]) -> str:
-    """Return the fingerprint of the bases `weights` of `model`; that of dense ones is `base_fingerprint(weights)`."""
+def tensors_of_bases(model: nn.Module, weights: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors that hold the bases `weights` of `model`, for fingerprints."""
     found: list[Tensor] = []
     for weight in weights:
         base = quantised_base(model, weight)
         found += [weight] if base is None else base.tensors().values()
-    return base_fingerprint(found)
+    return found
 
 
 def dense_values(model: nn.Module, weight: Tensor) -> Tensor:

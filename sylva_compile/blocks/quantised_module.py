@@ -15,6 +15,7 @@ from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
 from sylva_compile.blocks.ddp import check_averaged
 from sylva_compile.blocks.embedded_module import EmbeddedModule, refuse_moves_before_backward, swapped
 from sylva_compile.blocks.quantised_state import QuantisedState
+from sylva_compile.embedded.generated_class import empty_module, generated_class
 from sylva_compile.errors import EmbedError, MaskError
 from sylva_compile.quantised.linear import EmbedQuantised, QuantisedLinear
 
@@ -136,19 +137,11 @@ class QuantisedModule(EmbeddedModule):
         return rebuild_quantised, (self._sylva_base,), module.__getstate__()
 
 
-_classes: dict[type, type] = {}
-
-
 def quantised_class(base: type) -> type:
     """Return the subclass of `base` whose quantised weight carries blocks; made once and kept."""
-    if base not in _classes:
-        members = {"__module__": __name__, "_sylva_base": base}
-        _classes[base] = type(f"Embedded{base.__name__}", (QuantisedModule, base), members)
-    return _classes[base]
+    return generated_class(QuantisedModule, base, "Embedded", lambda: {"_sylva_base": base})
 
 
 def rebuild_quantised(base: type) -> nn.Module:
     """Make an empty module of the generated class; pickles name this function, and then set the module's state."""
-    cls: Any = quantised_class(base)
-    module: nn.Module = cls.__new__(cls)
-    return module
+    return empty_module(quantised_class(base))

@@ -18,6 +18,7 @@ from sylva_compile.blocks.left_values import LeftValues
 from sylva_compile.blocks.places import round_stochastically, where
 from sylva_compile.blocks.quantised_base import checksum_of_base
 from sylva_compile.blocks.quantised_originals import QuantisedOriginals
+from sylva_compile.embedded.wide import stay_wide
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import block_dtype, grid_shape, read_blocks
 from sylva_compile.kernels.step.table import Target
@@ -108,10 +109,7 @@ class QuantisedState(BlockState):
     def follow_move(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
         """Follow the module's tensors to another device; blocks keep their dtype, and `masters` are their values."""
         self.weight, self.blocks = self.live_weight, self.live_blocks = weight, blocks
-        if blocks.dtype != masters.dtype:
-            gradient, blocks.grad = blocks.grad, None
-            blocks.data = masters.to(blocks.device)
-            blocks.grad = None if gradient is None else gradient.to(masters.dtype)
+        stay_wide(blocks, masters, masters.dtype)
         if weight.device.type != "meta":
             self.layout.to(weight.device)
             self.left.to(weight.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sylva_compile.blocks.quantised_base import quantised_base
 from sylva_compile.blocks.scope import owners_of
+from sylva_compile.embedded.generated_class import generated_class
 from sylva_compile.errors import TraceError
 from sylva_compile.quantised.format import Format
 
@@ -76,7 +77,7 @@ def quantised_probes(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> I
                 classes[module] = type(module)
                 module._parameters["weight" + SUFFIX] = found[name]
                 module.__dict__["_sylva_probed"] = base.format
-                module.__class__ = _probed_class(classes[module])
+                module.__class__ = generated_class(_ProbedModule, classes[module], "Probed")
         yield found
     finally:
         for module, kind in classes.items():
@@ -87,13 +88,3 @@ def quantised_probes(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> I
 
 def _probe(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     return nn.Parameter(torch.zeros(1, dtype=dtype, device=device).expand(shape))
-
-
-_classes: dict[type, type] = {}
-
-
-def _probed_class(base: type) -> type:
-    """Return the subclass of `base` that multiplies by its dequantised weight; made once and kept."""
-    if base not in _classes:
-        _classes[base] = type(f"Probed{base.__name__}", (_ProbedModule, base), {"__module__": __name__})
-    return _classes[base]

@@ -12,8 +12,9 @@ from torch.distributed import ProcessGroup
 
 from sylva_compile.blocks.block_mask import BlockMask, check_block_fits
 from sylva_compile.blocks.embed import block_states
+from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.masks import Masks
-from sylva_compile.blocks.quantised_base import check_can_carry, fingerprint_of_bases, quantised_base
+from sylva_compile.blocks.quantised_base import check_can_carry, quantised_base, tensors_of_bases
 from sylva_compile.blocks.scope import input_axis, log_share_left_out, owners_of, unwrap, weights_in_scope
 from sylva_compile.blocks.shards import compute_device, reshard
 from sylva_compile.config import SylvaConfig, takes_config
@@ -152,7 +153,7 @@ def _bound_masks(
     origin = {
         **config.provenance(),
         "versions": {"torch": torch.__version__, "sylva-compile": __version__},
-        "base": fingerprint_of_bases(model, (weights[name] for name in blocks)),
+        "base": base_fingerprint(tensors_of_bases(model, (weights[name] for name in blocks))),
     }
     masks = Masks(blocks, model=model, config=origin)
     trained = sum(mask.trainable for mask in blocks.values()) / sum(math.prod(mask.shape) for mask in blocks.values())
