@@ -173,6 +173,30 @@ def card_table() -> str:
     return markdown(["model", "blocks", "AdamW, in all", *left, "Muon, in all", *left], rows)
 
 
+def nf4_bytes(values: int, *, double: bool) -> int:
+    """Return the bytes of `values` in NF4 of bitsandbytes: half a byte each, and a scale for each block of 64.
+
+    A scale is float32; quantised again (`double`), it is a byte, and each 256 of them have a float32 scale.
+    """
+    scales = values // 64
+    return values // 2 + (scales + 4 * (scales // 256) if double else 4 * scales)
+
+
+def quantised_table() -> str:
+    """Return the table of bytes in an NF4 base with double quantisation, by model and share of the blocks."""
+    rows = []
+    for name, model in MODELS.items():
+        for sparsity in SPARSITIES:
+            config = SylvaConfig(sparsity=sparsity)
+            trained, masked = trainable(model, config), model.masked()
+            packed = nf4_bytes(masked, double=True) + 2 * (model.parameters() - masked)
+            total = packed + 4 * trained * (2 + STATES["AdamW"])
+            left = (gib(card * GIB - total) if card * GIB > total else "–" for card in CARDS)
+            rows.append([name, f"{1 - sparsity:.0%}", gib(packed), gib(total), *left, gib(2 * masked)])
+    left_of = [f"left of {card}" for card in CARDS]
+    return markdown(["model", "blocks", "base, NF4", "AdamW, in all", *left_of, "moving, at most"], rows)
+
+
 def trace_table() -> str:
     """Return the table of bytes of a trace, by model and score."""
     rows = []
@@ -193,7 +217,7 @@ def gib(count: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print the tables."""
     parser_of(__spec__, __doc__).parse_args(argv)
-    for table in (training_table(), card_table(), trace_table()):
+    for table in (training_table(), card_table(), quantised_table(), trace_table()):
         print(f"{table}\n")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import parser_of
-from benchmarks.memory_arithmetic import card_table, trace_table, training_table
+from benchmarks.memory_arithmetic import card_table, quantised_table, trace_table, training_table
 from benchmarks.report import markdown
 from benchmarks.scaling import cell, megabytes
 
@@ -234,6 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory of N:M weights": slope_memory_table,
     "memory of a training": training_table,
     "memory of cards": card_table,
+    "memory of quantised bases": quantised_table,
     "memory of a trace": trace_table,
 }
 

@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": device,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
+        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft", "bitsandbytes")},
         "commit": _commit(),
     }
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sylva_compile
+from sylva_compile.blocks.quantised_base import quantised_base
 
 VARIANTS = ("frozen", "sylva", "lora", "lora eager", "full")
 FLOORS = ("frozen", "sylva")
@@ -122,15 +123,30 @@ def assert_losses_agree(losses: list[float], dtype: torch.dtype = torch.float32)
     assert max(losses) - min(losses) < allowed, f"losses differ: {losses}"
 
 
+def scales_of(model: nn.Module) -> list[Tensor]:
+    """Return what quantised weights hold beside their packed values, in attributes that are no buffers."""
+    bases = (quantised_base(model, weight) for weight in model.parameters())
+    return [tensor for base in bases if base is not None for tensor in base.tensors().values()]
+
+
+def plain_tensors(tensor: Any) -> list[Tensor]:
+    """Return `tensor`, or the tensors that it wraps: some quantised weights consist of several."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in plain_tensors(getattr(tensor, name))]
+
+
 def saved_bytes(variant: Variant) -> tuple[int, float]:
     """Return the bytes of distinct storages that the forward pass saves for the backward, and the loss."""
-    known = {t.untyped_storage().data_ptr() for t in [*variant.model.parameters(), *variant.model.buffers()]}
+    held = [*variant.model.parameters(), *variant.model.buffers(), *scales_of(variant.model)]
+    known = {plain.untyped_storage().data_ptr() for tensor in held for plain in plain_tensors(tensor)}
     storages: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage
+        for storage in (plain.untyped_storage() for plain in plain_tensors(tensor)):
+            if storage.data_ptr() not in known:
+                storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

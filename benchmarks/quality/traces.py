@@ -60,7 +60,7 @@ def block_scores(model: nn.Module, batches: Iterable[Batch], config: SylvaConfig
     if not config.needs_data:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            scored = score_without_data(weights, config)
+            scored = score_without_data(model, weights, config)
         return Scores(scored.scores, specs, time.perf_counter() - started)
     estimators = Estimators(specs, config)
     done = observe(model, weights, estimators, batches, num_samples=config.num_samples)

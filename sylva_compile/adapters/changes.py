@@ -35,7 +35,7 @@ def changed_values(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         contiguous copies on the weight's device.
 
     Raises:
-        AdapterError: the model carries no blocks, or a weight has more than 2³¹ elements.
+        AdapterError: the model carries no blocks, a weight is quantised, or one has more than 2³¹ elements.
         EmbedError: a base is not known any more, or `disable_adapter` shows it. All errors come from this call, before
             anything is yielded.
     """
@@ -45,6 +45,11 @@ def changed_values(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         state.check_enabled()
         state.sync()
         state.check_base_known()
+        if state.is_quantised:
+            raise AdapterError(
+                f"{name} is quantised, and values cannot be written into a packed weight; send the file that "
+                "save_adapter writes, or call merge_and_unload(model, dequantise=True) first."
+            )
         if state.weight.numel() > _MOST_ELEMENTS:
             raise AdapterError(
                 f"{name} has {state.weight.numel():,} elements, more than 32-bit indices reach; send the whole weight."

@@ -14,7 +14,6 @@ from sylva_compile.adapters.other_tensors import replaced_tensors, tensors_of_bl
 from sylva_compile.adapters.saving import states_to_save
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.scope import unwrap
-from sylva_compile.blocks.shards import read_places
 from sylva_compile.errors import AdapterError
 from sylva_compile.files import replacing_files, to_json
 
@@ -91,7 +90,7 @@ def _changes(state: BlockState) -> tuple[Tensor, Tensor]:
     state.check_synced()
     state.check_base_known()
     positions, b = state.originals.places, state.mask.block_size
-    now = read_places(state.weight, positions.to(state.weight.device), b).to("cpu", torch.float32)
+    now = state.values_at(positions).to("cpu", torch.float32)
     values = now - state.originals.values.to(torch.float32)
     lane = torch.arange(b, device="cpu")
     rows = (positions[0][:, None, None] * b + lane[:, None]).expand_as(values)

@@ -1,5 +1,6 @@
 """`push_to_hub` and `from_pretrained`: adapters on the Hugging Face Hub, each with a model card."""
 
+import math
 import os
 import re
 import tempfile
@@ -133,7 +134,7 @@ def model_card(model: nn.Module, repo_id: str) -> str:
     settings = next(iter(states.values())).masks_config
     shown = ("method", "score", "sparsity", "block_size", "allocation", "column_budget", "num_samples", "moves")
     trained = sum(state.mask.trainable for state in states.values())
-    total = sum(state.weight.numel() for state in states.values())
+    total = sum(math.prod(state.mask.shape) for state in states.values())
     places = sum(state.originals.count for state in states.values())
     every = sum(state.originals.most for state in states.values())
     rows = [
@@ -146,7 +147,7 @@ def model_card(model: nn.Module, repo_id: str) -> str:
     # An embedded model's own class may have been swapped for a generated one.
     named = (kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers."))
     cls = next(named, type(model)).__name__
-    dtype = str(next(iter(states.values())).weight.dtype).removeprefix("torch.")
+    dtype = next(iter(states.values())).kind
     return f"""---
 {data.to_yaml()}
 ---

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sylva_compile.adapters.dequantising import check_may_merge, make_dense, trained_weights
 from sylva_compile.adapters.format import read_adapter
 from sylva_compile.adapters.other_tensors import (
     bases_of_replaced,
@@ -33,10 +34,12 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states, unembed
 from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.masks import Masks
+from sylva_compile.blocks.quantised_base import checksum_of, kind_of
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import put, reshard
 from sylva_compile.compiler.kinds import KINDS
 from sylva_compile.errors import AdapterError
+from sylva_compile.quantised.registry import shape_of
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Masks:
@@ -138,7 +141,7 @@ def _checked(
             mask, tensors[f"{name}/blocks"], left.to(torch.int64), tensors.get(f"{name}/left"), entry["base"]
         )
     by_weight = states_by_weight(states)
-    _check_base(config, parameters, by_weight, bases_of_replaced(model), directory)
+    _check_base(model, config, parameters, by_weight, bases_of_replaced(model), directory)
     for name, weight in weights.items():
         weight.blocks = weight.blocks.to(parameters[name].device)
         state = by_weight.get(id(parameters[name]))
@@ -154,21 +157,31 @@ def _checked(
     return StoredAdapter(weights, values, {**config.get("masks", {}), "adapter": str(directory)})
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module, *, dequantise: bool = False) -> nn.Module:
     """Make an ordinary model: the trained values stay in the dense weights; blocks and generated classes go.
 
     Of several adapters, the active one stays, and the others are forgotten. Pruned weights become dense, see `unprune`.
+
+    Args:
+        model: an embedded model; one that is not embedded is left alone.
+        dequantise: make dense layers, frozen, of the quantised ones that carry blocks. Packed weights cannot hold what
+            was trained.
 
     Returns:
         The model without wrappers (DistributedDataParallel, `torch.compile`), changed in place.
 
     Raises:
+        AdapterError: a weight with blocks is quantised, and `dequantise` is false; the model is as before then.
         EmbedError: a class was made from an embedded one since (a parametrization), or `disable_adapter` shows the
             base; the model is as before then.
     """
     model = unwrap(model)
+    states = block_states(model)
+    check_may_merge(states, dequantise=dequantise)
+    dense = trained_weights(model, states)
     for kind in KINDS:
         kind.unembed(model)
+    make_dense(model, dense)
     forget_adapters(model)
     replaced_tensors(model).clear()
     return model
@@ -197,6 +210,7 @@ def unload_adapter(model: nn.Module) -> None:
 
 
 def _check_base(
+    model: nn.Module,
     config: Mapping[str, Any],
     parameters: Mapping[str, nn.Parameter],
     by_weight: Mapping[int, BlockState],
@@ -210,7 +224,8 @@ def _check_base(
             raise AdapterError(
                 f"{directory} trains {name}, which this model lacks; load it onto the base it was made for."
             )
-        found = (list(weight.shape), str(weight.dtype).removeprefix("torch."))
+        state = by_weight.get(id(weight))
+        found = (list(shape_of(weight)), kind_of(model, weight) if state is None else state.kind)
         wanted = (entry["shape"], entry["dtype"])
         if found != wanted:
             raise AdapterError(
@@ -218,9 +233,11 @@ def _check_base(
                 "load the base in that shape and dtype."
             )
         check_weight(name, weight)
-        state = by_weight.get(id(weight))
-        base = replaced.get(id(weight), weight) if state is None else state.base_weight()
-        if checksum(base) != entry["base"]:
+        if state is not None:
+            base = state.base_checksum()
+        else:
+            base = checksum(replaced[id(weight)]) if id(weight) in replaced else checksum_of(model, weight)
+        if base != entry["base"]:
             raise AdapterError(
                 f"{directory} was trained on another base: {name} holds other values here; load that base."
             )

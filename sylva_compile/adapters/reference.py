@@ -100,7 +100,8 @@ class ReferenceModel(nn.Module):
         model = self._sylva_model
         with _as_base(model):
             every = named_tensors(model)
-            differing: list[Tensor] = [state.weight for state in block_states(model).values()]
+            states = block_states(model).values()
+            differing: list[Tensor] = [state.blocks if state.is_quantised else state.weight for state in states]
             differing += [every[name] for name in replaced_tensors(model)]
             addresses = {tensor.data_ptr() for tensor in differing}
             found: dict[str, Any] = model.state_dict(*args, **kwargs)

@@ -91,8 +91,8 @@ def write_trained(
             "shape": list(state.mask.shape),
             "block_size": state.mask.block_size,
             "blocks": state.mask.nnz,
-            "dtype": str(state.weight.dtype).removeprefix("torch."),
-            "base": checksum(state.base_weight()),
+            "dtype": state.kind,
+            "base": state.base_checksum(),
         }
     for name, value in whole.items():
         # A buffer may be a mask of attention scores, with -infinity where nothing is attended to.

@@ -27,10 +27,12 @@ from sylva_compile.blocks.embed import block_states, embed, unembed
 from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.moving import check_no_gradients, check_same_on_all_ranks, restart_optimizers, unwrapped
+from sylva_compile.blocks.quantised_base import checksum_of
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import reshard
 from sylva_compile.embedded.wrapping import check_not_wrapped
 from sylva_compile.errors import AdapterError, EmbedError
+from sylva_compile.quantised.registry import shape_of
 
 
 def active_adapter(model: nn.Module) -> str | None:
@@ -133,7 +135,7 @@ def _check(wrapped: nn.Module, states: Mapping[str, BlockState], target: StoredA
         if name not in states or not fits_in_place(states[name], weight):
             check_not_wrapped(wrapped, name)
         here = parameters.get(name)
-        _check_base(name, weight, here, by_weight.get(id(here)), replaced.get(id(here)), adapter_name)
+        _check_base(unwrap(wrapped), name, weight, here, by_weight.get(id(here)), replaced.get(id(here)), adapter_name)
     every = named_tensors(wrapped)
     for name in {*replaced_tensors(unwrap(wrapped)), *target.whole}:
         if name in every and every[name].grad is not None:
@@ -148,6 +150,7 @@ def _check(wrapped: nn.Module, states: Mapping[str, BlockState], target: StoredA
 
 
 def _check_base(
+    model: nn.Module,
     name: str,
     stored: StoredWeight,
     weight: nn.Parameter | None,
@@ -161,10 +164,13 @@ def _check_base(
     """
     if state is not None and state.base_id == stored.base_id:
         return
-    if weight is not None and tuple(weight.shape) == stored.mask.shape:
+    if weight is not None and shape_of(weight) == stored.mask.shape:
         check_weight(name, weight)
-        base = state.base_weight() if state is not None else weight if replaced is None else replaced
-        if checksum(base) == stored.base:
+        if state is not None:
+            base = state.base_checksum()
+        else:
+            base = checksum_of(model, weight) if replaced is None else checksum(replaced)
+        if base == stored.base:
             return
     raise AdapterError(
         f"Adapter {adapter_name!r} was trained on another base: {name} holds other values now, or is gone; load that "
@@ -180,7 +186,7 @@ def _note_bases(states: Mapping[str, BlockState], target: StoredAdapter, adapter
         known = [adapter.weights[name] for adapter in adapters if name in adapter.weights]
         nameless = [weight for weight in known if weight.base is None and weight.base_id == state.base_id]
         if nameless:
-            base = checksum(state.base_weight())
+            base = state.base_checksum()
             for weight in nameless:
                 weight.base = base
 

@@ -12,6 +12,7 @@ writes into a tensor to refuse a backward pass that would use other values than 
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from sylva_compile._torch import set_version
 from sylva_compile.blocks.block_state import BlockState
+from sylva_compile.blocks.quantised_state import QuantisedState
 from sylva_compile.blocks.shards import local, put
 from sylva_compile.errors import EmbedError
 
@@ -46,12 +48,24 @@ class BaseValues:
 
     def show_weight(self, state: BlockState) -> None:
         """Let the dense weight of `state` hold its base; it is synced, and its base known."""
+        if isinstance(state, QuantisedState):
+            self._show_quantised(state)
+            return
         originals = state.originals
         copier, base = originals.copier(state.weight), originals.values
         trained = copier.read()
         self._show(state.weight, lambda: copier.write(base.to(trained.device)), lambda: copier.write(trained), state)
         state.disabled = self._number
         state.mark_synced()
+
+    def _show_quantised(self, state: QuantisedState) -> None:
+        """Let what passes write into the base hold the values of the base."""
+        places = state.mask.positions, state.left.positions.cpu()
+        for tensor, at in zip((state.blocks, state.left.values), places, strict=True):
+            held, base = tensor.detach(), state.originals.at(at)
+            trained = held.clone()
+            self._show(tensor, partial(_copy, held, base), partial(_copy, held, trained), _owner(tensor, state))
+        state.disabled = self._number
 
     def show_tensor(self, tensor: Tensor, base: Tensor) -> None:
         """Let `tensor`, which carries no blocks, hold `base`, a tensor of its shape on any device."""
@@ -100,6 +114,10 @@ class BaseValues:
                 f"{edited[0]} was changed inside of disable_adapter, and the change is lost where there was something "
                 "trained; change weights outside of it."
             )
+
+
+def _owner(tensor: Tensor, state: BlockState) -> BlockState | None:
+    return state if tensor is state.blocks else None
 
 
 @torch.no_grad()

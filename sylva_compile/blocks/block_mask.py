@@ -48,7 +48,7 @@ class BlockMask:
             )
 
     @classmethod
-    def from_block_map(cls, block_map: Tensor, shape: tuple[int, int] | torch.Size, block_size: int) -> "BlockMask":
+    def from_block_map(cls, block_map: Tensor, shape: tuple[int, ...], block_size: int) -> "BlockMask":
         """Make the mask whose blocks are true in `block_map bool[ceil(m/b), ceil(n/b)]`.
 
         Raises:

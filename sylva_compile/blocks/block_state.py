@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sylva_compile.blocks.base_warnings import warn_of_another_base, warn_of_whole
 from sylva_compile.blocks.block_mask import BlockMask
+from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.layout import BlockLayout
 from sylva_compile.blocks.originals import Originals
 from sylva_compile.blocks.places import round_stochastically, where
@@ -21,6 +22,11 @@ from sylva_compile.kernels.blocks import block_dtype, grid_shape
 from sylva_compile.kernels.step.table import TYPES, Target
 
 _bases = itertools.count(1)
+
+
+def new_base_id() -> int:
+    """Return a number that no other base of the process has."""
+    return next(_bases)
 
 
 class BlockState(SyncedBlocks):
@@ -47,6 +53,8 @@ class BlockState(SyncedBlocks):
         masks_config: `Masks.config` of the masks that the weight was embedded with.
     """
 
+    is_quantised = False
+
     def __init__(
         self, name: str, weight: nn.Parameter, mask: BlockMask, axis: int, masks_config: dict[str, Any] | None = None
     ) -> None:
@@ -58,7 +66,7 @@ class BlockState(SyncedBlocks):
         self.writer = writer_of(weight, self.layout.positions, mask.block_size)
         values = read_places(weight, self.layout.positions, mask.block_size)
         self.originals = Originals(weight, mask.positions, mask.block_size)
-        self.base_known, self.base_id = True, next(_bases)
+        self.base_known, self.base_id = True, new_base_id()
         self.moves = self.disabled = 0
         self.had_gradient = False
         self.stepped_by: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -121,7 +129,7 @@ class BlockState(SyncedBlocks):
         if not equal_everywhere(new, old) or not self.base_known:
             warn_of_another_base()
             self.originals = Originals(self.weight, self.mask.positions, self.mask.block_size)
-            self.base_known, self.base_id = True, next(_bases)
+            self.base_known, self.base_id = True, new_base_id()
         self.pull()
 
     def follow_move(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
@@ -165,6 +173,28 @@ class BlockState(SyncedBlocks):
         self.mark_synced()
         return before
 
+    @property
+    def graph_inputs(self) -> tuple[Tensor, ...]:
+        """The tensors that a compiled pass which trains the blocks must be given."""
+        return self.live_weight, self.live_blocks
+
+    @property
+    def kind(self) -> str:
+        """The dtype of the base, as adapters write it."""
+        return str(self.weight.dtype).removeprefix("torch.")
+
+    def base_checksum(self) -> str:
+        """Return the checksum of the base."""
+        return checksum(self.base_weight())
+
+    def values_at(self, places: Tensor) -> Tensor:
+        """Return the trained values at `places int64[2, k]`: `[k, b, b]` in the weight's dtype, on its device."""
+        return read_places(self.weight, places.to(self.weight.device), self.mask.block_size)
+
+    def saved_left(self) -> dict[str, Tensor]:
+        """Return what blocks have left behind, for states of schedules: nothing, since the dense weight holds it."""
+        return {}
+
     def base_weight(self) -> Tensor:
         """Return a copy of the dense weight `[m, n]` as it was before training."""
         dense = self.weight.detach().clone()
@@ -175,8 +205,7 @@ class BlockState(SyncedBlocks):
         """Return the places where blocks have been and are no more, and the weight's values there, on the CPU."""
         places = self.originals.places
         left = places[:, where(self.mask.positions, places, grid_shape(self.mask.shape, self.mask.block_size)) < 0]
-        values = read_places(self.weight, left.to(self.weight.device), self.mask.block_size)
-        return left, values.cpu()
+        return left, self.values_at(left).cpu()
 
     def take_trained(self, blocks: Tensor, left: Tensor, values: Tensor | None, mask: BlockMask | None = None) -> None:
         """Take the values of another training of this base.
@@ -201,7 +230,14 @@ class BlockState(SyncedBlocks):
         self.push()
         self.follow_home()
 
-    def resume(self, mask: BlockMask, blocks: Tensor, places: Tensor, originals: Tensor) -> None:
+    def resume(
+        self,
+        mask: BlockMask,
+        blocks: Tensor,
+        places: Tensor,
+        originals: Tensor,
+        left: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Go on with a training that was interrupted: its blocks were at `mask` and had the values `blocks`.
 
         Args:
@@ -209,6 +245,7 @@ class BlockState(SyncedBlocks):
             blocks: `[nnz, b, b]`.
             places: `int64[2, k]`, every place where blocks had been, on the CPU.
             originals: `[k, b, b]`, the values from before training there.
+            left: of a quantised weight, what `saved_left` returned.
         """
         self._go_to(mask)
         known, self.originals = self.originals, Originals(self.weight, places[:, :0], mask.block_size)

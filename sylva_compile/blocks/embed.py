@@ -15,6 +15,9 @@ from sylva_compile.blocks.averaging import average_gradients
 from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embedded_module import EmbeddedModule, embedded_class
+from sylva_compile.blocks.quantised_base import check_can_carry, quantised_base
+from sylva_compile.blocks.quantised_module import quantised_class
+from sylva_compile.blocks.quantised_state import QuantisedState
 from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
 from sylva_compile.blocks.shards import is_sharded, reshard
 from sylva_compile.embedded.wrapping import check_not_wrapped
@@ -76,7 +79,7 @@ def embed(
             raise EmbedError(f"{name} and {taken[id(weight)]} are one shared weight; give it one mask.")
         taken[id(weight)] = name
         owners = _owners(model, name, weight)
-        planned.append((BlockState(name, weight, mask, input_axis(owners[0][0]), dict(masks_config or {})), owners))
+        planned.append((_state(model, name, weight, mask, owners, dict(masks_config or {})), owners))
     average_gradients(model, [state for state, _ in planned])
     _install_all(planned)
     for state, _ in planned:
@@ -101,7 +104,7 @@ def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] |
     model = unwrap(model)
     states = {name: state for name, state in block_states(model).items() if names is None or name in names}
     for module in model.modules():
-        if "_sylva_states" in module.__dict__ and EmbeddedModule not in type(module).__bases__:
+        if "_sylva_states" in module.__dict__ and "_sylva_base" not in vars(type(module)):
             raise EmbedError(
                 f"{type(module).__name__} was made from an embedded class (a parametrization?); remove that first."
             )
@@ -114,7 +117,7 @@ def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] |
     if sharded := [state.blocks for state in states.values() if is_sharded(state.blocks)]:
         forget_sharded(model, sharded)
     for state in states.values():
-        if restore:
+        if restore and not state.is_quantised:
             state.originals.restore(state.weight)
             state.follow_home()
         state.weight.requires_grad_(state.was_trainable)
@@ -125,6 +128,16 @@ def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] |
             for attribute, state in tuple(module._sylva_states.items()):
                 if state in leaving:
                     _uninstall(module, attribute)
+
+
+def _state(
+    model: nn.Module, name: str, weight: nn.Parameter, mask: BlockMask, owners: _Owners, config: dict[str, Any]
+) -> BlockState:
+    base = quantised_base(model, weight)
+    if base is None:
+        return BlockState(name, weight, mask, input_axis(owners[0][0]), config)
+    check_can_carry(model, {name: weight}, mask.block_size)
+    return QuantisedState(name, weight, mask, base, config)
 
 
 def _owners(model: nn.Module, name: str, weight: nn.Parameter) -> _Owners:
@@ -156,7 +169,7 @@ def _install_all(planned: list[tuple[BlockState, _Owners]]) -> None:
 def _install(module: nn.Module, attribute: str, state: BlockState) -> None:
     held = module.__dict__.get("_sylva_states", {})
     base: type = getattr(type(module), "_sylva_base", type(module))
-    cls = embedded_class(base, (*held, attribute))
+    cls = quantised_class(base) if state.is_quantised else embedded_class(base, (*held, attribute))
     module.register_parameter(attribute + SUFFIX, state.blocks)
     module.__dict__["_sylva_states"] = {**held, attribute: state}
     module.__class__ = cls

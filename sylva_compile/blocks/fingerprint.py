@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sylva_compile._torch import is_traceable_wrapper_subclass
 from sylva_compile.blocks.shards import whole as values_of
 
 _CHUNK = 1 << 22
@@ -20,7 +21,11 @@ def checksum(tensor: Tensor) -> str:
     Words of 64 bits are multiplied by a factor of their place and summed modulo 2⁶⁴: exact integer arithmetic, so the
     result is the same on every device, at the speed of memory. It guards against mistakes, not against malice.
     """
-    whole = values_of(tensor).contiguous()
+    whole = values_of(tensor)
+    if is_traceable_wrapper_subclass(whole):
+        names, _ = whole.__tensor_flatten__()
+        return base_fingerprint(getattr(whole, name) for name in names)
+    whole = whole.contiguous()
     if whole.storage_offset() * whole.element_size() % 8:
         # A slice of a larger tensor that begins amid a word cannot be seen as words.
         whole = whole.clone()

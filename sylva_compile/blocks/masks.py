@@ -15,11 +15,13 @@ from sylva_compile.blocks.embed import block_states, embed
 from sylva_compile.blocks.fingerprint import is_other_base
 from sylva_compile.blocks.mask_summary import summary_of
 from sylva_compile.blocks.moving import Carry, move, resume
+from sylva_compile.blocks.quantised_base import check_blocks_divide, tensors_of_bases
 from sylva_compile.blocks.scope import check_not_split, check_weight, named_weights, unwrap
 from sylva_compile.config import check_block_size
 from sylva_compile.embedded.bound_masks import BoundMasks
 from sylva_compile.embedded.mask_file import MaskFile
 from sylva_compile.errors import MaskError
+from sylva_compile.quantised.registry import shape_of
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +85,11 @@ class Masks(BoundMasks[BlockMask]):
             raise MaskError(f"The model has no parameter {missing[0]!r}; name weights as in model.named_parameters().")
         for name in block_maps:
             check_not_split(model, name, parameters[name])
-        check_block_fits(block_size, {name: tuple(parameters[name].shape) for name in block_maps})
+        check_block_fits(block_size, {name: shape_of(parameters[name]) for name in block_maps})
         blocks = {}
         for name, block_map in block_maps.items():
             check_weight(name, parameters[name])
-            blocks[name] = BlockMask.from_block_map(block_map, parameters[name].shape, block_size)
+            blocks[name] = BlockMask.from_block_map(block_map, shape_of(parameters[name]), block_size)
         return cls(blocks, model=model, config={"method": "by hand", "block_size": block_size})
 
     def bind(self, model: nn.Module) -> None:
@@ -103,8 +105,9 @@ class Masks(BoundMasks[BlockMask]):
             if name in parameters:
                 check_not_split(model, name, parameters[name])
         self.check_shapes(parameters)
-        for name in self:
+        for name, mask in self.items():
             check_weight(name, parameters[name])
+            check_blocks_divide({name: parameters[name]}, mask.block_size)
         self._model = weakref.ref(model)
 
     def embed(self, model: nn.Module | None = None) -> nn.Module:
@@ -236,7 +239,7 @@ class Masks(BoundMasks[BlockMask]):
         parameters = named_weights(model)
         if block_states(model) or not all(name in parameters for name in self):
             return
-        if is_other_base(self.config, (parameters[name] for name in self)):
+        if is_other_base(self.config, tensors_of_bases(model, (parameters[name] for name in self))):
             log.warning(
                 "These masks were chosen for other weights than this model's; trace again unless that is what you want."
             )

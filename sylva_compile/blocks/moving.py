@@ -149,8 +149,8 @@ def resume(
         new[name] = BlockMask(old[name].shape, old[name].block_size, known["positions"].to("cpu", torch.int64))
     _check_masks(states, old, new)
     for name, known in saved.items():
-        states[name].resume(
-            new[name], known["blocks"], known["places"].to("cpu", torch.int64), known["originals"].to("cpu")
-        )
+        left = (known["left_places"], known["left"]) if "left" in known else None
+        places, originals = known["places"].to("cpu", torch.int64), known["originals"].to("cpu")
+        states[name].resume(new[name], known["blocks"], places, originals, left)
     update_input_channels(state.layout for state in states.values())
     return new

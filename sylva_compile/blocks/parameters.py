@@ -1,9 +1,12 @@
 """Counts of trainable parameters, in the words of PEFT."""
 
+import math
+
 from torch import nn
 
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import unwrap
+from sylva_compile.quantised.registry import shape_of
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -20,7 +23,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     others = [parameter for parameter in model.parameters() if id(parameter) not in blocks]
     trained = sum(state.mask.trainable for state in states if state.blocks.requires_grad)
     trained += sum(parameter.numel() for parameter in others if parameter.requires_grad)
-    return trained, sum(parameter.numel() for parameter in others)
+    return trained, sum(math.prod(shape_of(parameter)) for parameter in others)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

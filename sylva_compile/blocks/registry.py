@@ -32,6 +32,7 @@ from sylva_compile.blocks.base_warnings import not_shareable
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import note_wrapper
 from sylva_compile.blocks.partitioned import not_parallel
+from sylva_compile.blocks.quantised_state import QuantisedState
 from sylva_compile.blocks.shards import gather, is_sharded
 from sylva_compile.embedded.wrapping import follow_wrapping
 from sylva_compile.kernels.gate import is_closed
@@ -233,17 +234,18 @@ def _stepped_by(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _restored(values: dict[str, Any]) -> BlockState:
+def _restored(values: dict[str, Any], kind: type[BlockState] = BlockState) -> BlockState:
     """Make a state from the values of another one, and follow it: its blocks may be trained at once."""
-    state = BlockState.__new__(BlockState)
+    state = kind.__new__(kind)
     state.__setstate__(values)
     add(state)
     return state
 
 
 def _reduced(state: BlockState) -> tuple[Any, ...]:
-    return _restored, (state.__getstate__(),)
+    return _restored, (state.__getstate__(), type(state))
 
 
 # However a model is copied: some classes copy their attributes in a `__deepcopy__` of their own.
-copyreg.pickle(BlockState, _reduced)
+for kind in (BlockState, QuantisedState):
+    copyreg.pickle(kind, _reduced)

@@ -1,19 +1,24 @@
 """The weights of a model that a scope names: patterns, wrapped models, shared parameters, weights without blocks."""
 
 import logging
+import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sylva_compile._torch import is_traceable_wrapper_subclass
 from sylva_compile.blocks.partitioned import check_not_parallelized, check_not_partitioned
+from sylva_compile.blocks.refused_modules import check_no_refused
 from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.config import Scope
 from sylva_compile.errors import ScopeError
+from sylva_compile.quantised.registry import format_of, refusal_text, refused_format, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +115,7 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     model = unwrap(model)
     head = _output_head(model)
     layers = {plain_name(name): m for name, m in model.named_modules() if is_linear(m)}
+    in_scope: Callable[[str], bool] | None = None
     if scope == "all-linear":
         inside = set() if head is None else set(head.modules())
         chosen = {n: m for n, m in layers.items() if m not in inside and not _ADAPTERS & set(n.split("."))}
@@ -120,13 +126,17 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
             raise ScopeError(
                 f"scope={scope!r} is no regular expression ({error}); mend it or use 'all-linear'."
             ) from None
-        chosen = {name: module for name, module in layers.items() if pattern.fullmatch(name)}
+        in_scope = partial(_matches, pattern)
+        chosen = {name: module for name, module in layers.items() if _matches(pattern, name)}
     else:
         endings = tuple(scope)
-        found = {e: {n: m for n, m in layers.items() if n == e or n.endswith("." + e)} for e in endings}
+        in_scope = partial(_ends_in, endings)
+        found = {e: {n: m for n, m in layers.items() if _ends_in((e,), n)} for e in endings}
         chosen = {n: m for n, m in layers.items() if any(n in some for some in found.values())}
         if chosen and (unmatched := [e for e, some in found.items() if not some]):
             log.warning("scope: no Linear or Conv1D has a name that ends in %s; the other endings are used.", unmatched)
+    others = ((plain_name(name), m) for name, m in model.named_modules() if not is_linear(m))
+    check_no_refused(others, in_scope, found_others=bool(chosen))
     if not chosen:
         shown = scope if isinstance(scope, str) else list(scope)
         raise ScopeError(f"scope={shown!r} matches no Linear or Conv1D; {_hint(scope, list(layers))}.")
@@ -144,6 +154,14 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     return weights
 
 
+def _matches(pattern: re.Pattern[str], name: str) -> bool:
+    return pattern.fullmatch(name) is not None
+
+
+def _ends_in(endings: Sequence[str], name: str) -> bool:
+    return any(name == ending or name.endswith("." + ending) for ending in endings)
+
+
 def _hint(scope: Scope, layers: Sequence[str]) -> str:
     """Return advice for a scope that matches nothing."""
     if not layers:
@@ -157,6 +175,8 @@ def _hint(scope: Scope, layers: Sequence[str]) -> str:
 def check_weight(name: str, weight: Tensor | None) -> None:
     """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory that autograd can follow."""
     check_not_partitioned(name, weight)
+    if _is_usable_quantised(name, weight):
+        return
     if not isinstance(weight, nn.Parameter) or (is_traceable_wrapper_subclass(weight) and not is_sharded(weight)):
         kind = "" if weight is None else f" but a {type(weight.data).__name__}"
         raise ScopeError(
@@ -172,6 +192,20 @@ def check_weight(name: str, weight: Tensor | None) -> None:
         raise ScopeError(f"{name} holds {weight.dtype} values (quantised?); dequantise it or leave it out of scope.")
     if weight.dim() != 2:
         raise ScopeError(f"{name} has {weight.dim()} dimensions; blocks sit in matrices, so leave it out of scope.")
+
+
+def _is_usable_quantised(name: str, weight: Any) -> bool:
+    """Whether `weight` is quantised in a format that blocks train in. Raises ScopeError where it cannot be used."""
+    found = format_of(weight)
+    if found is None:
+        if (kind := refused_format(weight)) is not None:
+            raise ScopeError(refusal_text(name, kind))
+        return False
+    if (why := found.refusal(weight)) is not None:
+        raise ScopeError(f"{name} {why}.")
+    if weight.device.type == "meta":
+        raise ScopeError(f"{name} is on the meta device; load the weights before masking or embedding.")
+    return True
 
 
 def log_share_left_out(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -193,10 +227,11 @@ def log_share_left_out(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            total += parameter.numel()
+            size = math.prod(shape_of(parameter))
+            total += size
             if id(parameter) not in inside:
                 why = _why_left_out(module, parameter, is_head=id(parameter) in of_head)
-                sizes[why] += parameter.numel()
+                sizes[why] += size
                 first.setdefault(why, plain_name(f"{prefix}.{attribute}" if prefix else attribute))
     if not sizes:
         return

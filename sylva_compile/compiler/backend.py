@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from sylva_compile._torch import (
     CustomGraphPass,
@@ -37,7 +37,8 @@ from sylva_compile.compiler.retrace import update_layouts
 from sylva_compile.compiler.runtime_wrapper import RuntimeWrapper
 from sylva_compile.embedded.bound_masks import BoundMasks
 from sylva_compile.errors import ArgumentError, RewriteError
-from sylva_compile.passes.runner import run_passes
+from sylva_compile.passes.recompute_weights import recompute_weights_pass
+from sylva_compile.passes.runner import Pass, run_passes
 from sylva_compile.passes.sample_weight_gradients import RewriteResult, sample_weight_gradients_pass
 from sylva_compile.passes.sketch_block_norms import sketch_block_norms_pass
 
@@ -61,21 +62,33 @@ class _ArgumentError(ShortenTraceback, ArgumentError):
 class _JointPass(CustomGraphPass):
     """The passes over one joint graph, at the place that Inductor keeps for custom passes."""
 
-    def __init__(self, before: Any, update: Callable[[list[RewriteResult]], None]) -> None:
+    def __init__(
+        self,
+        before: Any,
+        update: Callable[[list[RewriteResult]], None],
+        is_positions: Callable[[Node], bool] | None = None,
+    ) -> None:
         """Make the pass of one graph.
 
         Args:
             before: the user's own `joint_custom_pre_pass`, which runs first, or None.
             update: called with the results before code is generated; it may raise TraceAgain.
+            is_positions: tells the inputs that are positions of blocks in a quantised weight; None: none is.
         """
-        self.before, self.update = before, update
+        self.before, self.update, self.is_positions = before, update, is_positions
         self.results: list[RewriteResult] = []
 
     def __call__(self, graph: Graph) -> None:
         if self.before is not None:
             self.before(graph)
         sample = functools.partial(sample_weight_gradients_pass, report=self.results.append)
-        run_passes(graph, {"sketch_block_norms": sketch_block_norms_pass, "sample_weight_gradients": sample})
+        recompute = functools.partial(recompute_weights_pass, is_positions=self.is_positions)
+        passes: dict[str, Pass] = {
+            "recompute_weights": recompute,
+            "sketch_block_norms": sketch_block_norms_pass,
+            "sample_weight_gradients": sample,
+        }
+        run_passes(graph, passes)
         self.update(self.results)
 
     def uuid(self) -> Any:
@@ -125,7 +138,8 @@ class Backend:
             asked = f"mode={mode!r}" if mode else f"options={options!r}"
             raise _ArgumentError(f"{asked} controls code generation; use inner='inductor'.", first_useful_frame=None)
         registry.tidy()
-        joint = _JointPass(_user_pass(options), functools.partial(self._update_layouts, gm, example_inputs))
+        update = functools.partial(self._update_layouts, gm, example_inputs)
+        joint = _JointPass(_user_pass(options), update, functools.partial(_is_quantised_place, example_inputs))
         # A graph from AOTAutograd's cache comes without its joint pass, and so without its results. Inductor's own
         # cache, which saves the code generation, stays on.
         with functorch_config.patch(enable_autograd_cache=False):
@@ -233,6 +247,12 @@ def _by_unique_name(states: Iterable[BlockState]) -> dict[str, BlockState]:
 
 def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name} ({number})"
+
+
+def _is_quantised_place(example_inputs: Sequence[Any], placeholder: Node) -> bool:
+    desc = placeholder.meta.get("desc")
+    state = registry.state_of_positions(example_inputs[desc.idx]) if isinstance(desc, PlainAOTInput) else None
+    return state is not None and state.is_quantised
 
 
 def _input_index(result: RewriteResult) -> int | None:

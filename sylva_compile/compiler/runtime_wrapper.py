@@ -107,7 +107,7 @@ class RuntimeWrapper:
         for at, result in self._results:
             state = registry.state_of_positions(args[at])
             if state is not None:
-                if not {id(state.live_weight), id(state.live_blocks)} <= given:
+                if not {id(tensor) for tensor in state.graph_inputs} <= given:
                     raise swapped(state)
                 check_averaged([state])
                 self._note(state, result)

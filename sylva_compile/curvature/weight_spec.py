@@ -19,6 +19,7 @@ class WeightSpec:
         device: of the weight.
         input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 where it is stored
             transposed (Conv1D).
+        packed: the bytes of a quantised weight; None for a dense one.
     """
 
     name: str
@@ -26,6 +27,7 @@ class WeightSpec:
     dtype: torch.dtype
     device: torch.device
     input_axis: int = 1
+    packed: int | None = None
 
     @classmethod
     def of(cls, name: str, weight: Tensor, input_axis: int = 1) -> "WeightSpec":

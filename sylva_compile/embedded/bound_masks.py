@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self, TypeVar
 from torch import Tensor, nn
 
 from sylva_compile.errors import MaskError
+from sylva_compile.quantised.registry import shape_of
 
 
 class HasShape(Protocol):
@@ -80,7 +81,7 @@ class BoundMasks(Mapping[str, M]):
         for name, mask in self.items():
             if name not in weights:
                 raise MaskError(f"These masks name {name!r}, which this model lacks; make masks for this model.")
-            if (found := tuple(weights[name].shape)) != mask.shape:
+            if (found := shape_of(weights[name])) != mask.shape:
                 raise MaskError(f"{name} is {found} here and {mask.shape} in these masks; make masks for this model.")
 
     def _require_model(self) -> nn.Module:

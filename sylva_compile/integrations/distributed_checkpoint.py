@@ -67,9 +67,15 @@ def blocks_state(
         masks: those of the model, where blocks move without a schedule.
 
     Raises:
-        AdapterError: the model carries no blocks.
+        AdapterError: the model carries no blocks, or a base is quantised.
     """
     return CheckpointedBlocks(model, _listed(optimizer), _listed(schedule), masks)
+
+
+def _check_dense(states: Mapping[str, BlockState]) -> None:
+    name = next((name for name, state in states.items() if state.is_quantised), None)
+    if name is not None:
+        raise AdapterError(f"{name} is quantised, and blocks_state takes dense bases alone; use save_adapter.")
 
 
 def _listed(value: Any) -> list[Any]:
@@ -98,7 +104,7 @@ class CheckpointedBlocks:
         self.model, self.optimizers, self.schedules = unwrap(model), list(optimizers), list(schedules)
         self._masks = masks
         self._checksums: dict[str, tuple[Any, str]] = {}
-        states_to_save(self.model)
+        _check_dense(states_to_save(self.model))
 
     @naming_lost_ranks("the saving of a checkpoint", "start the job again from the checkpoint before")
     def state_dict(self) -> dict[str, Any]:

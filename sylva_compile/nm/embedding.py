@@ -18,6 +18,7 @@ from sylva_compile.nm.layout import NMLayout
 from sylva_compile.nm.low_rank import LEFT, RIGHT
 from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.module import VALUES, NMModule, dense_weight, nm_class
+from sylva_compile.quantised.registry import format_of
 
 
 def nm_modules(model: nn.Module) -> dict[str, Any]:
@@ -42,6 +43,8 @@ def sharing(model: nn.Module, layout: NMLayout) -> list[Any]:
 def check_can_carry(model: nn.Module, name: str, weight: Tensor) -> None:
     """Raise ScopeError or EmbedError unless every module that holds `weight` is an ordinary Linear or Conv1D."""
     owners = list(owners_of(model, weight))
+    if format_of(weight) is not None:
+        raise ScopeError(f"{name} is quantised, and pruning needs dense values; load the model unquantised.")
     if is_sharded(weight):
         raise ScopeError(f"{name} is split over processes, which pruned weights cannot be; leave it out of the scope.")
     for module, attribute in owners:

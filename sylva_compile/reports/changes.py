@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
-from sylva_compile.blocks.shards import read_places
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import grid_shape
 
@@ -71,7 +70,7 @@ def _change_of(name: str, state: BlockState) -> WeightChange:
     state.check_base_known()
     b, (m, n) = state.mask.block_size, state.mask.shape
     places, grid = state.originals.places, grid_shape((m, n), b)
-    now = read_places(state.weight, places.to(state.weight.device), b).cpu().double()
+    now = state.values_at(places).cpu().double()
     # Both hold zeros beyond the weight's edge, which are no elements of the mean.
     squares = (now - state.originals.values.double()).square_().sum((1, 2))
     inside = torch.minimum(torch.tensor(b), m - places[0] * b) * torch.minimum(torch.tensor(b), n - places[1] * b)

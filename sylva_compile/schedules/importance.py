@@ -114,6 +114,15 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             set_compiled_call(module, call)
 
 
+def check_may_suppress(states: Iterable[BlockState]) -> None:
+    """Raise ArgumentError where a weight has no dense values in which its change could be suppressed."""
+    for state in states:
+        if state.is_quantised:
+            raise ArgumentError(
+                f"{state.name} is quantised, and its change cannot be suppressed in place; use policy='random'."
+            )
+
+
 @contextmanager
 def _suppressed(states: Sequence[BlockState], factor: float) -> Iterator[None]:
     """Let the dense weights hold `base + factor * (trained - base)` inside the block; the blocks are left alone."""

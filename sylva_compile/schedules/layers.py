@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.errors import ArgumentError
-from sylva_compile.schedules.importance import Batches, suppressed_losses
+from sylva_compile.schedules.importance import Batches, check_may_suppress, suppressed_losses
 from sylva_compile.schedules.layer_names import Layers, find_layers, name_layers
 from sylva_compile.schedules.layer_report import LayerReport, LayerRow, trained_below
 from sylva_compile.schedules.layer_switch import Mechanism, switch_of
@@ -101,6 +101,8 @@ class LayerSchedule:
         self.layers = find_layers(masks) if layers is None else name_layers(layers, masks)
         self._model = masks.embed()
         states = block_states(self._model)
+        if policy == "importance":
+            check_may_suppress(states.values())
         self._switch = switch_of(mechanism, [[states[name] for name in names] for names in self.layers.values()])
         self._policy, self._every, self._suppress, self._loss = policy, every, suppress, loss
         self._size = max(1, int(fraction * len(self.layers)))

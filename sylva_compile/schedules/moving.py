@@ -168,6 +168,7 @@ class MovingBlocks:
                 "blocks": state.whole_blocks().cpu().clone(),
                 "places": state.originals.places.to(torch.int32),
                 "originals": state.originals.values,
+                **state.saved_left(),
                 "cycle": self._cycles[name].state_dict() if name in self._cycles else None,
             }
         return {

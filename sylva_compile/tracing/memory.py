@@ -50,10 +50,12 @@ class TraceEstimate:
     Attributes:
         weights: by name.
         originals: the bytes on the CPU, at most, of the values from before training, if blocks move later.
+        packed: the bytes of the quantised weights, for comparison.
     """
 
     weights: Mapping[str, WeightEstimate]
     originals: int = 0
+    packed: int = 0
 
     def at_most(self) -> dict[torch.device, int]:
         """Return the bytes on each device if no two weights share A and the queue of updates is full."""
@@ -84,6 +86,12 @@ class TraceEstimate:
         lines.append(" ".join(f"{_size(count):>10}" for count in sums) + "  in all, where no two share their A")
         for device, most in self.at_most().items():
             lines.append(f"{device}: {_size(self.at_least()[device])} to {_size(most)}, working memory included.")
+        if self.packed:
+            gradients = sum(weight.memory.gradient for weight in self.weights.values())
+            lines.append(
+                f"The quantised weights take {_size(self.packed)}, and their mean gradients {_size(gradients)}: keep "
+                "these on the CPU (gradient_device='cpu'), or trace fewer weights at a time (scope=...)."
+            )
         if self.originals:
             lines.append(f"If blocks move while training: up to {_size(self.originals)} on the cpu, the base's values.")
         return "\n".join(lines)
@@ -111,7 +119,9 @@ def estimate_bytes(
             device=spec.device,
             gradient_device=gradient_device(config) or spec.device,
         )
-    return TraceEstimate(found, sum(spec.shape[0] * spec.shape[1] * spec.dtype.itemsize for spec in specs.values()))
+    dense = (spec for spec in specs.values() if spec.packed is None)
+    originals = sum(spec.shape[0] * spec.shape[1] * spec.dtype.itemsize for spec in dense)
+    return TraceEstimate(found, originals, sum(spec.packed or 0 for spec in specs.values()))
 
 
 def check_fits(estimate: TraceEstimate) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sylva_compile.blocks.fingerprint import base_fingerprint
-from sylva_compile.blocks.shards import whole
+from sylva_compile.blocks.quantised_base import dense_values
 from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.baselines import SCORES_WITHOUT_DATA
 from sylva_compile.curvature.estimators import Estimators
@@ -23,6 +23,7 @@ from sylva_compile.tracing.checkpoint import TraceCheckpoint
 from sylva_compile.tracing.memory import check_fits, estimate_bytes
 from sylva_compile.tracing.observation import observe, observed
 from sylva_compile.tracing.progress import TraceProgress
+from sylva_compile.tracing.quantised_probes import quantised_probes
 from sylva_compile.tracing.ranks import on_every_rank, progress_of_all_ranks, rank_and_size, share_of_samples
 from sylva_compile.tracing.selection import ChooseBlocks
 from sylva_compile.tracing.together import observe_together
@@ -49,11 +50,11 @@ class Scored:
             self.checkpoint.remove()
 
 
-def score_without_data(weights: Mapping[str, nn.Parameter], config: SylvaConfig) -> Scored:
+def score_without_data(model: nn.Module, weights: Mapping[str, nn.Parameter], config: SylvaConfig) -> Scored:
     """Score blocks by the weights alone; torch's random state is as before afterwards."""
     score = SCORES_WITHOUT_DATA[config.method]
     with torch.random.fork_rng(devices=[]):
-        return Scored({name: score(whole(weight), config) for name, weight in weights.items()})
+        return Scored({name: score(dense_values(model, weight), config) for name, weight in weights.items()})
 
 
 def score_by_tracing(
@@ -87,9 +88,13 @@ def score_by_tracing(
         return Estimators(specs, config, split_over=split_over)
 
     def trace() -> tuple[Estimators, TraceCheckpoint | None, TraceProgress]:
+        with quantised_probes(model, weights) as leaves:
+            return trace_through(leaves)
+
+    def trace_through(leaves: Mapping[str, nn.Parameter]) -> tuple[Estimators, TraceCheckpoint | None, TraceProgress]:
         estimators = prepare()
         run = functools.partial(
-            observe, model, weights, estimators, num_samples=share, loss_fn=loss_fn, progress_bar=config.progress
+            observe, model, leaves, estimators, num_samples=share, loss_fn=loss_fn, progress_bar=config.progress
         )
         if config.checkpoint is None:
             return estimators, None, run(loader)

@@ -14,12 +14,14 @@ from sylva_compile.blocks.block_mask import BlockMask, check_block_fits
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.masks import Masks
+from sylva_compile.blocks.quantised_base import check_can_carry, quantised_base, tensors_of_bases
 from sylva_compile.blocks.scope import input_axis, log_share_left_out, owners_of, unwrap, weights_in_scope
 from sylva_compile.blocks.shards import compute_device, reshard
 from sylva_compile.config import SylvaConfig, takes_config
 from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.errors import ArgumentError, EmbedError
 from sylva_compile.lost_ranks import naming_lost_ranks
+from sylva_compile.quantised.registry import shape_of
 from sylva_compile.tracing.batches import LossFn
 from sylva_compile.tracing.memory import TraceEstimate, estimate_bytes
 from sylva_compile.tracing.ranks import same_on_all_ranks
@@ -78,7 +80,7 @@ def trace_and_mask(
     scored = (
         score_by_tracing(model, weights, specs, loader, config, loss_fn=loss_fn, **groups)
         if config.needs_data
-        else score_without_data(weights, config)
+        else score_without_data(model, weights, config)
     )
     maps = select_blocks(scored.scores, config, specs, scored.choose)
     masks = _bound_masks(model, weights, same_on_all_ranks(maps, process_group), config)
@@ -120,15 +122,24 @@ def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, 
         )
     reshard(model)
     weights = weights_in_scope(model, config.scope)
-    check_block_fits(config.block_size, {name: tuple(weight.shape) for name, weight in weights.items()})
+    check_block_fits(config.block_size, {name: shape_of(weight) for name, weight in weights.items()})
+    check_can_carry(model, weights, config.block_size)
     return weights, weight_specs(model, weights)
 
 
 def weight_specs(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, WeightSpec]:
     """Describe `weights` of `model`, by name, for estimators."""
     axes = {name: input_axis(next(iter(owners_of(model, weight)))[0]) for name, weight in weights.items()}
-    specs = {name: WeightSpec.of(name, weight, axes[name]) for name, weight in weights.items()}
+    specs = {name: _spec(model, name, weight, axes[name]) for name, weight in weights.items()}
     return {name: dataclasses.replace(spec, device=compute_device(weights[name])) for name, spec in specs.items()}
+
+
+def _spec(model: nn.Module, name: str, weight: Tensor, axis: int) -> WeightSpec:
+    base = quantised_base(model, weight)
+    if base is None:
+        return WeightSpec.of(name, weight, axis)
+    packed = sum(tensor.numel() * tensor.element_size() for tensor in base.tensors().values())
+    return WeightSpec(name, base.shape, base.format.dtype(weight), weight.device, axis, packed)
 
 
 def _bound_masks(
@@ -136,12 +147,13 @@ def _bound_masks(
 ) -> Masks:
     """Make the masks of block maps, with the settings, versions and base that they come from."""
     blocks = {
-        name: BlockMask.from_block_map(chosen, weights[name].shape, config.block_size) for name, chosen in maps.items()
+        name: BlockMask.from_block_map(chosen, shape_of(weights[name]), config.block_size)
+        for name, chosen in maps.items()
     }
     origin = {
         **config.provenance(),
         "versions": {"torch": torch.__version__, "sylva-compile": __version__},
-        "base": base_fingerprint(weights[name] for name in blocks),
+        "base": base_fingerprint(tensors_of_bases(model, (weights[name] for name in blocks))),
     }
     masks = Masks(blocks, model=model, config=origin)
     trained = sum(mask.trainable for mask in blocks.values()) / sum(math.prod(mask.shape) for mask in blocks.values())

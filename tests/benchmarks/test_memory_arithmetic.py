@@ -99,4 +99,4 @@ def test_a_trace_is_what_estimate_says() -> None:
 def test_the_command_prints_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     memory_arithmetic.main([])
     printed = capsys.readouterr().out
-    assert printed.count("| Llama-3-8B |") == 9
+    assert printed.count("| Llama-3-8B |") == 12

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from interrupted import STEPS, STOP, BlocksTrainer, Setting, assert_same, base, make, masks_of, values
+from quantised_models import needs_bitsandbytes, quiet
 from transformers import Trainer
 
 import sylva_compile
@@ -30,11 +31,19 @@ SETTINGS = {
     "compiled in place": Setting(compiled=True, layers=1, schedule="moving", dtype=BF16),
     "gpt2": Setting(architecture="gpt2", dtype=BF16, trained=("transformer.wpe.weight",)),
     "a tied head": Setting(architecture="gpt2", schedule="moving", trained=("lm_head.weight",)),
+    "quantised": Setting(quantised="nf4-double", dtype=BF16, trained=HEAD),
+    "quantised, moving": Setting(quantised="nf4", schedule="moving"),
     "in the second epoch": Setting(samples=8, dropout=0.2, arguments={"save_steps": 5}),
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+QUANTISED = ("quantised", "quantised, moving")
+
+
+@quiet
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_bitsandbytes) if name in QUANTISED else name for name in SETTINGS]
+)
 def test_a_resumed_training_is_the_undisturbed_one(name: str, tmp_path: Path) -> None:
     setting = SETTINGS[name]
     once = make(tmp_path, setting)

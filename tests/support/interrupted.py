@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from quantised_models import quantise
 from tiny_models import Case, tiny
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -46,6 +47,7 @@ class Setting:
         masks_seed: of the blocks' places.
         sparsity: of the blocks.
         samples: in an epoch.
+        quantised: the format of the base's linear layers; None: dense.
         arguments: of TrainingArguments.
     """
 
@@ -60,6 +62,7 @@ class Setting:
     masks_seed: int = 0
     sparsity: float = 0.8
     samples: int = 24
+    quantised: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -90,6 +93,10 @@ def base(setting: Setting) -> Case:
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = setting.dropout
     case.model.to(setting.dtype).requires_grad_(False)
+    if setting.quantised is not None:
+        quantise(case.model, setting.quantised)
+        # As `from_pretrained` sets it.
+        case.model.is_quantized = True
     for name in setting.trained:
         case.model.get_parameter(name).requires_grad_(True)
     return case
