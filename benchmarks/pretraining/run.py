@@ -88,10 +88,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with sst2/ and cola/ (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="lines to train")
+    parser.add_argument("--steps", type=int, default=Sizes().steps, help="of the optimizer (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    sizes, rows = Sizes(), Rows(PATH)
+    sizes, rows = Sizes(steps=options.steps), Rows(PATH)
     text = read_text(options.data, sizes)
     for method in options.methods:
         for learning_rate, seed in runs_to_do(rows, method, sizes):
