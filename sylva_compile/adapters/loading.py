@@ -36,6 +36,7 @@ from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import put, reshard
 from sylva_compile.errors import AdapterError
+from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.nm.embedding import nm_modules
 from sylva_compile.nm.export import unprune
 
@@ -212,7 +213,7 @@ def _check_base(
             raise AdapterError(
                 f"{directory} trains {name}, which this model lacks; load it onto the base it was made for."
             )
-        found = (list(weight.shape), str(weight.dtype).removeprefix("torch."))
+        found = (list(matrix_shape(weight.shape)), str(weight.dtype).removeprefix("torch."))
         wanted = (entry["shape"], entry["dtype"])
         if found != wanted:
             raise AdapterError(

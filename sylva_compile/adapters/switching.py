@@ -31,6 +31,7 @@ from sylva_compile.blocks.moving import check_no_gradients, check_same_on_all_ra
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import reshard
 from sylva_compile.errors import AdapterError, EmbedError
+from sylva_compile.kernels.blocks import matrix_shape
 
 
 def active_adapter(model: nn.Module) -> str | None:
@@ -161,7 +162,7 @@ def _check_base(
     """
     if state is not None and state.base_id == stored.base_id:
         return
-    if weight is not None and tuple(weight.shape) == stored.mask.shape:
+    if weight is not None and matrix_shape(weight.shape) == stored.mask.shape:
         check_weight(name, weight)
         base = state.base_weight() if state is not None else weight if replaced is None else replaced
         if checksum(base) == stored.base:

@@ -19,10 +19,11 @@ from sylva_compile.blocks.embed import block_states, embed
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.mask_summary import summary_of
 from sylva_compile.blocks.moving import Carry, move, resume
-from sylva_compile.blocks.scope import check_not_split, check_weight, named_weights, unwrap
+from sylva_compile.blocks.scope import check_owners, check_weight, named_weights, unwrap
 from sylva_compile.config import check_block_size
 from sylva_compile.errors import MaskError
 from sylva_compile.files import to_json, write_file
+from sylva_compile.kernels.blocks import matrix_shape
 
 log = logging.getLogger(__name__)
 
@@ -107,12 +108,12 @@ class Masks(Mapping[str, BlockMask]):
         if missing:
             raise MaskError(f"The model has no parameter {missing[0]!r}; name weights as in model.named_parameters().")
         for name in block_maps:
-            check_not_split(model, name, parameters[name])
+            check_owners(model, name, parameters[name])
         check_block_fits(block_size, {name: tuple(parameters[name].shape) for name in block_maps})
         blocks = {}
         for name, block_map in block_maps.items():
             check_weight(name, parameters[name])
-            blocks[name] = BlockMask.from_block_map(block_map, parameters[name].shape, block_size)
+            blocks[name] = BlockMask.from_block_map(block_map, matrix_shape(parameters[name].shape), block_size)
         return cls(blocks, model=model, config={"method": "by hand", "block_size": block_size})
 
     def bind(self, model: nn.Module) -> None:
@@ -127,8 +128,8 @@ class Masks(Mapping[str, BlockMask]):
         for name, mask in self.items():
             if name not in parameters:
                 raise MaskError(f"These masks name {name!r}, which this model lacks; make masks for this model.")
-            check_not_split(model, name, parameters[name])
-            if tuple(parameters[name].shape) != mask.shape:
+            check_owners(model, name, parameters[name])
+            if matrix_shape(parameters[name].shape) != mask.shape:
                 found = tuple(parameters[name].shape)
                 raise MaskError(f"{name} is {found} here and {mask.shape} in these masks; make masks for this model.")
         for name in self:

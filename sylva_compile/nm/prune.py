@@ -57,7 +57,7 @@ def prune_masks(
     model = unwrap(model)
     if present := nm_modules(model):
         raise EmbedError(f"The model is pruned already ({next(iter(present))}); call unprune(model) first.")
-    weights = weights_in_scope(model, scope)
+    weights = weights_in_scope(model, scope, experts=False)
     masks, left = {}, []
     for name, weight in weights.items():
         check_can_carry(model, name, weight)

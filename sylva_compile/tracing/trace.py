@@ -19,6 +19,7 @@ from sylva_compile.blocks.shards import compute_device, reshard
 from sylva_compile.config import SylvaConfig, takes_config
 from sylva_compile.curvature.weight_spec import WeightSpec
 from sylva_compile.errors import ArgumentError, EmbedError
+from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.lost_ranks import naming_lost_ranks
 from sylva_compile.tracing.batches import LossFn
 from sylva_compile.tracing.memory import TraceEstimate, estimate_bytes
@@ -136,7 +137,8 @@ def _bound_masks(
 ) -> Masks:
     """Make the masks of block maps, with the settings, versions and base that they come from."""
     blocks = {
-        name: BlockMask.from_block_map(chosen, weights[name].shape, config.block_size) for name, chosen in maps.items()
+        name: BlockMask.from_block_map(chosen, matrix_shape(weights[name].shape), config.block_size)
+        for name, chosen in maps.items()
     }
     origin = {
         **config.provenance(),
