@@ -34,6 +34,7 @@ from sylva_compile.passes.keep_input_gradients import keep_input_gradients
 from sylva_compile.passes.match_weight_gradient import Term, match_weight_gradient
 from sylva_compile.passes.merge_products import merge_products
 from sylva_compile.passes.narrow_activations import SampledProduct, narrow_activations, unify_activations
+from sylva_compile.passes.recompute_gathers import recompute_gathers
 
 aten = torch.ops.aten
 GATHER = operator_of(gather_blocks)
@@ -96,6 +97,8 @@ def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[RewriteResul
     graph.eliminate_dead_code()
     keep_input_gradients(graph)
     products = unify_activations(products)
+    grouped = [product.activation.node for product in products if product.node.target is GROUPED]
+    recompute_gathers(graph, [product.node for product in products], grouped)
     whole_reasons = narrow_activations(graph, products)
     merge_products(graph, [product.node for product in products if product.node.target is SDDMM])
     graph.eliminate_dead_code()

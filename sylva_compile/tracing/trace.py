@@ -18,7 +18,7 @@ from sylva_compile.blocks.scope import input_axis, log_share_left_out, owners_of
 from sylva_compile.blocks.shards import compute_device, reshard
 from sylva_compile.config import SylvaConfig, takes_config
 from sylva_compile.curvature.weight_spec import WeightSpec
-from sylva_compile.errors import ArgumentError, EmbedError
+from sylva_compile.errors import ArgumentError, EmbedError, ScopeError
 from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.lost_ranks import naming_lost_ranks
 from sylva_compile.tracing.batches import LossFn
@@ -122,6 +122,12 @@ def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, 
     reshard(model)
     weights = weights_in_scope(model, config.scope)
     check_block_fits(config.block_size, {name: tuple(weight.shape) for name, weight in weights.items()})
+    stacked = next((name for name, weight in weights.items() if weight.dim() == 3), None)
+    if stacked is not None and config.needs_data:
+        raise ScopeError(
+            f"{stacked} holds stacked experts, which method={config.method!r} cannot trace yet; use method='random', "
+            "'magnitude' or 'lift', or name other layers in the scope."
+        )
     return weights, weight_specs(model, weights)
 
 
