@@ -1,4 +1,4 @@
-"""Blocks in the stacked weights of experts: gradients, masks, adapters and refusals, for the layouts of transformers 5."""
+"""Blocks in the stacked weights of experts: gradients, masks, adapters and refusals."""
 
 import copy
 from pathlib import Path

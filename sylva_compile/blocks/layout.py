@@ -43,8 +43,8 @@ class BlockLayout:
         self.block_size, self.input_axis, self.experts = mask.block_size, axis, experts
         self.input_channels: Tensor
         self.narrow_positions: Tensor
-        stacked = experts if axis == 0 else 1
-        self._width, self._across = mask.shape[axis] // stacked, grid_shape(mask.shape, mask.block_size)[axis] // stacked
+        stacked, grid = experts if axis == 0 else 1, grid_shape(mask.shape, mask.block_size)
+        self._width, self._across = mask.shape[axis] // stacked, grid[axis] // stacked
         self._mask, self._reserved = mask, 0
         self.others: dict[str, BlockMask] = {}
         self.gate: Tensor | None = None

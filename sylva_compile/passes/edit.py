@@ -75,9 +75,7 @@ def unbatched(graph: Graph, term: Term, device_of: Node) -> Term:
         tokens = call(graph, aten.sym_size.int, sides[0], 1)
     each = call(graph, aten.new_full.default, device_of, [experts], tokens, kwargs={"dtype": torch.int32})
     offsets = call(graph, aten.cumsum.default, each, 0, kwargs={"dtype": torch.int32})
-    lhs, rhs = (
-        Operand(call(graph, aten.reshape.default, side, [-1, side.meta["val"].shape[-1]])) for side in sides
-    )
+    lhs, rhs = (Operand(call(graph, aten.reshape.default, side, [-1, side.meta["val"].shape[-1]])) for side in sides)
     return replace(term, lhs=lhs, rhs=rhs, offsets=offsets, batched=False)
 
 

@@ -11,9 +11,9 @@ becomes a flat list of terms, `gradient = Σ scale · (lhsᵀ · rhs)`, with ope
 The matcher walks from the gradient up to the products: a transpose swaps the operands, a cast is dropped (the sampled
 product is float32 in any case), and a scalar factor is noted on the term.
 
-The stacked weights `[E, m, n]` of experts have one product for all experts, each with tokens of its own. Three operators
-make it: `aten._grouped_mm` of matrices, the fallback of transformers for float32, and, where all experts have equally
-many tokens, `aten.bmm`. Their terms carry the offsets of the tokens, or say that the operands are batched.
+The stacked weights `[E, m, n]` of experts have one product for all experts, each with tokens of its own. Three
+operators make it: `aten._grouped_mm` of matrices, the fallback of transformers for float32, and, where all experts have
+equally many tokens, `aten.bmm`. Their terms carry the offsets of the tokens, or say that the operands are batched.
 
 The walk stops at any other operator, and at a dense gradient that another node reads too: this gradient exists in any
 case, and sampling it is cheaper than a second product. Either becomes an opaque term, which gives the reason.
@@ -103,8 +103,8 @@ def is_transpose(node: Node) -> bool:
     if dims not in (2, 3):
         return False
     if node.target is aten.transpose.int:
-        return {axis % dims for axis in axes} == {dims - 2, dims - 1}  # type: ignore[operator]
-    return [axis % dims for axis in axes[0]] == [*range(dims - 2), dims - 1, dims - 2]  # type: ignore[operator, union-attr]
+        return {axis % dims for axis in axes} == {dims - 2, dims - 1}
+    return [axis % dims for axis in axes[0]] == [*range(dims - 2), dims - 1, dims - 2]  # type: ignore[union-attr]
 
 
 def match_weight_gradient(gradient: Node) -> list[Term]:

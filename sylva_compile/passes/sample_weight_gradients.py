@@ -10,8 +10,10 @@ After:
     %x_narrow = aten.index(%x, [None, %channels])                in the forward half, which saves it instead of %x
     %blocks   = sylva.sddmm(%gy, %x_narrow, %narrow_positions, b)
 
-The product of stacked experts becomes `sylva.grouped_sddmm`, with the offsets of their tokens. A sum of products becomes a sum of sampled products. `narrow_activations.py` decides which products read a narrow copy
-of their activation, and `merge_products.py` merges the products that read one activation.
+The product of stacked experts becomes `sylva.grouped_sddmm`, with the offsets of their tokens. A sum of products
+becomes a sum of sampled products. `narrow_activations.py` decides which products read a narrow copy of their
+activation, `recompute_gathers.py` has the tokens of experts gathered again, and `merge_products.py` merges the products
+that read one activation.
 
 Refuses, and gives the reason in the result: a term that the matcher leaves opaque. That term stays dense, and
 `gather_blocks` samples it: correct and slow. The other terms of the gradient are rewritten. A gradient whose blocks are
@@ -121,7 +123,7 @@ def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[SampledProdu
         Its sampled products, each of which still reads its whole activation.
     """
     positions, channels, narrow_positions, block_size, axis, *gate = marker.args[1:]
-    assert isinstance(channels, Node) and isinstance(narrow_positions, Node)
+    assert isinstance(positions, Node) and isinstance(channels, Node) and isinstance(narrow_positions, Node)
     assert isinstance(block_size, int) and isinstance(axis, int)
     total: Node | None = None
     products = []

@@ -12,6 +12,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import group_that_averages
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.config import SylvaConfig
+from sylva_compile.errors import ArgumentError
 from sylva_compile.tracing.batches import LossFn
 from sylva_compile.tracing.ranks import same_on_all_ranks
 from sylva_compile.tracing.scoring import score_by_tracing
@@ -84,7 +85,16 @@ class FromTrace:
         config: SylvaConfig,
         loss_fn: LossFn | None,
     ) -> None:
-        """Take the masks of the model, its weights by name, and the arguments of `trace_and_mask`."""
+        """Take the masks of the model, its weights by name, and the arguments of `trace_and_mask`.
+
+        Raises:
+            ArgumentError: a weight holds stacked experts, which no trace observes yet.
+        """
+        stacked = next((name for name, state in states.items() if state.layout.experts > 1), None)
+        if stacked is not None:
+            raise ArgumentError(
+                f"{stacked} holds stacked experts, which cannot be traced yet; use choose='random' or 'gradient'."
+            )
         self.choose: Callable[[str, int, Tensor], Tensor] | None = None
         self._masks, self._states = masks, states
         self._loader, self._config, self._loss_fn = loader, config, loss_fn

@@ -39,8 +39,8 @@ class Case:
 
     def by_loops(self, *, absolute: bool = False) -> Tensor:
         """The twin in float64: one product for each block."""
-        b, (m, n) = self.block_size, (self.lhs.shape[1], self.rhs.shape[1])
-        per_expert = -(-m // b)
+        b = self.block_size
+        per_expert = -(-self.lhs.shape[1] // b)
         found = torch.zeros(self.positions.shape[1], b, b, dtype=torch.float64)
         starts = [0, *self.offsets.tolist()]
         for k, (stacked, col) in enumerate(self.positions.t().tolist()):
@@ -53,7 +53,9 @@ class Case:
         return found
 
 
-def case_of(loads: list[int], unused: int, m: int, n: int, b: int, density: float, dtype: torch.dtype, seed: int) -> Case:
+def case_of(
+    loads: list[int], unused: int, m: int, n: int, b: int, density: float, dtype: torch.dtype, seed: int
+) -> Case:
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.tensor(loads).cumsum(0).to(torch.int32)
     tokens = sum(loads) + unused
