@@ -179,7 +179,7 @@ def scaling_table() -> str:
 def slope_table() -> str:
     """Return the table of SLoPe's products and steps on the CPU, in multiples of the speed of dense ones."""
     row = newest("slope", device="cpu", dtype="float32")
-    times, memory = row["results"]["times"], row["results"]["memory"]
+    times = row["results"]["times"]
     threads = sorted({found["threads"] for found in times})
     at: dict[tuple[str, str, int], list[str]] = {}
     for found in sorted(times, key=lambda found: int(found["threads"])):
@@ -189,16 +189,39 @@ def slope_table() -> str:
     columns = ["inputs × outputs", "pattern", "tokens"]
     for count in threads:
         columns += [f"{count} thread{'s' if count > 1 else ''}: forward", "input gradient", "step"]
-    held = memory[0]["ratio"]["measured"]
-    note = (
-        f"What the products of a layer at {memory[0]['pattern']} read, gradients and AdamW's states are "
-        f"{held['training']:.3f} of a dense layer's memory in training (in float32, with places), and values and "
-        f"columns {held['inference']:.3f} of it in inference. That leaves out columns that `NMMasks` keeps on the host "
-        "of a model on a GPU, and adapters. A layer keeps its second mask in inference too, unless `fold_low_rank` "
-        "drops it. "
+    return f"{markdown(columns, rows)}\n\n{_measured(row)}"
+
+
+PRUNED = {
+    "held": ("training: parameters, gradients, AdamW's states and places", "0.63–0.68"),
+    "peak": ("training: peak of a step", "–"),
+    "evaluated": ("evaluation of a model that is trained", "–"),
+    "inference": ("inference, after `masks.freeze()`", "0.51–0.66"),
+    "rank 1/64": ("inference, adapters of 1.56% of the hidden size, folded", "0.62–0.69"),
+    "rank 1/16": ("inference, adapters of 6.25% of the hidden size, folded", "0.65–0.71"),
+    "inference, bfloat16": ("inference in bfloat16", "–"),
+}
+"""What is measured, by its name in the results: its title, and SLoPe's own figures for 2:4 on GPUs."""
+
+
+def slope_memory_table() -> str:
+    """Return the table of the memory of a model with N:M weights, in multiples of its dense twin's."""
+    row = newest("slope_memory", device="cpu")
+    found, settings = row["results"], row["settings"]
+    rows = []
+    for name, (title, published) in PRUNED.items():
+        dense = found["dense"][name]
+        ratios = (f"{sizes[name] / dense:.3f}" for pattern, sizes in found.items() if pattern != "dense")
+        rows.append([title, f"{dense / 2**20:.0f}", *ratios, published])
+    columns = ["", "dense, MiB", *(pattern for pattern in found if pattern != "dense"), "SLoPe's own, 2:4"]
+    shape = f"{settings['layers']} layers, hidden size {settings['hidden']:,}, MLP {settings['mlp']:,}"
+    return f"{markdown(columns, rows)}\n\n{shape}, {settings['tokens']} tokens a step. {_measured(row)}"
+
+
+def _measured(row: dict[str, Any]) -> str:
+    return (
         f"Measured on {row['machine']['processor']}, torch {row['machine']['versions']['torch']}, {row['date'][:10]}."
     )
-    return f"{markdown(columns, rows)}\n\n{note}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -208,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "moving": moving_table,
     "scaling": scaling_table,
     "slope": slope_table,
+    "memory of N:M weights": slope_memory_table,
     "memory of a training": training_table,
     "memory of cards": card_table,
     "memory of a trace": trace_table,

@@ -1,6 +1,6 @@
-"""SLoPe's products beside dense ones: the forward pass, the input gradient, a training step of a layer, and its memory.
+"""SLoPe's products beside dense ones: the forward pass, the input gradient, and a training step of a layer.
 
-    python -m benchmarks.slope                             prints the tables and writes benchmarks/results/*.json
+    python -m benchmarks.slope                             prints the table and writes benchmarks/results/*.json
     python -m benchmarks.slope --device cuda --dtype bfloat16
 
 The forward pass multiplies by an N:M sparse matrix and the input gradient by one that is pruned twice; the weight
@@ -8,9 +8,7 @@ gradient is a dense product from which the kept places are gathered. A step is t
 kept values; its second operand is gathered from them, as training does it. Dense and sparse take turns, and a ratio is
 that of their medians: above 1 is in favour of the sparse one. Results are compared before anything is timed.
 
-Memory is counted in bytes for each weight of the dense matrix, and measured: what stays between two steps, and the peak
-of a step without its activations. That is of the products' operands, not of modules: `NMMasks` and adapters are
-left out, and second masks in inference, which modules keep until `fold_low_rank`.
+`benchmarks.slope_memory` measures the memory of models.
 """
 
 import argparse
@@ -26,7 +24,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.command import parser_of
-from benchmarks.peak import peak_above
 from benchmarks.report import print_table, write_results
 from sylva_compile.kernels.nm import cuda
 from sylva_compile.kernels.nm.choice import choose_kernel
@@ -93,10 +90,6 @@ class Layer:
     def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Return `gYᵀ X` at the places of R."""
         return nm_sample(gradient, x, self.columns)
-
-    def state(self) -> list[Tensor]:
-        """Return the tensors that a training keeps beside gradient and optimizer state."""
-        return [self.values, self.columns, self.rows, self.slots]
 
 
 def medians(turns: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
@@ -184,71 +177,6 @@ def time_row(layer: Layer, tokens: int, threads: int, repeats: int, device: str)
     return {**shape, "ratio": ratios, "ms": ms, "chosen": {name: vars(one) for name, one in choices.items()}}
 
 
-def arithmetic(n: int, m: int, value: int, column: int) -> dict[str, dict[str, float]]:
-    """Return the bytes for each weight of the dense matrix, by what they hold.
-
-    Training keeps values, gradient and AdamW's two states in float32, columns and rows of two masks, and one slot;
-    inference keeps values of `value` bytes and columns of `column` bytes.
-    """
-    share = n / m
-    return {
-        "dense": {"training": 16.0, "inference": float(value)},
-        "sparse": {
-            "training": share * (16 + 2 * column + 1),
-            "inference": share * (value + column),
-        },
-    }
-
-
-def measure_memory(layer: Layer, tokens: int, device: str) -> dict[str, dict[str, int]]:
-    """Return the bytes that a layer holds in training and in inference, and what a step allocates beside them."""
-    inputs, outputs = layer.features
-    x, gradient = (torch.ones(tokens, k, device=device, dtype=layer.values.dtype) for k in (inputs, outputs))
-    weight = to_dense(layer.values, layer.columns, inputs)
-    found = {}
-    for name in ("dense", "sparse"):
-        values = (weight if name == "dense" else layer.values).clone()
-        parameter = torch.nn.Parameter(values)
-        optimizer = torch.optim.AdamW([parameter], fused=True)
-
-        def step(name: str = name, parameter: torch.nn.Parameter = parameter) -> None:
-            with torch.no_grad():
-                if name == "dense":
-                    _ = gradient @ parameter
-                    parameter.grad = gradient.t() @ x
-                else:
-                    layer.input_gradient(gradient, layer.second())
-                    parameter.grad = layer.weight_gradient(gradient, x)
-
-        step()
-        optimizer.step()
-        parameter.grad = None
-        held = [parameter, *(state for state in optimizer.state[parameter].values() if state.dim())]
-        places = [] if name == "dense" else layer.state()[1:]
-        _, peak = peak_above(step, x.device)
-        assert parameter.grad is not None
-        training = sum(tensor.nbytes for tensor in (*held, parameter.grad, *places))
-        # The result of the input gradient is an activation, which both have alike.
-        peak -= parameter.grad.nbytes + gradient.shape[0] * inputs * x.element_size()
-        inference = parameter.nbytes + (0 if name == "dense" else layer.columns.nbytes)
-        found[name] = {"training": training, "inference": inference, "transient": peak}
-    return found
-
-
-def memory_row(layer: Layer, tokens: int, device: str) -> dict[str, Any]:
-    """Return the memory of a layer beside a dense one: by arithmetic, measured, and as ratios."""
-    torch.set_num_threads(1)
-    counted = arithmetic(layer.n, layer.m, layer.values.element_size(), layer.columns.element_size())
-    measured = measure_memory(layer, tokens, device)
-    ratios = {
-        kind: {name: row["sparse"][name] / row["dense"][name] for name in ("training", "inference")}
-        for kind, row in (("counted", counted), ("measured", measured))
-    }
-    inputs, outputs = layer.features
-    shape = {"in": inputs, "out": outputs, "pattern": f"{layer.n}:{layer.m}"}
-    return {**shape, "ratio": ratios, "bytes": measured}
-
-
 def options_of(argv: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
 
@@ -274,13 +202,12 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Measure, print the tables and write the results; return the rows of both tables."""
+    """Measure, print the table and write the results; return the rows of the table."""
     options = options_of(argv)
     threads_before = torch.get_num_threads()
-    times, memory = [], []
+    times = []
     for (n, m), (inputs, outputs) in itertools.product(options.patterns, options.shapes):
         layer = Layer.random((outputs, inputs), n, m, getattr(torch, options.dtype), options.device)
-        memory.append(memory_row(layer, min(options.tokens), options.device))
         for tokens, threads in itertools.product(options.tokens, options.threads):
             if 2e-9 * tokens * inputs * outputs <= options.largest:
                 times.append(time_row(layer, tokens, threads, options.repeats, options.device))
@@ -298,22 +225,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
             for row in times
         ],
     )
-    print_table(
-        "Memory of a layer, in multiples of a dense one's",
-        ["in x out", "pattern", "training", "counted", "inference", "counted"],
-        [
-            [
-                *(f"{row['in']} x {row['out']}", row["pattern"]),
-                *(
-                    f"{row['ratio'][kind][name]:.3f}"
-                    for name in ("training", "inference")
-                    for kind in ("measured", "counted")
-                ),
-            ]
-            for row in memory
-        ],
-    )
-    results = {"times": times, "memory": memory}
+    results = {"times": times}
     if not options.no_write:
         settings = {key: value for key, value in vars(options).items() if key not in ("no_write", "largest")}
         settings["cusparselt"] = cuda.version()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sylva_compile
 from sylva_compile import Masks
-from sylva_compile.adapters.export_shira import export_shira
+from sylva_compile.adapters.export_shira import export_peft
 from sylva_compile.errors import AdapterError, ArgumentError, EmbedError, ScopeError
 from sylva_compile.kernels.blocks import as_matrix, grid_shape
 
@@ -286,7 +286,7 @@ class TestValues:
         masks = random_masks(model)
         trained(model, masks)
         with pytest.raises(AdapterError, match="merge it instead"):
-            export_shira(model, tmp_path / "shira")
+            export_peft(model, tmp_path / "shira")
 
 
 class TestScope:

@@ -4,8 +4,9 @@
 
 The text is the one of the quality harness: the documentation of Python's standard library, and the sentences of SST-2
 and CoLA from --data. Every method takes the same steps. At the first seed it tries the middle learning rates of one
-list and goes on until the best one has tried neighbours; the other seeds use that one. It is chosen by the loss on a
-validation part, and the table has the loss on a test part. Rows go to benchmarks/results/pretraining/rows.jsonl, and
+list and goes on until the best one has tried neighbours; the other seeds use that one. Adapters take the rate of SLoPe,
+which their training is until the last steps. The rate is chosen by the loss on a validation part, and the table has the
+loss on a test part. Rows go to benchmarks/results/pretraining/rows.jsonl, and
 a run that has a row is skipped. `python -m benchmarks.pretraining.table` prints the table and draws the curves.
 """
 
@@ -27,6 +28,7 @@ PATH = RESULTS / "pretraining" / "rows.jsonl"
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (0, 1, 2)
+SLOPE = "SLoPe 2:4"
 
 
 def key_of(method: str, learning_rate: float, seed: int, sizes: Sizes) -> dict[str, Any]:
@@ -65,11 +67,18 @@ def best_rate(losses: Mapping[float, float]) -> float:
 
 
 def runs_to_do(rows: Rows, method: str, sizes: Sizes) -> Iterator[tuple[float, int]]:
-    """Yield the learning rate and seed of each run of a method that has no row; read the rows anew for each."""
-    while missing := next_rates(losses_of(rows.read(), method, SEEDS[0], sizes)):
+    """Yield the learning rate and seed of each run of a method that has no row; read the rows anew for each.
+
+    Raises:
+        ValueError: the method has adapters, and the learning rate of SLoPe is not chosen yet.
+    """
+    tuned = SLOPE if METHODS[method].adapters else method
+    while missing := next_rates(losses_of(rows.read(), tuned, SEEDS[0], sizes)):
+        if tuned != method:
+            raise ValueError(f"{method} takes the learning rate of {tuned}; train that first")
         yield missing[0], SEEDS[0]
-    rate = best_rate(losses_of(rows.read(), method, SEEDS[0], sizes))
-    for seed in SEEDS[1:]:
+    rate = best_rate(losses_of(rows.read(), tuned, SEEDS[0], sizes))
+    for seed in SEEDS:
         if rate not in losses_of(rows.read(), method, seed, sizes):
             yield rate, seed
 

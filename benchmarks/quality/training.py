@@ -23,6 +23,7 @@ class Trained:
 
     Attributes:
         loss: mean over the last tenth of the steps; NaN or infinite where the training diverged.
+        losses: of every step.
         step_ms: median time of forward pass, backward pass and optimizer step.
         state_bytes: the bytes of the optimizer's state.
         saved_bytes: the bytes that the first batch's forward pass saved for the backward.
@@ -31,6 +32,7 @@ class Trained:
     """
 
     loss: float
+    losses: list[float]
     step_ms: float
     state_bytes: int
     saved_bytes: int
@@ -58,6 +60,7 @@ def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimiz
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     schedule = get_linear_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
     ready.model.train()
+    ready.begin(batches)
     losses: list[float] = []
     seconds: list[float] = []
     saved = peak = 0
@@ -96,6 +99,7 @@ def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimiz
     last = losses[-max(1, len(losses) // 10) :]
     return Trained(
         loss=statistics.mean(last),
+        losses=[round(loss, 4) for loss in losses],
         step_ms=statistics.median(seconds) * 1e3,
         state_bytes=_bytes(inner),
         saved_bytes=saved,

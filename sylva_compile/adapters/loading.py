@@ -35,10 +35,9 @@ from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import put, reshard
+from sylva_compile.compiler.kinds import KINDS
 from sylva_compile.errors import AdapterError
 from sylva_compile.kernels.blocks import matrix_shape
-from sylva_compile.nm.embedding import nm_modules
-from sylva_compile.nm.export import unprune
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Masks:
@@ -169,9 +168,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             base; the model is as before then.
     """
     model = unwrap(model)
-    unembed(model)
-    if nm_modules(model):
-        unprune(model)
+    for kind in KINDS:
+        kind.unembed(model)
     forget_adapters(model)
     replaced_tensors(model).clear()
     return model

@@ -23,13 +23,13 @@ from sylva_compile.adapters.stored import (
     states_by_weight,
 )
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.ddp import check_not_wrapped
 from sylva_compile.blocks.embed import block_states, embed, unembed
 from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.moving import check_no_gradients, check_same_on_all_ranks, restart_optimizers, unwrapped
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import reshard
+from sylva_compile.embedded.wrapping import check_not_wrapped
 from sylva_compile.errors import AdapterError, EmbedError
 from sylva_compile.kernels.blocks import matrix_shape
 

@@ -15,6 +15,7 @@ from sylva_compile.blocks.originals import Originals
 from sylva_compile.blocks.places import round_stochastically, where
 from sylva_compile.blocks.shards import equal_everywhere, is_sharded, read_places, rows_of, writer_of
 from sylva_compile.blocks.synced_blocks import SyncedBlocks
+from sylva_compile.embedded.wide import stay_wide
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import as_matrix, block_dtype, grid_shape
 from sylva_compile.kernels.step.table import TYPES, Target
@@ -126,11 +127,7 @@ class BlockState(SyncedBlocks):
     def follow_move(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
         """Follow the module's tensors to another device or dtype; `masters` are the blocks before the move."""
         self.weight, self.blocks = self.live_weight, self.live_blocks = weight, blocks
-        wide = block_dtype(weight.dtype)
-        if blocks.dtype != wide:
-            gradient, blocks.grad = blocks.grad, None
-            blocks.data = masters.to(device=blocks.device, dtype=wide)
-            blocks.grad = None if gradient is None else gradient.to(wide)
+        stay_wide(blocks, masters, block_dtype(weight.dtype))
         if weight.device.type != "meta":
             self.layout.to(weight.device)
             self.writer = writer_of(weight, self.layout.positions, self.mask.block_size)

@@ -1,18 +1,16 @@
 """Notes which DistributedDataParallel averages the gradients of blocks, and checks that it can."""
 
-import hashlib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.distributed import all_gather_object, get_world_size
 from torch.nn.parallel import DistributedDataParallel
 
-from sylva_compile._torch import active_ddp, mixed_precision_of_ddp, parameters_of_ddp
+from sylva_compile._torch import active_ddp, parameters_of_ddp
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.shards import is_sharded, processes_of
+from sylva_compile.embedded.wrapping import check_precision, digest_of, not_averaged, same_on_all
 from sylva_compile.errors import EmbedError
 
 
@@ -55,23 +53,6 @@ def check_same_places(states: Iterable[BlockState], group: Any) -> None:
         )
 
 
-def digest_of(positions: Mapping[str, Tensor]) -> str:
-    """Return a digest of tensors on any device, by name."""
-    digest = hashlib.sha256()
-    for name in sorted(positions):
-        digest.update(name.encode() + positions[name].cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def same_on_all(group: Any, digest: str) -> bool:
-    """Whether all processes of `group` give the same digest; no group is one process. All of them call it."""
-    if group is None or get_world_size(group) == 1:
-        return True
-    digests: list[str | None] = [None] * get_world_size(group)
-    all_gather_object(digests, digest, group=group)
-    return len(set(digests)) == 1
-
-
 def check_averaged(states: Iterable[BlockState]) -> None:
     """Check, in a training pass, that the running DistributedDataParallel averages the blocks of `states`.
 
@@ -87,7 +68,7 @@ def check_averaged(states: Iterable[BlockState]) -> None:
         if known is None or known.ddp() is not ddp:
             _check_precision(ddp, state.name)
             if not any(parameter is state.blocks for parameter in parameters_of_ddp(ddp)):
-                raise _not_averaged(state.name)
+                raise not_averaged(state.name)
             known = _wrappers[state] = _Wrapper(weakref.ref(ddp))
         if not known.averages:
             raise EmbedError(
@@ -107,22 +88,5 @@ def group_that_averages(states: Iterable[BlockState]) -> Any:
     return None
 
 
-def check_not_wrapped(model: nn.Module, name: str) -> None:
-    """Raise EmbedError, about the weight `name`, if DistributedDataParallel has wrapped `model` already."""
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise _not_averaged(name)
-
-
 def _check_precision(ddp: Any, name: str) -> None:
-    if mixed_precision_of_ddp(ddp) is not None:
-        raise EmbedError(
-            f"{name}: DistributedDataParallel(mixed_precision=...) swaps the memory of blocks and dense weights in "
-            "every pass; leave it out, and load the model in bfloat16 (its blocks are float32), or use torch.autocast."
-        )
-
-
-def _not_averaged(name: str) -> EmbedError:
-    return EmbedError(
-        f"{name}: DistributedDataParallel wrapped the model before its blocks were embedded, and would never average "
-        "their gradients; call masks.embed(model) first, then wrap the model."
-    )
+    check_precision(ddp, name, "blocks and dense weights", "blocks")

@@ -14,10 +14,10 @@ from sylva_compile.blocks import registry
 from sylva_compile.blocks.averaging import average_gradients
 from sylva_compile.blocks.block_mask import SUFFIX, BlockMask, check_inside_experts
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.ddp import check_not_wrapped
 from sylva_compile.blocks.embedded_module import EmbeddedModule, embedded_class
 from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
 from sylva_compile.blocks.shards import is_sharded, reshard
+from sylva_compile.embedded.wrapping import check_not_wrapped
 from sylva_compile.errors import EmbedError
 
 _Owners = list[tuple[nn.Module, str]]

@@ -19,6 +19,7 @@ from sylva_compile.blocks.ddp import check_averaged
 from sylva_compile.blocks.dense_view import DenseView
 from sylva_compile.blocks.fully_sharded import follows
 from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.embedded.generated_class import empty_module, generated_class
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.block_norms import block_norms
 from sylva_compile.kernels.blocks import block_dtype
@@ -274,21 +275,15 @@ def _check_assigned(state: BlockState, value: Any) -> None:
         )
 
 
-_classes: dict[tuple[type, tuple[str, ...]], type] = {}
-
-
 def embedded_class(base: type, attributes: tuple[str, ...]) -> type:
     """Return the subclass of `base` whose weights `attributes` carry blocks; made once and kept."""
-    key = (base, attributes)
-    if key not in _classes:
-        members: dict[str, Any] = {attribute: _weight_property(attribute) for attribute in attributes}
-        members["__module__"], members["_sylva_base"] = __name__, base
-        _classes[key] = type(f"Embedded{base.__name__}", (EmbeddedModule, base), members)
-    return _classes[key]
+
+    def members() -> dict[str, Any]:
+        return {"_sylva_base": base, **{attribute: _weight_property(attribute) for attribute in attributes}}
+
+    return generated_class(EmbeddedModule, base, "Embedded", members, attributes)
 
 
 def rebuild(base: type, attributes: tuple[str, ...]) -> nn.Module:
     """Make an empty module of the embedded class; pickles name this function, and then set the module's state."""
-    cls: Any = embedded_class(base, attributes)
-    module: nn.Module = cls.__new__(cls)
-    return module
+    return empty_module(embedded_class(base, attributes))

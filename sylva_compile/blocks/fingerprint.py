@@ -1,7 +1,8 @@
 """A quick fingerprint of tensors: tells one base model from another, on any device."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,3 +42,9 @@ def checksum(tensor: Tensor) -> str:
 def base_fingerprint(weights: Iterable[Tensor]) -> str:
     """Return 16 hexadecimal digits that depend on every bit of `weights`, in this order."""
     return hashlib.sha256("".join(map(checksum, weights)).encode()).hexdigest()[:16]
+
+
+def is_other_base(config: Mapping[str, Any], weights: Iterable[Tensor]) -> bool:
+    """Whether masks of `config` were made for other values than those of `weights`, which are in the masks' order."""
+    wanted = config.get("base")
+    return wanted is not None and base_fingerprint(weights) != wanted

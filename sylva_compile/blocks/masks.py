@@ -1,36 +1,33 @@
 """`Masks`: the chosen blocks of a model's weights."""
 
 import copy
-import json
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from sylva_compile.blocks.block_mask import BlockMask, check_block_fits
 from sylva_compile.blocks.embed import block_states, embed
-from sylva_compile.blocks.fingerprint import base_fingerprint
+from sylva_compile.blocks.fingerprint import is_other_base
 from sylva_compile.blocks.mask_summary import summary_of
 from sylva_compile.blocks.moving import Carry, move, resume
 from sylva_compile.blocks.scope import check_owners, check_weight, named_weights, unwrap
 from sylva_compile.config import check_block_size
+from sylva_compile.embedded.bound_masks import BoundMasks
+from sylva_compile.embedded.mask_file import MaskFile
 from sylva_compile.errors import MaskError
-from sylva_compile.files import to_json, write_file
 from sylva_compile.kernels.blocks import matrix_shape
 
 log = logging.getLogger(__name__)
 
-_FORMAT = "sylva-masks-1"
+_FILE = MaskFile("sylva-masks-1", "masks", "Masks.save")
 
 
-class Masks(Mapping[str, BlockMask]):
+class Masks(BoundMasks[BlockMask]):
     """The masks of a model: a mapping from weight name to `BlockMask`, usually bound to the model it was made for.
 
     Attributes:
@@ -52,28 +49,11 @@ class Masks(Mapping[str, BlockMask]):
             model: the model to bind to, if any; it is not kept alive.
             config: how the masks were made; files and adapters keep it.
         """
-        self._blocks = dict(blocks)
-        self.config: dict[str, Any] = dict(config or {})
-        self._model: weakref.ref[nn.Module] | None = None
-        if model is not None:
-            self.bind(model)
-
-    def __getitem__(self, name: str) -> BlockMask:
-        return self._blocks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._blocks)
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the model, since another process has another one; `embed(model)` binds again."""
-        return self.__dict__ | {"_model": None}
+        super().__init__(blocks, model, config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Masks":
         """Copy; bound to the copy of the model where the model was copied before in the same call."""
-        twin = Masks(copy.deepcopy(self._blocks, memo), config=copy.deepcopy(self.config, memo))
+        twin = Masks(copy.deepcopy(self._masks, memo), config=copy.deepcopy(self.config, memo))
         model = None if self.model is None else memo.get(id(self.model))
         if model is not None:
             twin._model = weakref.ref(model)
@@ -82,11 +62,6 @@ class Masks(Mapping[str, BlockMask]):
     def __repr__(self) -> str:
         nnz = sum(mask.nnz for mask in self.values())
         return f"Masks({len(self)} weights, {nnz} blocks, {'bound' if self.model is not None else 'not bound'})"
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The model that these masks are bound to, or None."""
-        return self._model() if self._model is not None else None
 
     @classmethod
     def from_block_maps(cls, model: nn.Module, block_maps: Mapping[str, Tensor], block_size: int) -> "Masks":
@@ -125,13 +100,10 @@ class Masks(Mapping[str, BlockMask]):
         """
         model = unwrap(model)
         parameters = named_weights(model)
-        for name, mask in self.items():
-            if name not in parameters:
-                raise MaskError(f"These masks name {name!r}, which this model lacks; make masks for this model.")
-            check_owners(model, name, parameters[name])
-            if matrix_shape(parameters[name].shape) != mask.shape:
-                found = tuple(parameters[name].shape)
-                raise MaskError(f"{name} is {found} here and {mask.shape} in these masks; make masks for this model.")
+        for name in self:
+            if name in parameters:
+                check_owners(model, name, parameters[name])
+        self.check_shapes(parameters)
         for name in self:
             check_weight(name, parameters[name])
         self._model = weakref.ref(model)
@@ -197,7 +169,7 @@ class Masks(Mapping[str, BlockMask]):
                 Nothing has moved in any of these cases.
         """
         move(self._require_model(), self, new, optimizer, carry, generator)
-        self._blocks |= new
+        self._masks |= new
         self.note(moves=self.config.get("moves", 0) + 1)
 
     def note(self, **entries: Any) -> None:
@@ -217,12 +189,12 @@ class Masks(Mapping[str, BlockMask]):
             ArgumentError: these are other weights, or other numbers of blocks; nothing has changed then.
             EmbedError: the blocks have gradients; nothing has changed then.
         """
-        self._blocks |= resume(self.embed(), self, saved)
+        self._masks |= resume(self.embed(), self, saved)
 
     def follow(self) -> None:
         """Take over where the blocks of the bound model are: another than these masks has moved them."""
         states = block_states(self._require_model())
-        self._blocks |= {name: states[name].mask for name in self}
+        self._masks |= {name: states[name].mask for name in self}
 
     def write_through(self) -> None:
         """Write the blocks into the dense weights now.
@@ -242,57 +214,33 @@ class Masks(Mapping[str, BlockMask]):
 
         Raises MaskError where that cannot be written; an older file stays then.
         """
-        tensors: dict[str, Tensor] = {}
-        shapes: dict[str, Any] = {}
-        for name, mask in self.items():
-            tensors[name] = mask.positions.to(torch.int32)
-            shapes[name] = [*mask.shape, mask.block_size]
-        metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "config": to_json(self.config)}
-        try:
-            write_file(Path(path), serialize(tensors, metadata))
-        except OSError as error:
-            raise MaskError(
-                f"No masks can be written to {path} ({error}); name a file in a directory of yours."
-            ) from error
+        positions = {name: mask.positions.to(torch.int32) for name, mask in self.items()}
+        shapes = {name: [*mask.shape, mask.block_size] for name, mask in self.items()}
+        _FILE.write(path, positions, {"shapes": shapes, "config": self.config})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Masks":
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read masks that `save` wrote; they are not bound to a model. Raises MaskError for any other file."""
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise MaskError(f"{path} holds no masks of this version; give a file written by Masks.save.")
-                shapes = json.loads(metadata["shapes"])
-                blocks = {}
-                for name, (m, n, block_size) in shapes.items():
-                    blocks[name] = BlockMask((m, n), block_size, file.get_tensor(name).to(torch.int64))
-                return cls(blocks, config=_current_words(json.loads(metadata["config"])))
-        except FileNotFoundError:
-            raise MaskError(f"{path} does not exist; give a file written by Masks.save.") from None
-        except OSError as error:
-            raise MaskError(f"{path} cannot be read ({error}); give a file written by Masks.save.") from error
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            if isinstance(error, MaskError):
-                raise
-            raise MaskError(f"{path} is damaged or no mask file ({error}); make the masks again.") from error
+
+        def make(positions: dict[str, Tensor], notes: dict[str, Any]) -> tuple[dict[str, BlockMask], dict[str, Any]]:
+            blocks = {
+                name: BlockMask((m, n), block_size, positions[name].to(torch.int64))
+                for name, (m, n, block_size) in notes["shapes"].items()
+            }
+            return blocks, _current_words(notes["config"])
+
+        blocks, config = _FILE.read(path, make)
+        return cls(blocks, config=config)
 
     def _compare_base(self, model: nn.Module) -> None:
         """Log a warning if these masks were traced on other weights: they fit, but were not chosen for these."""
         parameters = named_weights(model)
-        wanted = self.config.get("base")
-        if wanted is None or block_states(model) or not all(name in parameters for name in self):
+        if block_states(model) or not all(name in parameters for name in self):
             return
-        if base_fingerprint(parameters[name] for name in self) != wanted:
+        if is_other_base(self.config, (parameters[name] for name in self)):
             log.warning(
                 "These masks were chosen for other weights than this model's; trace again unless that is what you want."
             )
-
-    def _require_model(self) -> nn.Module:
-        model = self.model
-        if model is None:
-            raise MaskError("These masks are not bound to a living model; call masks.embed(model) with the model.")
-        return model
 
 
 def _current_words(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.ddp import digest_of, group_that_averages, same_on_all
+from sylva_compile.blocks.ddp import group_that_averages
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.layout import update_input_channels
+from sylva_compile.embedded.wrapping import digest_of, same_on_all
 from sylva_compile.errors import ArgumentError, EmbedError, MaskError
 
 Carry = Literal["none", "intersection"]

@@ -25,11 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sylva_compile.blocks.base_warnings import not_shareable
@@ -37,6 +33,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import note_wrapper
 from sylva_compile.blocks.partitioned import not_parallel
 from sylva_compile.blocks.shards import gather, is_sharded
+from sylva_compile.embedded.wrapping import follow_wrapping
 from sylva_compile.kernels.gate import is_closed
 
 _live: "weakref.WeakKeyDictionary[BlockState, None]" = weakref.WeakKeyDictionary()
@@ -152,7 +149,7 @@ def tidy() -> None:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
         _hooks.append(register_optimizer_step_post_hook(_after_step))
         _hooks.append(register_module_parameter_registration_hook(_on_parameter))
-        _hooks.append(register_module_module_registration_hook(_on_module))
+        _hooks.append(follow_wrapping(lambda ddp, model: note_wrapper(ddp, live_states())))
     while _hooks and not _live and not _in_a_step():
         _hooks.pop().remove()
     if _added_sources and (unwanted := _added_sources.difference(*_sources.values())):
@@ -190,12 +187,6 @@ def _on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
     only_holds = type(module) is nn.Module or isinstance(module, GraphModule | nn.ParameterList | nn.ParameterDict)
     if not only_holds and not type(module).__module__.startswith(_COMPILERS):
         raise not_shareable(state.name, f"the {name} of a {type(module).__name__}")
-
-
-def _on_module(module: nn.Module, name: str, submodule: Any) -> None:
-    """Follow a DistributedDataParallel from when it takes the model that it wraps, before it sends anything."""
-    if isinstance(module, DistributedDataParallel) and name == "module":
-        note_wrapper(module, live_states())
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -30,15 +30,13 @@ from sylva_compile._torch import (
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
-from sylva_compile.blocks.masks import Masks
 from sylva_compile.compiler.aot import compile_eagerly
+from sylva_compile.compiler.kinds import KINDS
 from sylva_compile.compiler.report import Report, WeightReport
 from sylva_compile.compiler.retrace import update_layouts
 from sylva_compile.compiler.runtime_wrapper import RuntimeWrapper
+from sylva_compile.embedded.bound_masks import BoundMasks
 from sylva_compile.errors import ArgumentError, RewriteError
-from sylva_compile.nm.averaging import is_carried
-from sylva_compile.nm.embedding import nm_modules
-from sylva_compile.nm.masks import NMMasks
 from sylva_compile.passes.runner import run_passes
 from sylva_compile.passes.sample_weight_gradients import RewriteResult, sample_weight_gradients_pass
 from sylva_compile.passes.sketch_block_norms import sketch_block_norms_pass
@@ -98,13 +96,13 @@ def source_hash() -> bytes:
 class Backend:
     """A backend for `torch.compile`; made by `sylva_compile.backend`."""
 
-    def __init__(self, masks: Masks | NMMasks | None, inner: Inner, on_miss: OnMiss) -> None:
+    def __init__(self, masks: BoundMasks[Any] | None, inner: Inner, on_miss: OnMiss) -> None:
         """See `backend`."""
         if inner not in ("inductor", "aot_eager"):
             raise ArgumentError(f"inner={inner!r}; use 'inductor' or 'aot_eager'.")
         if on_miss not in ("warn", "error", "ignore"):
             raise ArgumentError(f"on_miss={on_miss!r}; use 'warn', 'error' or 'ignore'.")
-        if masks is not None and not isinstance(masks, Masks | NMMasks):
+        if masks is not None and not isinstance(masks, tuple(kind.masks for kind in KINDS)):
             raise ArgumentError(
                 f"masks is a {type(masks).__name__}; give those that trace_and_mask or prune_masks returns."
             )
@@ -148,8 +146,8 @@ class Backend:
         """
         model = self._model()
         states = block_states(model) if model is not None else _by_unique_name(registry.live_states())
-        pruned = 0 if model is None else len(nm_modules(model))
-        return Report({name: self._reports.get(state, WeightReport()) for name, state in states.items()}, pruned)
+        others = {} if model is None else {name: line for kind in KINDS for name, line in kind.report(model).items()}
+        return Report({name: self._reports.get(state, WeightReport()) for name, state in states.items()}, others)
 
     def _model(self) -> nn.Module | None:
         return None if self.masks is None else self.masks.model
@@ -195,7 +193,7 @@ class Backend:
         )
 
 
-def backend(masks: Masks | NMMasks | None = None, *, inner: Inner = "inductor", on_miss: OnMiss = "warn") -> Backend:
+def backend(masks: BoundMasks[Any] | None = None, *, inner: Inner = "inductor", on_miss: OnMiss = "warn") -> Backend:
     """Return a `torch.compile` backend that computes only the masked blocks of weight gradients.
 
     Args:
@@ -259,15 +257,15 @@ def _compile_with_inductor(
 ) -> Callable[..., Any]:
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {}), "joint_custom_pre_pass": joint}
     values = [*example_inputs, *gm.parameters()]
-    if patches.get("freezing", inductor_config.freezing) and (_states_of(values) or any(map(_is_pruned, values))):
+    if patches.get("freezing", inductor_config.freezing) and any(map(_is_carried, values)):
         log.info("Inductor's freezing is off for this graph: it would make constants of weights that training changes.")
         patches["freezing"] = False
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
 
-def _is_pruned(value: Any) -> bool:
-    return isinstance(value, Tensor) and is_carried(value)
+def _is_carried(value: Any) -> bool:
+    return isinstance(value, Tensor) and any(kind.is_carried(value) for kind in KINDS)
 
 
 def _states_of(values: Iterable[Any]) -> list[BlockState]:

@@ -11,11 +11,9 @@ from torch import nn
 
 from sylva_compile._torch import compiled_call, set_compiled_call, uncompiled_call
 from sylva_compile.blocks.compile_units import caching_configurations, compile_units
-from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import unwrap
+from sylva_compile.compiler.kinds import KINDS
 from sylva_compile.errors import EmbedError
-from sylva_compile.nm.embedding import nm_modules
-from sylva_compile.nm.module import VALUES
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +40,7 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any], **option
         EmbedError: the model carries no blocks and no pruned weights.
     """
     model = unwrap(model)
-    weights = [state.weight for state in block_states(model).values()]
-    weights += [module._parameters[VALUES] for module in nm_modules(model).values()]
+    weights = [weight for kind in KINDS for weight in kind.carriers(model).values()]
     if not weights:
         raise EmbedError("The model carries no blocks; call masks.embed(model) first.")
     units = compile_units(model, weights) or [model]

@@ -35,11 +35,21 @@ class WeightReport:
 
 
 class Report(Mapping[str, WeightReport]):
-    """A `WeightReport` for every embedded weight, by name; prints as a table."""
+    """A `WeightReport` for every weight that carries blocks, by name; prints as a table, with other kinds' weights.
 
-    def __init__(self, weights: Mapping[str, WeightReport], pruned: int = 0) -> None:
-        """Make the report of `weights`, by name, in the order of the model, beside the number of pruned weights."""
-        self._weights, self.pruned = dict(weights), pruned
+    Attributes:
+        others: a line for each embedded weight of another kind, by name. That of a pruned weight names the kernels that
+            its products ran by last: "2:4, forward sparse at 512 tokens, input gradient not run".
+    """
+
+    def __init__(self, weights: Mapping[str, WeightReport], others: Mapping[str, str] | None = None) -> None:
+        """Make the report of `weights`, by name, in the order of the model.
+
+        Args:
+            weights: those that carry blocks.
+            others: lines about embedded weights of other kinds, by name: the kernels of pruned ones.
+        """
+        self._weights, self.others = dict(weights), dict(others or {})
 
     def __getitem__(self, name: str) -> WeightReport:
         return self._weights[name]
@@ -56,10 +66,10 @@ class Report(Mapping[str, WeightReport]):
         return sum(weight.rewritten for weight in self.values())
 
     def __str__(self) -> str:
-        width = max((len(name) for name in self), default=0)
-        lines = [f"{name:<{width}}  {weight}" for name, weight in self.items()]
-        if self or not self.pruned:
+        width = max((len(name) for name in (*self, *self.others)), default=0)
+        lines = [f"{name:<{width}}  {weight}" for name, weight in (*self.items(), *self.others.items())]
+        if self or not self.others:
             lines.append(f"{self.rewritten} of {len(self)} weights rewritten.")
-        if self.pruned:
-            lines.append(f"{self.pruned} weights are pruned; masks.summary(tokens) names their kernels.")
+        if self.others:
+            lines.append(f"{len(self.others)} weights are pruned.")
         return "\n".join(lines)

@@ -13,7 +13,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import check_averaged
 from sylva_compile.blocks.dense_view import DenseView
 from sylva_compile.blocks.embedded_module import refuse_moves_before_backward, swapped
-from sylva_compile.nm.averaging import check_averaged as check_pruned_averaged
+from sylva_compile.compiler.kinds import KINDS
 from sylva_compile.passes.sample_weight_gradients import RewriteResult
 
 _MOST_KNOWN = 256
@@ -63,7 +63,8 @@ class RuntimeWrapper:
             EmbedError: gradients would be lost, because an argument is not the weight or the blocks of the state that
                 its positions belong to, or because DistributedDataParallel does not average the blocks.
         """
-        check_pruned_averaged(args)
+        for kind in KINDS:
+            kind.check_arguments(args)
         trained = self._before_run(args)
         outputs = self._compiled(*args)
         if trained:

@@ -131,7 +131,7 @@ def fold_low_rank(model: nn.Module) -> nn.Module:
         both = nn.Parameter(torch.cat([values_of(module), left]).to(layout.dtype), requires_grad=False)
         right = nn.Parameter(module._parameters[RIGHT].detach().to(layout.dtype), requires_grad=False)
         low_rank.folded = torch.cat([layout.columns, columns])
-        layout.drop_second_mask()
+        layout.freeze()
         low_rank.share_with(layout)
         note_carried(both, layout.name)
         for attribute in (VALUES, LEFT, RIGHT):

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sylva_compile._torch import active_ddp, at_end_of_backward, parameters_of_ddp, running_backward
+from sylva_compile.embedded.wrapping import follow_wrapping, not_averaged
 from sylva_compile.errors import EmbedError
 from sylva_compile.nm.ranks import same_places_when_wrapped
 
@@ -32,18 +31,16 @@ def note_carried(parameter: nn.Parameter, name: str) -> None:
     """Know `parameter` as one of the pruned weight `name` from now on."""
     _names[parameter] = name
     if not _wrapping_hooks:
-        _wrapping_hooks.append(register_module_module_registration_hook(_on_module))
+        _wrapping_hooks.append(follow_wrapping(_on_wrapping))
 
 
-def _on_module(module: nn.Module, name: str, submodule: Any) -> None:
-    """Follow a DistributedDataParallel from when it takes the model that it wraps, before it sends anything."""
-    if name == "module" and isinstance(module, DistributedDataParallel):
-        same_places_when_wrapped(module, submodule)
-        for parameter in submodule.parameters():
-            if parameter in _names:
-                _frozen_when_wrapped.pop(parameter, None)
-                if not parameter.requires_grad:
-                    _frozen_when_wrapped[parameter] = weakref.ref(module)
+def _on_wrapping(ddp: Any, model: nn.Module) -> None:
+    same_places_when_wrapped(ddp, model)
+    for parameter in model.parameters():
+        if parameter in _names:
+            _frozen_when_wrapped.pop(parameter, None)
+            if not parameter.requires_grad:
+                _frozen_when_wrapped[parameter] = weakref.ref(ddp)
 
 
 def is_carried(tensor: Tensor) -> bool:
@@ -92,10 +89,7 @@ def check_averaged(arguments: Iterable[Any]) -> None:
             continue
         known = {id(parameter) for parameter in parameters_of_ddp(ddp)} if known is None else known
         if id(value) not in known:
-            raise EmbedError(
-                f"{name}: DistributedDataParallel wrapped the model before its weights were pruned, and would never "
-                "average their gradients; call masks.embed(model) first, then wrap the model."
-            )
+            raise not_averaged(name)
         if (wrapper := _frozen_when_wrapped.get(value)) is not None and wrapper() is ddp:
             raise EmbedError(
                 f"{name}: its values did not require grad when DistributedDataParallel wrapped the model, which would "

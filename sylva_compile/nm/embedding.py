@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sylva_compile.blocks.ddp import check_not_wrapped
 from sylva_compile.blocks.scope import input_axis, is_conv1d, named_weights, owners_of, unwrap
 from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.embedded.wrapping import check_not_wrapped
 from sylva_compile.errors import EmbedError, ScopeError
 from sylva_compile.kernels.blocks import block_dtype
+from sylva_compile.kernels.nm.last_choice import forget_choices
 from sylva_compile.kernels.nm_mm import column_dtype
 from sylva_compile.nm.averaging import note_carried, note_replaced
 from sylva_compile.nm.layout import NMLayout
@@ -101,6 +102,8 @@ def _layout(name: str, weight: Tensor, mask: NMMask, *, double: bool) -> NMLayou
         slots=rows.to(torch.uint8),
     )
     layout.to(weight.device)
+    for places in (layout.columns, layout.rows):
+        forget_choices(places)
     return layout
 
 

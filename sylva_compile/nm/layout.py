@@ -28,6 +28,7 @@ class NMLayout:
         columns: the columns of the values, int16 or int32 `[out, in // m * n]`: the mask R.
         rows: the rows that the second mask keeps in each column, `[in, out // m * n]`: the mask C.
         slots: uint8, as `rows`: the index of each value among those of its group, `OUTSIDE` where R keeps nothing.
+        frozen: whether the weight is for inference alone: its values are of `dtype`, and its second mask is dropped.
         changes: how often the second mask has been chosen again.
     """
 
@@ -43,6 +44,7 @@ class NMLayout:
     rows: Tensor
     slots: Tensor
     changes: int = 0
+    frozen: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,8 +62,9 @@ class NMLayout:
         self.slots.copy_(slots)
         self.changes += 1
 
-    def drop_second_mask(self) -> None:
+    def freeze(self) -> None:
         """Let go of the second mask, of a weight that is not trained any more."""
+        self.frozen = True
         self.rows, self.slots = (one.new_empty((self.in_features, 0)) for one in (self.rows, self.slots))
 
     def to(self, device: torch.device) -> None:

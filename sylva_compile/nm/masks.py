@@ -3,17 +3,18 @@
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from sylva_compile.blocks.fingerprint import base_fingerprint
+from sylva_compile.blocks.fingerprint import is_other_base
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
+from sylva_compile.embedded.bound_masks import BoundMasks
 from sylva_compile.errors import EmbedError, MaskError
 from sylva_compile.nm.embedding import embed, nm_modules
+from sylva_compile.nm.freezing import freeze
 from sylva_compile.nm.low_rank import LEFT, RIGHT
 from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.mask_file import read_masks, write_masks
@@ -23,7 +24,7 @@ from sylva_compile.nm.module import VALUES, values_of
 log = logging.getLogger(__name__)
 
 
-class NMMasks(Mapping[str, NMMask]):
+class NMMasks(BoundMasks[NMMask]):
     """The masks of a model: a mapping from weight name to `NMMask`, usually bound to the model it was made for.
 
     Attributes:
@@ -40,31 +41,11 @@ class NMMasks(Mapping[str, NMMask]):
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Make masks from `masks`, by weight name; `model`, which they are bound to if given, is not kept alive."""
-        self._masks, self.double, self.config = dict(masks), double, dict(config or {})
-        self._model: weakref.ref[nn.Module] | None = None
-        if model is not None:
-            self.bind(model)
-
-    def __getitem__(self, name: str) -> NMMask:
-        return self._masks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
-
-    def __len__(self) -> int:
-        return len(self._masks)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the model, since another process has another one; `embed(model)` binds again."""
-        return self.__dict__ | {"_model": None}
+        self.double = double
+        super().__init__(masks, model, config)
 
     def __repr__(self) -> str:
         return f"NMMasks({len(self)} weights, {'bound' if self.model is not None else 'not bound'})"
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The model that these masks are bound to, or None."""
-        return self._model() if self._model is not None else None
 
     def bind(self, model: nn.Module) -> None:
         """Bind to `model` after checking that every masked weight is there in its shape, whole or pruned by these.
@@ -80,12 +61,8 @@ class NMMasks(Mapping[str, NMMask]):
             self._check_same(present)
         else:
             weights = named_weights(model)
-            for name, mask in self.items():
-                if name not in weights:
-                    raise MaskError(f"These masks name {name!r}, which this model lacks; make masks for this model.")
-                if tuple(weights[name].shape) != mask.shape:
-                    found = tuple(weights[name].shape)
-                    raise MaskError(f"{name} is {found} here and {mask.shape} in these masks; prune this model.")
+            self.check_shapes(weights)
+            for name in self:
                 check_weight(name, weights[name])
         self._model = weakref.ref(model)
 
@@ -123,8 +100,8 @@ class NMMasks(Mapping[str, NMMask]):
 
     def _compare_base(self, model: nn.Module) -> None:
         """Log a warning if the weights are others than those that the masks were chosen for, and lose large values."""
-        weights, wanted = named_weights(model), self.config.get("base")
-        if wanted is None or base_fingerprint(weights[name] for name in self) == wanted:
+        weights = named_weights(model)
+        if not is_other_base(self.config, (weights[name] for name in self)):
             return
         for name, mask in self.items():
             # A pruned model that goes on has the same masks by magnitude, since all else is zero.
@@ -155,6 +132,15 @@ class NMMasks(Mapping[str, NMMask]):
         """
         for module in self.modules().values():
             module._nm_layout.change(values_of(module))
+
+    def freeze(self) -> None:
+        """Let the bound model be for inference alone, in place, with less memory and the same output but for rounding.
+
+        Second masks are dropped. Values and adapters are frozen and take their weights' dtype. Forward passes whose
+        input requires grad raise EmbedError from then on, and so do steps of optimizers made before.
+        `fold_low_rank(model)` does all this, and folds adapters.
+        """
+        freeze(self.embed())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return what the model's own state dict lacks to resume a training exactly, by weight name.
@@ -207,15 +193,10 @@ class NMMasks(Mapping[str, NMMask]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks as one safetensors file. Raises MaskError where that cannot be written."""
-        write_masks(Path(path), self, {"double": self.double, "config": self.config})
+        write_masks(path, self, {"double": self.double, "config": self.config})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "NMMasks":
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read masks that `save` wrote; they are not bound to a model. Raises MaskError for any other file."""
-        masks, notes = read_masks(Path(path))
+        masks, notes = read_masks(path)
         return cls(masks, double=notes["double"], config=notes["config"])
-
-    def _require_model(self) -> nn.Module:
-        if (model := self.model) is None:
-            raise MaskError("These masks are not bound to a living model; call masks.embed(model) with the model.")
-        return model

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile.blocks.shards import is_sharded
+from sylva_compile.embedded.generated_class import empty_module, generated_class
+from sylva_compile.embedded.wide import stay_wide
 from sylva_compile.errors import EmbedError, MaskError
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.nm.averaging import check_averaged, note_carried
@@ -56,14 +58,15 @@ class NMModule:
                 x = x.to(torch.get_autocast_dtype(kind))
         elif x.dtype != layout.dtype:
             raise EmbedError(f"{layout.name} computes in {layout.dtype} and is given {x.dtype}; convert one of them.")
+        if layout.frozen and torch.is_grad_enabled() and x.requires_grad:
+            done = "frozen" if low_rank is None or low_rank.folded is None else "folded"
+            raise EmbedError(f"{layout.name} is {done} for inference; run it under torch.no_grad().")
         if low_rank is not None and low_rank.folded is not None:
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise EmbedError(f"{layout.name} is folded for inference; run it under torch.no_grad().")
             both = nm_linear(x, values, low_rank.folded)
             out = both[..., : layout.out_features]
             out = out + (both[..., layout.out_features :] @ module.weight_right.to(x.dtype)) / low_rank.rank
         else:
-            second = (layout.rows, layout.slots) if layout.double else None
+            second = (layout.rows, layout.slots) if layout.double and not layout.frozen else None
             out = nm_linear(x, values, layout.columns, second, (layout.n, layout.m))
             if low_rank is not None:
                 out = out + low_rank.output(x, module.weight_left, module.weight_right)
@@ -84,15 +87,11 @@ class NMModule:
         probe = fn(torch.empty(0, dtype=layout.dtype, device=masters[VALUES].device))
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         layout.dtype = probe.dtype
-        folded = low_rank is not None and low_rank.folded is not None
-        wide = layout.dtype if folded else block_dtype(layout.dtype)
+        wide = layout.dtype if layout.frozen else block_dtype(layout.dtype)
         for name, before in masters.items():
             after = module._parameters[name]
             note_carried(after, layout.name)
-            if after.dtype != wide:
-                gradient, after.grad = after.grad, None
-                after.data = before.to(device=after.device, dtype=wide)
-                after.grad = None if gradient is None else gradient.to(wide)
+            stay_wide(after, before, wide)
         layout.to(module._parameters[VALUES].device)
         if low_rank is not None:
             low_rank.to(module._parameters[VALUES].device)
@@ -208,19 +207,11 @@ def dense_left(module: Any) -> Tensor:
     return low_rank.dense_left(module._parameters[VALUES].detach()[out:], low_rank.folded[out:])
 
 
-_classes: dict[type, type] = {}
-
-
 def nm_class(base: type) -> type:
     """Return the subclass of `base` whose weight is pruned; made once and kept."""
-    if base not in _classes:
-        members = {"__module__": __name__, "_nm_base": base}
-        _classes[base] = type(f"NM{base.__name__}", (NMModule, base), members)
-    return _classes[base]
+    return generated_class(NMModule, base, "NM", lambda: {"_nm_base": base})
 
 
 def _rebuild(base: type) -> nn.Module:
     """Make an empty module of the generated class; pickles name this function, and then set the module's state."""
-    cls: Any = nm_class(base)
-    module: nn.Module = cls.__new__(cls)
-    return module
+    return empty_module(nm_class(base))

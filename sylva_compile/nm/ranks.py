@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sylva_compile._torch import mixed_precision_of_ddp
-from sylva_compile.blocks.ddp import same_on_all
+from sylva_compile.embedded.wrapping import check_precision, same_on_all
 from sylva_compile.errors import EmbedError
 from sylva_compile.nm.mask import NMMask
 
@@ -44,12 +43,7 @@ def same_places_when_wrapped(ddp: Any, model: nn.Module) -> None:
     modules = list(_pruned(model))
     if not modules:
         return
-    if mixed_precision_of_ddp(ddp) is not None:
-        raise EmbedError(
-            f"{modules[0]._nm_layout.name}: DistributedDataParallel(mixed_precision=...) swaps the memory of pruned "
-            "weights in every pass; leave it out, and load the model in bfloat16 (its values are float32), or use "
-            "torch.autocast."
-        )
+    check_precision(ddp, modules[0]._nm_layout.name, "pruned weights", "values")
     group = ddp.process_group
     if dist.get_world_size(group) == 1:
         return

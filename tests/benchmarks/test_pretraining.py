@@ -51,6 +51,14 @@ def test_rates_walk_until_the_best_has_tried_neighbours(tmp_path: Path) -> None:
         tried.append((rate, seed))
         rows.append(**row("dense", rate, seed, abs(rate - 1e-3)))
     assert tried == [(2e-3, 0), (4e-3, 0), (8e-3, 0), (1e-3, 0), (5e-4, 0), (1e-3, 1), (1e-3, 2)]
+    with pytest.raises(ValueError, match="train that first"):
+        list(run.runs_to_do(rows, "SLoPe 2:4, adapters in the last 1%", SIZES))
+    for rate, _ in run.runs_to_do(rows, "SLoPe 2:4", SIZES):
+        rows.append(**row("SLoPe 2:4", rate, 0, abs(rate - 1e-3)))
+        if rate == 5e-4:
+            break
+    late = list(run.runs_to_do(rows, "SLoPe 2:4, adapters in the last 1%", SIZES))
+    assert late == [(1e-3, 0), (1e-3, 1), (1e-3, 2)]
     # A training that diverged is never the best.
     assert run.best_rate({1e-3: float("nan"), 2e-3: 3.0}) == 2e-3
 

@@ -82,6 +82,8 @@ METHODS_TO_TRY: dict[str, Mapping[str, Any]] = {
     **{f"{kind}, Muon": {"kind": kind, "optimizer": "muon"} for kind in ("full", "linear", "lora")},
     "blocks, Muon": {**CHANCE, "optimizer": "muon", "momentum": 0.8},
     "moving": {**CHANCE, "optimizer": "muon", "every": 2, "choose": "sketch"},
+    "IST": {**CHANCE, "optimizer": "muon", "policy": "importance", "fraction": 0.5},
+    "RST, moving": {**CHANCE, "every": 2, "policy": "random", "fraction": 0.5},
 }
 
 
@@ -116,7 +118,8 @@ class TestMethods:
                 places = block_states(ready.model)[key].originals.places
                 ever = BlockMask(mask.shape, mask.block_size, places)
                 assert not bool((moved & ~ever.dense()).any())
-                assert ("every" in options) == (ever.nnz > mask.nnz)
+                if "policy" not in options:  # blocks of layers that are not drawn do not move
+                    assert ("every" in options) == (ever.nnz > mask.nnz)
                 if options.get("prune"):
                     assert not bool(after[key][~mask.dense()].any())
         elif name == "head":
@@ -196,6 +199,10 @@ class TestMethods:
         assert check_options({**CHANCE, "every": 4, "choose": "best"}) is not None
         assert check_options({"kind": "nothing"}) is not None
         assert check_options({"kind": "blocks"}) is not None
+        assert check_options({**CHANCE, "policy": "random"}) is not None
+        assert check_options({**CHANCE, "policy": "best", "fraction": 0.5}) is not None
+        assert check_options({**CHANCE, "policy": "random", "fraction": 0.5}) is None
+        assert check_options({"kind": "dora", "optimizer": "muon"}) is None
         assert check_options({**CHANCE, "pattern": "rows"}) is not None
         assert check_options({**CHANCE, "optimizer": "lion"}) is not None
         assert check_options({**CHANCE, "optimizer": "muon", "momentum": 1.0}) is not None
@@ -487,9 +494,20 @@ def test_a_compiled_run_comes_to_the_same(data: Path) -> None:
     run = Run("sst2", "random", CHANCE, settings, 1e-2, 0)
     runner = quality.Runner(data)
     plain = runner.do(run)
-    compiled = runner.do(replace(run, settings=replace(settings, compile="aot_eager")))
-    assert compiled["test"]["loss"] == pytest.approx(plain["test"]["loss"], rel=1e-4)
-    assert compiled["saved_bytes"] < plain["saved_bytes"]
+    for layerwise in (False, True):
+        compiled = runner.do(replace(run, settings=replace(settings, compile="aot_eager", layerwise=layerwise)))
+        assert compiled["test"]["loss"] == pytest.approx(plain["test"]["loss"], rel=1e-4)
+        assert compiled["saved_bytes"] < plain["saved_bytes"]
+
+
+def test_later_runs_are_compiled_like_the_first(data: Path) -> None:
+    settings = Settings(
+        model="tiny", train=32, validation=16, epochs=1, sparsity=0.7, block_size=8, compile="aot_eager"
+    )
+    runner = quality.Runner(data)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        saved = [runner.do(Run("sst2", "random", CHANCE, settings, 1e-2, seed))["saved_bytes"] for seed in range(2)]
+    assert saved[1] == pytest.approx(saved[0], rel=0.05)
 
 
 def test_a_step_and_the_floor_take_turns_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:

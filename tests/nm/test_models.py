@@ -449,7 +449,14 @@ def test_summary_and_report_name_the_kernels() -> None:
     case, masks = pruned("gpt2", dtype=torch.float32)
     assert masks.model is case.model
     backend = sylva_compile.backend(masks)
-    assert str(backend.report()) == "4 weights are pruned; masks.summary(tokens) names their kernels."
+    before = backend.report()
+    assert str(before).endswith("not run, input gradient not run\n4 weights are pruned.") and not before
+    name = next(iter(before.others))
+    case.model(**case.batch).loss.backward()
+    assert before.others[name] == "2:4, forward not run, input gradient not run"
+    tokens = case.batch["input_ids"].numel()
+    ran = f"2:4, forward sparse at {tokens} tokens, input gradient sparse at {tokens} tokens"
+    assert backend.report().others == dict.fromkeys(before.others, ran)
     first, line, *_, last = masks.summary(4).splitlines()
     assert first.endswith("kernels at 4 tokens") and line.endswith(("sparse and sparse", "dense and dense"))
     assert last == "4 weights, 6,144 of 12,288 elements kept (50.0%)."
@@ -621,3 +628,32 @@ def test_semi_structured_weights_are_refused_where_torch_has_none() -> None:
         sylva_compile.export_pruned(case.model, "semi-structured")
     with pytest.raises(EmbedError, match="no pruned weights"):
         sylva_compile.export_pruned(tiny("llama").model)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_frozen_model_computes_the_same_without_what_training_needs(rank: int) -> None:
+    case, masks = pruned(dtype=torch.bfloat16)
+    if rank:
+        sylva_compile.add_low_rank(case.model, rank)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    case.model(**case.batch).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        before = case.model(**case.batch).logits
+        masks.freeze()
+        masks.freeze()
+        assert torch.equal(case.model(**case.batch).logits, before)
+    name, module = next(iter(masks.modules().items()))
+    layout = module._nm_layout
+    assert layout.rows.numel() == layout.slots.numel() == 0
+    assert {parameter.dtype for parameter in masks.parameters()} == {torch.bfloat16}
+    with pytest.raises(EmbedError, match=f"{name} is frozen for inference; run it under torch.no_grad"):
+        case.model(**case.batch)
+    with pytest.raises(EmbedError, match="The optimizer holds"):
+        optimizer.step()
+    dense = tiny("llama", layers=1).model.to(torch.bfloat16)
+    dense.load_state_dict(sylva_compile.export_pruned(case.model))
+    with torch.no_grad():
+        wide = copy.deepcopy(case.model).double()
+        wanted = dense.double()(**case.batch).logits
+        torch.testing.assert_close(wide(**case.batch).logits, wanted, rtol=2e-2, atol=2e-2)

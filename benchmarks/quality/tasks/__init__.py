@@ -7,10 +7,12 @@ from benchmarks.quality.tasks.base import Batch, Data, Sizes, Task, TaskError, h
 from benchmarks.quality.tasks.classification import COLA, SST2
 from benchmarks.quality.tasks.e2e import E2E
 from benchmarks.quality.tasks.hub import hub_task
+from benchmarks.quality.tasks.science import Science
+from benchmarks.quality.tasks.solutions import Solutions
 
 __all__ = ["TASKS", "Batch", "Data", "Sizes", "Task", "TaskError", "find_task", "head_of", "heads_of", "on"]
 
-TASKS: dict[str, Task] = {"sst2": SST2, "cola": COLA, "e2e": E2E()}
+TASKS: dict[str, Task] = {"sst2": SST2, "cola": COLA, "e2e": E2E(), "gsm8k": Solutions(), "science": Science()}
 """The tasks that need no hub, by their names in grid files."""
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from benchmarks.quality.tasks.base import Data, Sizes, Task, TaskError, existing, without_dropout
+from benchmarks.quality.tasks.base import Data, Sizes, Task, TaskError, existing
 from benchmarks.quality.tasks.generation import Prompt, Writing, evaluate_writing
-from benchmarks.quality.tasks.small_gpt2 import RECIPES, pretrained
+from benchmarks.quality.tasks.models import load_decoder, load_tokenizer, provenance
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,7 @@ class E2E(Task):
         Raises:
             TaskError: the file is missing, or has too few references or meanings.
         """
-        tokenizer = AutoTokenizer.from_pretrained(_folder(folder, model))
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = load_tokenizer(model, folder)
         meanings = self.read(existing(folder / self.file))
         order = torch.randperm(len(meanings), generator=torch.Generator().manual_seed(0)).tolist()
         prompts = [meanings[at] for at in order]
@@ -72,16 +69,11 @@ class E2E(Task):
 
     def make_model(self, folder: Path, model: str, seed: int) -> PreTrainedModel:
         """Load the pre-trained model; it has no head for `seed` to initialise."""
-        path = _folder(folder, model)
-        config = without_dropout(AutoConfig.from_pretrained(path))
-        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+        return load_decoder(model, folder)
 
     def provenance(self, folder: Path, model: str) -> dict[str, Any]:
-        """Return a digest of the weights of a model that was pre-trained here."""
-        if model not in RECIPES:
-            return {}
-        weights = (Path(_folder(folder, model)) / "model.safetensors").read_bytes()
-        return {"base": hashlib.sha256(weights).hexdigest()[:12]}
+        """Return a digest of the weights of a model that was made here."""
+        return provenance(model, folder)
 
     def evaluate(self, model: nn.Module, part: Writing, size: int) -> dict[str, Any]:
         """Return BLEU and the other metrics of the model's texts, and the mean token loss of first references."""
@@ -99,8 +91,3 @@ def _scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Mappin
     from benchmarks.quality.tasks.metrics import text_metrics
 
     return text_metrics(texts, [[reference.strip() for reference in each] for each in references])
-
-
-@functools.cache
-def _folder(data: Path, model: str) -> str:
-    return str(pretrained(model, data)) if model in RECIPES else model

@@ -14,7 +14,7 @@ from sylva_compile.kernels.build.native import load
 
 log = logging.getLogger(__name__)
 
-PRODUCTS_PER_THREAD, MOVES_PER_THREAD = 1 << 20, 1 << 18
+PRODUCTS_PER_THREAD, MOVES_PER_THREAD = 1 << 20, 1 << 16
 """Products of two elements, and elements that are moved, that are worth waking up a thread."""
 
 _SIZE, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int

@@ -6,6 +6,8 @@
 // N:M sparsity spreads the columns of a row evenly, so a run of a row's elements reads a run of the panel's columns.
 // Long rows are cut into such runs, which stay in the second-level cache.
 //
+// One token alone has no panel: rows are multiplied by x as it is.
+//
 // Each sum is taken in the order of the elements of its row, and runs depend on the shape of W alone. The result thus
 // depends neither on the number of threads nor on which tokens share a panel.
 
@@ -131,6 +133,29 @@ __attribute__((noinline)) void multiply(const float* panel, const float* values,
         }
 }
 
+// Returns total + value * x, rounded once where there is such an instruction: compilers use it in `multiply`, but left to
+// themselves not in every loop over single numbers.
+inline float add_product(float total, float value, float x) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(value, x, total);
+#else
+    return total + value * x;
+#endif
+}
+
+// out[ROWS] (+)= `count` elements of ROWS rows of W times the one token x. A vector of tokens would be empty but for one.
+// Elements are added in the order in which `multiply` adds them, so the result has the same bits.
+template <int ROWS, typename C>
+__attribute__((noinline)) void multiply_one(const float* x, const float* values, const C* columns, int64_t per_row,
+                                            int64_t count, float* out, bool add) {
+    float total[ROWS] = {};
+    for (int64_t e = 0; e < count; ++e)
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+            total[r] = add_product(total[r], values[r * per_row + e], x[columns[r * per_row + e]]);
+    for (int r = 0; r < ROWS; ++r) out[r] = add ? out[r] + total[r] : total[r];
+}
+
 // Writes sums [rows][VECTORS * LANES] to the columns `row`.. of the result.
 template <int VECTORS>
 void store(const Problem& p, const float* sums, int64_t row, int64_t rows, int64_t token, int64_t used) {
@@ -158,12 +183,18 @@ bool any_outside(const C* columns, int64_t count, int64_t in_features) {
     return outside != 0;
 }
 
+// Returns the number of elements of a row that are multiplied at a time.
+int64_t length_of_run(const Problem& p) {
+    const int64_t runs = (p.in_features + RUN - 1) / RUN;
+    return (p.per_row + runs - 1) / runs;
+}
+
 // Computes rows first..last of W for `used` tokens from `token` on. Returns false if a column lies outside of W.
 template <int VECTORS, typename C>
 bool multiply_rows(const Problem& p, const C* columns, const float* panel, int64_t token, int64_t used, int64_t first,
                    int64_t last, float* sums) {
     constexpr int WIDTH = VECTORS * LANES, ROWS = std::min(SUMS / VECTORS, HIGHEST);
-    const int64_t runs = (p.in_features + RUN - 1) / RUN, length = (p.per_row + runs - 1) / runs;
+    const int64_t length = length_of_run(p);
     for (int64_t row = first; row < last; row += CHUNK) {
         const int64_t rows = std::min<int64_t>(CHUNK, last - row);
         // Checked here, and not before, so that threads wait for each other once alone.
@@ -186,7 +217,43 @@ bool multiply_rows(const Problem& p, const C* columns, const float* panel, int64
 }
 
 template <typename C>
+int compute_one(const Problem& p, const C* columns, int threads) {
+    constexpr int ROWS = HIGHEST;
+    const Memory copy = p.column_stride == 1 ? Memory() : allocate(p.in_features);
+    if (p.column_stride != 1) {
+        if (!copy) return 2;
+        for (int64_t i = 0; i < p.in_features; ++i) copy[i] = p.x[i * p.column_stride];
+    }
+    const float* x = p.column_stride == 1 ? p.x : copy.get();
+    const int64_t chunks = (p.rows + CHUNK - 1) / CHUNK, length = length_of_run(p);
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t first = chunk * CHUNK, last = std::min(first + CHUNK, p.rows);
+        if (any_outside(columns + first * p.per_row, (last - first) * p.per_row, p.in_features)) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
+        for (int64_t row = first; row < last; row += ROWS)
+            for (int64_t e = 0; e < p.per_row; e += length) {
+                const int64_t count = std::min(length, p.per_row - e), at = row * p.per_row + e;
+                const bool add = e > 0;
+                if (row + ROWS <= last) {
+                    multiply_one<ROWS>(x, p.values + at, columns + at, p.per_row, count, p.out + row, add);
+                    continue;
+                }
+                for (int64_t r = 0; r < last - row; ++r)
+                    multiply_one<1>(x, p.values + at + r * p.per_row, columns + at + r * p.per_row, p.per_row, count,
+                                    p.out + row + r, add);
+            }
+    }
+    return failed;
+}
+
+template <typename C>
 int compute(const Problem& p, const C* columns, int threads) {
+    if (p.tokens == 1) return compute_one(p, columns, threads);
     constexpr int64_t WIDTH = WIDEST * LANES;
     int failed = 0;
     const int64_t panels = (p.tokens + WIDTH - 1) / WIDTH, chunks = (p.rows + CHUNK - 1) / CHUNK;

@@ -6,6 +6,7 @@ from torch import Tensor
 from sylva_compile.errors import ArgumentError
 from sylva_compile.kernels.nm import cpu, cuda
 from sylva_compile.kernels.nm.choice import choose_kernel
+from sylva_compile.kernels.nm.last_choice import note_choice
 from sylva_compile.kernels.nm_mm import nm_mm_reference
 
 
@@ -19,6 +20,7 @@ def nm_mm_cpu(x: Tensor, values: Tensor, columns: Tensor, in_features: int, tran
     _check(x, values, columns, in_features, transposed)
     shape = (x.shape[0], values.shape[0], in_features, values.shape[1])
     choice = choose_kernel(*shape, x.dtype, x.device, transposed=transposed)
+    note_choice(columns, transposed, choice.kernel, x.shape[0])
     if choice.kernel == "sparse":
         return cpu.sparse_product(x, values, columns, in_features)
     # Autocast, which is on while a layer's forward pass runs, would compute this product in another dtype.
@@ -41,7 +43,9 @@ def nm_mm_cuda(x: Tensor, values: Tensor, columns: Tensor, in_features: int, tra
             return cuda.compressed_product(x, values)
         shape = (x.shape[0], values.shape[0], in_features, values.shape[1])
         choice = choose_kernel(*shape, x.dtype, x.device, transposed=transposed)
-        if choice.kernel == "cusparselt" and cuda.is_two_of_four(columns):
+        packs = choice.kernel == "cusparselt" and cuda.is_two_of_four(columns)
+        note_choice(columns, transposed, "cusparselt" if packs else "dense", x.shape[0])
+        if packs:
             return cuda.packed_and_multiplied(x, values, columns, in_features)
         return nm_mm_reference(x, values, columns, in_features, transposed)
 

@@ -124,7 +124,7 @@ class TestBits:
     def test_any_number_of_threads(self) -> None:
         generator = torch.Generator().manual_seed(0)
         values, columns = nm_operand(410, 1600, 2, 4, torch.float32, generator)
-        for tokens in (5, 150, 700):
+        for tokens in (1, 5, 150, 700):
             x = torch.randn(tokens, 1600, generator=generator)
             found = []
             for threads in (1, 2, 3, 7):
@@ -140,6 +140,16 @@ class TestBits:
         for size in (1, 17, 33):
             alone = torch.cat([kernel.sparse_product(some, values, columns, 2100) for some in x.split(size)])
             assert torch.equal(alone, together)
+
+    def test_one_token_of_any_stride(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        values, columns = nm_operand(203, 1600, 2, 4, torch.float32, generator)
+        strided = torch.randn(1600, 3, generator=generator).t()
+        for x in (strided[1:2], strided[1:2].contiguous()):
+            assert torch.equal(
+                kernel.sparse_product(x, values, columns, 1600)[0],
+                kernel.sparse_product(strided, values, columns, 1600)[1],
+            )
 
     def test_columns_of_both_widths(self) -> None:
         generator = torch.Generator().manual_seed(0)
