@@ -56,7 +56,8 @@ def _variants(
     embeddings = base.get_input_embeddings()(ids).detach()
 
     def ready(name: str, model: nn.Module, backend: Any) -> Variant:
-        inputs = embeddings.clone().requires_grad_("frozen" in name)
+        # Of all variants: experts need no backward pass through the lowest attention, which the frozen model has.
+        inputs = embeddings.clone().requires_grad_(True)
         run: Any = model if backend is None else torch.compile(model, backend=backend)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Variant(name, model, lambda: run(inputs_embeds=inputs, labels=ids).loss, trained, inputs)
