@@ -12,7 +12,7 @@ from torch import nn
 from sylva_compile._torch import forget_sharded
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.averaging import average_gradients
-from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
+from sylva_compile.blocks.block_mask import SUFFIX, BlockMask, check_inside_experts
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embedded_module import EmbeddedModule, embedded_class
 from sylva_compile.blocks.quantised_base import check_can_carry, quantised_base
@@ -56,6 +56,7 @@ def embed(
     Raises:
         EmbedError: the model carries other masks already, a module cannot carry blocks, DistributedDataParallel has
             wrapped the model, or the call is made under `torch.inference_mode()`. The model is as before then.
+        ArgumentError: blocks would cross from one expert into the next; the model is as before.
     """
     wrapped, model = model, unwrap(model)
     present = block_states(model)
@@ -78,6 +79,7 @@ def embed(
         if id(weight) in taken:
             raise EmbedError(f"{name} and {taken[id(weight)]} are one shared weight; give it one mask.")
         taken[id(weight)] = name
+        check_inside_experts(mask.block_size, name, weight.shape)
         owners = _owners(model, name, weight)
         planned.append((_state(model, name, weight, mask, owners, dict(masks_config or {})), owners))
     average_gradients(model, [state for state, _ in planned])
