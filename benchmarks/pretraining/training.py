@@ -118,7 +118,8 @@ def pretrain(
     """Train a new model; return its losses, of the curve and of the end.
 
     AdamW with a decay of 0.01 and clipped gradients; a linear warm-up over a twentieth of the steps, then half a
-    cosine. The seed draws the weights, the order of the sequences and the adapters.
+    cosine. Adapters begin at the full rate, which falls to zero in a line: by what is left of the cosine, they would
+    not change the loss in its third digit. The seed draws the weights, the order of the sequences and the adapters.
     """
     model = new_model(text, sizes, seed)
     schedule = None
@@ -137,8 +138,10 @@ def pretrain(
         if len(order) < sizes.recipe.batch:
             order = torch.randperm(len(text.train), generator=generator)
         batch, order = text.train[order[: sizes.recipe.batch]], order[sizes.recipe.batch :]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * warm_and_cool(at, sizes.steps)
+        of_model, *of_adapters = optimizer.param_groups
+        of_model["lr"] = learning_rate * warm_and_cool(at, sizes.steps)
+        for group in of_adapters:
+            group["lr"] = learning_rate * (sizes.steps - at) / (sizes.steps - begin_adapters)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         if at == 0:
