@@ -21,7 +21,7 @@ from sylva_compile.quantised.linear import EmbedQuantised, QuantisedLinear
 
 BLOCKS = "weight" + SUFFIX
 _PLACES, _LEFT_PLACES, _LEFT = "weight_places", "weight_left_places", "weight_left"
-"""Entries of a state dict, beside that of the blocks, once blocks have moved."""
+"""Entries of a state dict beside that of the blocks: where they are, and what they left behind once they moved."""
 
 
 class QuantisedModule(EmbeddedModule):
@@ -92,9 +92,10 @@ class QuantisedModule(EmbeddedModule):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         state = self._sylva_states["weight"]
         super(EmbeddedModule, self)._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        # In any case: blocks may move later, and values alone would be loaded to wherever the blocks are then.
+        destination[prefix + _PLACES] = state.mask.positions.to(torch.int32)
         if state.moves:
             left, values = state.left_behind()
-            destination[prefix + _PLACES] = state.mask.positions.to(torch.int32)
             destination[prefix + _LEFT_PLACES], destination[prefix + _LEFT] = left.to(torch.int32), values
 
     def _load_from_state_dict(
@@ -111,26 +112,27 @@ class QuantisedModule(EmbeddedModule):
         state.check_enabled()
         # Copied in place in any case: an optimizer holds the blocks.
         metadata = {**metadata, "assign_to_params_buffers": False}
-        moved = {key: state_dict[prefix + key] for key in (_PLACES, _LEFT_PLACES, _LEFT) if prefix + key in state_dict}
-        if moved:
+        places = {key: state_dict[prefix + key] for key in (_PLACES, _LEFT_PLACES, _LEFT) if prefix + key in state_dict}
+        if prefix + BLOCKS in state_dict:
             try:
-                self._go_to_saved(moved)
+                self._go_to_saved(places)
             except (MaskError, KeyError) as error:
                 error_msgs.append(f"{state.name}: the places of its blocks do not fit ({error}); embed the same masks.")
                 return
         super(EmbeddedModule, self)._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for key in moved:
+        for key in places:
             if prefix + key in unexpected_keys:
                 unexpected_keys.remove(prefix + key)
 
-    def _go_to_saved(self, moved: dict[str, Tensor]) -> None:
+    def _go_to_saved(self, places: dict[str, Tensor]) -> None:
         state = self._sylva_states["weight"]
-        mask = BlockMask(state.mask.shape, state.mask.block_size, moved[_PLACES].to("cpu", torch.int64))
+        mask = BlockMask(state.mask.shape, state.mask.block_size, places[_PLACES].to("cpu", torch.int64))
         if mask.nnz != state.mask.nnz:
             raise MaskError(f"{mask.nnz} blocks there and {state.mask.nnz} here")
-        state.take_trained(state.whole_blocks(), moved[_LEFT_PLACES], moved[_LEFT], mask)
+        left = places.get(_LEFT_PLACES, mask.positions[:, :0])
+        state.take_trained(state.whole_blocks(), left, places.get(_LEFT), None if mask == state.mask else mask)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         module: Any = self

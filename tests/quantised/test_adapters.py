@@ -161,6 +161,30 @@ def test_a_state_dict_of_moved_blocks() -> None:
 
 
 @needs_bitsandbytes
+def test_a_state_dict_from_before_a_move_takes_the_blocks_back() -> None:
+    torch.manual_seed(0)
+    model = mlp("nf4")
+    other = copy.deepcopy(model)
+    masks = masks_of(model)
+    masks.embed(model)
+    shake(masks)
+    saved, x = copy.deepcopy(model.state_dict()), torch.randn(4, 32)
+    wanted = model(x).detach()
+    masks.move(moved(masks, 5))
+    shake(masks, 2)
+    model.load_state_dict(saved, strict=False)
+    assert torch.equal(model(x), wanted)
+    # A model with as many blocks at other places.
+    elsewhere = moved(masks_of(other), 7)
+    Masks.from_block_maps(other, {name: mask.block_map() for name, mask in elsewhere.items()}, B).embed(other)
+    other.load_state_dict(saved, strict=False)
+    assert torch.equal(other(x), wanted)
+    del saved["0.weight_places"]
+    with pytest.raises(RuntimeError, match="places of its blocks do not fit"):
+        other.load_state_dict(saved, strict=False)
+
+
+@needs_bitsandbytes
 def test_a_schedule_of_moves_resumes_exactly() -> None:
     torch.manual_seed(0)
     model = mlp("nf4")
