@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
 from sylva_compile.blocks.ddp import check_averaged
 from sylva_compile.blocks.embedded_module import EmbeddedModule, refuse_moves_before_backward, swapped
+from sylva_compile.blocks.layout import update_input_channels
 from sylva_compile.blocks.quantised_state import QuantisedState
 from sylva_compile.embedded.generated_class import empty_module, generated_class
 from sylva_compile.errors import EmbedError, MaskError
@@ -132,7 +134,13 @@ class QuantisedModule(EmbeddedModule):
         if mask.nnz != state.mask.nnz:
             raise MaskError(f"{mask.nnz} blocks there and {state.mask.nnz} here")
         left = places.get(_LEFT_PLACES, mask.positions[:, :0])
-        state.take_trained(state.whole_blocks(), left, places.get(_LEFT), None if mask == state.mask else mask)
+        if mask == state.mask:
+            state.take_trained(state.whole_blocks(), left, places.get(_LEFT))
+            return
+        state.take_trained(state.whole_blocks(), left, places.get(_LEFT), mask)
+        # Compiled graphs read blocks by input channel, in a list that several weights may share.
+        layouts = (other.layout for other in registry.live_states())
+        update_input_channels(each for each in layouts if each.input_channels is state.layout.input_channels)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         module: Any = self

@@ -185,6 +185,29 @@ def test_a_state_dict_from_before_a_move_takes_the_blocks_back() -> None:
 
 
 @needs_bitsandbytes
+def test_compiled_gradients_follow_a_state_dict_of_moved_blocks() -> None:
+    torch.manual_seed(0)
+    model = mlp("nf4", (64, 64, 48))
+    other = copy.deepcopy(model)
+
+    def two_blocks(model: Any, col: int) -> Masks:
+        maps = {"0.weight": torch.zeros(4, 4, dtype=torch.bool), "2.weight": torch.zeros(3, 4, dtype=torch.bool)}
+        for block_map in maps.values():
+            block_map[[0, 2], [col, col + 1]] = True
+        return Masks.from_block_maps(model, maps, B)
+
+    masks, others = two_blocks(model, 0), two_blocks(other, 0)
+    masks.embed(model)
+    masks.move(dict(two_blocks(copy.deepcopy(other), 2)))
+    shake(masks)
+    run = torch.compile(other, backend=sylva_compile.backend(others, inner="aot_eager", on_miss="error"))
+    x = torch.randn(8, 64)
+    assert_close(passed(other, run, x), expected(other, x))
+    other.load_state_dict(copy.deepcopy(model.state_dict()), strict=False)
+    assert_close(passed(other, run, x), expected(model, x))
+
+
+@needs_bitsandbytes
 def test_a_schedule_of_moves_resumes_exactly() -> None:
     torch.manual_seed(0)
     model = mlp("nf4")
