@@ -68,10 +68,10 @@ class QuantisedModule(EmbeddedModule):
         module: Any = self
         state = self._sylva_states["weight"]
         blocks = module._parameters[BLOCKS]
-        if not torch.is_grad_enabled():
-            return F.linear(x, state.weight_in_pass(module, x.dtype), bias)
         if blocks is not state.live_blocks:
             raise swapped(state)
+        if not torch.is_grad_enabled():
+            return F.linear(x, state.weight_in_pass(module, x.dtype), bias)
         if blocks.requires_grad:
             check_averaged([state])
         state.sync()

@@ -271,6 +271,18 @@ def test_refuses_what_would_lose_the_blocks() -> None:
 
 
 @needs_bitsandbytes
+def test_refuses_other_blocks_that_are_given_for_one_pass() -> None:
+    model = mlp("nf4")
+    masks_of(model).embed(model)
+    others = {name: value + 1 for name, value in model.state_dict().items() if name.endswith("_blocks")}
+    x = torch.randn(4, 32)
+    with pytest.raises(EmbedError, match="swapped past the module"):
+        torch.func.functional_call(model, others, (x,))
+    with torch.no_grad(), pytest.raises(EmbedError, match="swapped past the module"):
+        torch.func.functional_call(model, others, (x,))
+
+
+@needs_bitsandbytes
 def test_refuses_blocks_that_do_not_divide_a_weight() -> None:
     model = mlp("nf4", (32, 72))
     with pytest.raises(ScopeError, match="blocks of 16 do not divide it"):
