@@ -15,6 +15,7 @@ from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
 from sylva_compile.blocks.ddp import check_averaged
 from sylva_compile.blocks.embedded_module import EmbeddedModule, refuse_moves_before_backward, swapped
+from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.layout import update_input_channels
 from sylva_compile.blocks.quantised_state import QuantisedState
 from sylva_compile.embedded.generated_class import empty_module, generated_class
@@ -112,6 +113,12 @@ class QuantisedModule(EmbeddedModule):
     ) -> None:
         state = self._sylva_states["weight"]
         state.check_enabled()
+        if (other := self._other_base(state_dict, prefix)) is not None:
+            error_msgs.append(
+                f"{state.name} is quantised and carries blocks, and {other} in the state dict is that of another base; "
+                "load a state dict of this base, or unload the adapter and load the other model."
+            )
+            return
         # Copied in place in any case: an optimizer holds the blocks.
         metadata = {**metadata, "assign_to_params_buffers": False}
         places = {key: state_dict[prefix + key] for key in (_PLACES, _LEFT_PLACES, _LEFT) if prefix + key in state_dict}
@@ -127,6 +134,23 @@ class QuantisedModule(EmbeddedModule):
         for key in places:
             if prefix + key in unexpected_keys:
                 unexpected_keys.remove(prefix + key)
+
+    def _other_base(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Return the name of a packed tensor in `state_dict` that differs from the one here, or None.
+
+        Loading would write the base, and bitsandbytes loads codes without their scales.
+        """
+        module: Any = self
+        own: dict[str, Any] = {}
+        super(EmbeddedModule, self)._save_to_state_dict(own, prefix, False)  # type: ignore[misc]
+        others = {prefix + name for name in {*module._parameters, *module._buffers} - {"weight"}}
+        for name in own.keys() & state_dict.keys() - others:
+            held, given = own[name], state_dict[name]
+            if held.is_meta or given.is_meta:
+                continue
+            if held.shape != given.shape or checksum(held) != checksum(given):
+                return name
+        return None
 
     def _go_to_saved(self, places: dict[str, Tensor]) -> None:
         state = self._sylva_states["weight"]

@@ -247,6 +247,22 @@ def test_the_state_dict_holds_the_blocks() -> None:
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.parametrize("kind", formats())
+def test_a_state_dict_of_another_base_is_refused(kind: str) -> None:
+    torch.manual_seed(0)
+    model, other = mlp(kind), mlp(kind)
+    for each in (model, other):
+        masks_of(each).embed(each)
+    packed, x = packed_bytes(model), torch.randn(4, 32)
+    wanted = model(x).detach()
+    with pytest.raises(RuntimeError, match="in the state dict is that of another base"):
+        model.load_state_dict(other.state_dict(), strict=False)
+    assert packed_bytes(model) == packed
+    assert torch.equal(model(x), wanted)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), strict=False)
+    assert torch.equal(model(x), wanted)
+
+
 @needs_bitsandbytes
 def test_conversions_keep_float32_blocks() -> None:
     model = mlp("nf4")
