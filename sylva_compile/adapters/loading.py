@@ -39,7 +39,7 @@ from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import put, reshard
 from sylva_compile.compiler.kinds import KINDS
 from sylva_compile.errors import AdapterError
-from sylva_compile.quantised.registry import shape_of
+from sylva_compile.quantised.registry import format_of, shape_of
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Masks:
@@ -225,6 +225,9 @@ def _check_base(
                 f"{directory} trains {name}, which this model lacks; load it onto the base it was made for."
             )
         state = by_weight.get(id(weight))
+        if format_of(weight) is not None:
+            # First, since one that was packed for inference seems to be another base.
+            check_weight(name, weight)
         found = (list(shape_of(weight)), kind_of(model, weight) if state is None else state.kind)
         wanted = (entry["shape"], entry["dtype"])
         if found != wanted:

@@ -14,7 +14,7 @@ import sylva_compile
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
-from sylva_compile.errors import AdapterError, ArgumentError, EmbedError
+from sylva_compile.errors import AdapterError, ArgumentError, EmbedError, ScopeError
 from sylva_compile.integrations.distributed_checkpoint import blocks_state
 from sylva_compile.optim import SGD, AdamW
 from sylva_compile.schedules import LayerSchedule, MovingBlocks
@@ -205,6 +205,30 @@ def test_compiled_gradients_follow_a_state_dict_of_moved_blocks() -> None:
     assert_close(passed(other, run, x), expected(other, x))
     other.load_state_dict(copy.deepcopy(model.state_dict()), strict=False)
     assert_close(passed(other, run, x), expected(model, x))
+
+
+@needs_bitsandbytes
+def test_a_base_that_was_packed_by_an_evaluation_takes_no_adapter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = mlp("nf4", (128, 64, 64))
+    base, x = copy.deepcopy(model), torch.randn(4, 128)
+    shake(masks_of(model))
+    with torch.no_grad():
+        trained = model(x)
+        # Blocks keep bitsandbytes from packing.
+        assert torch.equal(model.eval()(x), trained)
+    sylva_compile.save_adapter(model, tmp_path)
+    with torch.no_grad():
+        base.eval()(x)
+    if not getattr(base[0].weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    for unpack in (False, True):
+        if unpack:
+            base.train().state_dict()
+        with pytest.raises(ScopeError, match="load the model again"):
+            sylva_compile.load_adapter(base, tmp_path)
+        with pytest.raises(ScopeError, match="load the model again"):
+            sylva_compile.trace_and_mask(base, method="random", block_size=B)
 
 
 @needs_bitsandbytes
