@@ -20,6 +20,7 @@ from sylva_compile.blocks.quantised_module import quantised_class
 from sylva_compile.blocks.quantised_state import QuantisedState
 from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
 from sylva_compile.blocks.shards import is_sharded, reshard
+from sylva_compile.blocks.unpacked import keep_unpacked, let_pack
 from sylva_compile.embedded.wrapping import check_not_wrapped
 from sylva_compile.errors import EmbedError
 
@@ -54,8 +55,8 @@ def embed(
         beside: whether other weights of the model may carry blocks already.
 
     Raises:
-        EmbedError: the model carries other masks already, a module cannot carry blocks, DistributedDataParallel has
-            wrapped the model, or the call is made under `torch.inference_mode()`. The model is as before then.
+        EmbedError: the model carries other masks already, a module cannot carry blocks, an evaluation has packed 4-bit
+            weights for inference, DistributedDataParallel has wrapped the model, or the call is made under `torch.inference_mode()`. The model is as before then.
     """
     wrapped, model = model, unwrap(model)
     present = block_states(model)
@@ -80,6 +81,7 @@ def embed(
         taken[id(weight)] = name
         owners = _owners(model, name, weight)
         planned.append((_state(model, name, weight, mask, owners, dict(masks_config or {})), owners))
+    keep_unpacked(model)
     average_gradients(model, [state for state, _ in planned])
     _install_all(planned)
     for state, _ in planned:
@@ -128,6 +130,8 @@ def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] |
             for attribute, state in tuple(module._sylva_states.items()):
                 if state in leaving:
                     _uninstall(module, attribute)
+    if not block_states(model):
+        let_pack(model)
 
 
 def _state(

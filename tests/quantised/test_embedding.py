@@ -299,6 +299,37 @@ def test_refuses_other_blocks_that_are_given_for_one_pass() -> None:
 
 
 @needs_bitsandbytes
+def test_an_evaluation_packs_no_layer_that_gradients_pass() -> None:
+    torch.manual_seed(0)
+    model = mlp("nf4", (64, 128, 64), bias=False)
+    base, x = copy.deepcopy(model), torch.randn(4, 64)
+    masks = Masks.from_block_maps(model, {"0.weight": torch.eye(8, 4, dtype=torch.bool)}, B)
+    masks.embed(model)
+    [blocks] = masks.parameters()
+
+    def gradient() -> Tensor:
+        blocks.grad = None
+        model.train()(x).square().mean().backward()
+        assert blocks.grad is not None
+        return blocks.grad
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(x)
+    assert torch.equal(gradient(), before)
+    sylva_compile.unload_adapter(model)
+    assert vars(model[2]).keys() == vars(base[2]).keys()
+    with torch.no_grad():
+        model.eval()(x)
+    if not getattr(model[2].weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    base[2] = model[2]
+    with pytest.raises(EmbedError, match=r"2.weight was packed .* load the model again"):
+        Masks.from_block_maps(base, {"0.weight": torch.eye(8, 4, dtype=torch.bool)}, B).embed(base)
+    assert not block_states(base)
+
+
+@needs_bitsandbytes
 def test_refuses_blocks_that_do_not_divide_a_weight() -> None:
     model = mlp("nf4", (32, 72))
     with pytest.raises(ScopeError, match="blocks of 16 do not divide it"):
