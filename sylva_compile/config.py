@@ -41,9 +41,9 @@ class SylvaConfig:
     scope: Scope = field(
         default="all-linear",
         metadata=_about(
-            '"all-linear" (every Linear and Conv1D but the language-model head or, in models of transformers, the '
-            "classifier), a regular expression for the whole module name, or a list of module-name endings; as PEFT's "
-            "`target_modules`"
+            '"all-linear" (every Linear and Conv1D and stacked experts, but the language-model head or, in models of '
+            "transformers, the classifier, and layers that choose experts), a regular expression for the whole module "
+            "name, or a list of module-name endings; as PEFT's `target_modules`"
         ),
     )
     sparsity: float = field(

@@ -39,6 +39,7 @@ from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import put, reshard
 from sylva_compile.compiler.kinds import KINDS
 from sylva_compile.errors import AdapterError
+from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.quantised.registry import format_of, shape_of
 
 
@@ -228,7 +229,8 @@ def _check_base(
         if format_of(weight) is not None:
             # First, since one that was packed for inference seems to be another base.
             check_weight(name, weight)
-        found = (list(shape_of(weight)), kind_of(model, weight) if state is None else state.kind)
+        kind = kind_of(model, weight) if state is None else state.kind
+        found = (list(matrix_shape(shape_of(weight))), kind)
         wanted = (entry["shape"], entry["dtype"])
         if found != wanted:
             raise AdapterError(

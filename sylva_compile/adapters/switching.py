@@ -32,6 +32,7 @@ from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import reshard
 from sylva_compile.embedded.wrapping import check_not_wrapped
 from sylva_compile.errors import AdapterError, EmbedError
+from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.quantised.registry import shape_of
 
 
@@ -164,7 +165,7 @@ def _check_base(
     """
     if state is not None and state.base_id == stored.base_id:
         return
-    if weight is not None and shape_of(weight) == stored.mask.shape:
+    if weight is not None and matrix_shape(shape_of(weight)) == stored.mask.shape:
         check_weight(name, weight)
         if state is not None:
             base = state.base_checksum()

@@ -1,6 +1,6 @@
 """`BlockMask`: the chosen blocks of one weight."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ class BlockMask:
     """The chosen blocks of one weight.
 
     Attributes:
-        shape: `(m, n)` of the weight as stored.
+        shape: `(m, n)` of the weight as stored; `(E·m, n)` of stacked experts `[E, m, n]`.
         block_size: b.
         positions: `int64[2, nnz]` on the CPU, block rows and block columns, sorted by row, then column.
 
@@ -109,9 +109,23 @@ class BlockMask:
         return f"BlockMask(shape={self.shape}, block_size={self.block_size}, nnz={self.nnz} of {total})"
 
 
+def check_inside_experts(block_size: int, name: str, shape: Sequence[int]) -> None:
+    """Raise ArgumentError if blocks of the stacked experts `name`, `[E, m, n]`, would cross from one into the next."""
+    if len(shape) == 3 and shape[1] % block_size:
+        raise ArgumentError(
+            f"{name} stacks experts of {shape[1]} rows, which block_size={block_size} does not divide, so that blocks "
+            f"would cross from one expert into the next; use a divisor of {shape[1]}, or leave it out of the scope."
+        )
+
+
 def check_block_fits(block_size: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ArgumentError if a block is larger than every dimension of every weight in `shapes`, by name."""
-    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    """Raise ArgumentError if a block is larger than every dimension of every weight in `shapes`, by name.
+
+    And if blocks of stacked experts would cross from one expert into the next.
+    """
+    for name, shape in shapes.items():
+        check_inside_experts(block_size, name, shape)
+    largest = max((size for shape in shapes.values() for size in shape[-2:]), default=0)
     if shapes and block_size > largest:
         raise ArgumentError(
             f"block_size={block_size} is larger than every dimension in scope (at most {largest}); use a smaller one."

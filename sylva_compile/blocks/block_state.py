@@ -18,7 +18,7 @@ from sylva_compile.blocks.shards import equal_everywhere, is_sharded, read_place
 from sylva_compile.blocks.synced_blocks import SyncedBlocks
 from sylva_compile.embedded.wide import stay_wide
 from sylva_compile.errors import EmbedError
-from sylva_compile.kernels.blocks import block_dtype, grid_shape
+from sylva_compile.kernels.blocks import as_matrix, block_dtype, grid_shape
 from sylva_compile.kernels.step.table import TYPES, Target
 
 _bases = itertools.count(1)
@@ -35,7 +35,7 @@ class BlockState(SyncedBlocks):
     Attributes:
         name: the weight's name in the masks.
         mask: the blocks, where they are now.
-        weight: the dense Parameter `[m, n]`, frozen.
+        weight: the dense Parameter `[m, n]`, or `[E, m, n]` of E experts, frozen.
         blocks: the trainable Parameter `[nnz, b, b]`, float32 or wider.
         live_weight, live_blocks: what passes read: the whole tensors while `fully_shard` has gathered them, and
             `weight` and `blocks` at all other times.
@@ -62,7 +62,7 @@ class BlockState(SyncedBlocks):
         self.name, self.mask, self.weight = name, mask, weight
         self.masks_config = dict(masks_config or {})
         self.was_trainable = weight.requires_grad
-        self.layout = BlockLayout(mask, axis, weight.device)
+        self.layout = BlockLayout(mask, axis, weight.device, experts=weight.shape[0] if weight.dim() == 3 else 1)
         self.writer = writer_of(weight, self.layout.positions, mask.block_size)
         values = read_places(weight, self.layout.positions, mask.block_size)
         self.originals = Originals(weight, mask.positions, mask.block_size)
@@ -270,7 +270,7 @@ class BlockState(SyncedBlocks):
         reachable = blocks.device == weight.device == positions.device and weight.layout == torch.strided
         wide = blocks.dtype in (torch.float32, torch.float64) and weight.dtype in TYPES
         by_address = reachable and wide and blocks.is_contiguous() and positions.is_contiguous()
-        return Target(weight, positions, self.mask.block_size, by_address)
+        return Target(as_matrix(weight), positions, self.mask.block_size, by_address)
 
     def _go_to(self, mask: BlockMask) -> None:
         """Let everything that depends on the places follow `mask`, but the values."""

@@ -12,7 +12,7 @@ from torch import nn
 from sylva_compile._torch import forget_sharded
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.averaging import average_gradients
-from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
+from sylva_compile.blocks.block_mask import SUFFIX, BlockMask, check_inside_experts
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embedded_module import EmbeddedModule, embedded_class
 from sylva_compile.blocks.quantised_base import check_can_carry, quantised_base
@@ -20,7 +20,7 @@ from sylva_compile.blocks.quantised_module import quantised_class
 from sylva_compile.blocks.quantised_state import QuantisedState
 from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
 from sylva_compile.blocks.shards import is_sharded, reshard
-from sylva_compile.blocks.unpacked import keep_unpacked, let_pack
+from sylva_compile.blocks.unpacked import check_unpacked, keep_unpacked, let_pack
 from sylva_compile.embedded.wrapping import check_not_wrapped
 from sylva_compile.errors import EmbedError
 
@@ -56,7 +56,9 @@ def embed(
 
     Raises:
         EmbedError: the model carries other masks already, a module cannot carry blocks, an evaluation has packed 4-bit
-            weights for inference, DistributedDataParallel has wrapped the model, or the call is made under `torch.inference_mode()`. The model is as before then.
+            weights for inference, DistributedDataParallel has wrapped the model, or the call is made under
+            `torch.inference_mode()`. The model is as before then.
+        ArgumentError: blocks would cross from one expert into the next; the model is as before.
     """
     wrapped, model = model, unwrap(model)
     present = block_states(model)
@@ -79,11 +81,13 @@ def embed(
         if id(weight) in taken:
             raise EmbedError(f"{name} and {taken[id(weight)]} are one shared weight; give it one mask.")
         taken[id(weight)] = name
+        check_inside_experts(mask.block_size, name, weight.shape)
         owners = _owners(model, name, weight)
         planned.append((_state(model, name, weight, mask, owners, dict(masks_config or {})), owners))
-    keep_unpacked(model)
+    check_unpacked(model)
     average_gradients(model, [state for state, _ in planned])
     _install_all(planned)
+    keep_unpacked(model)
     for state, _ in planned:
         state.weight.requires_grad_(False)
         # An optimizer that still holds the weight would go on applying a gradient from before, or decay it.

@@ -43,7 +43,7 @@ class Embed(torch.autograd.Function):
         scores: Tensor | None,
         sketch: bool,
     ) -> Tensor:
-        """Return a view of `weight [m, n]`; nothing is copied or added.
+        """Return a view of `weight [m, n]` or `[E, m, n]`; nothing is copied or added.
 
         `scores`, where all blocks are to be scored, is a leaf that requires grad: its gradient are the scores.
         """
@@ -258,7 +258,7 @@ class EmbeddedModule:
 
 def _check_assigned(state: BlockState, value: Any) -> None:
     """Raise EmbedError unless `value` can take the place of the dense weight of `state`."""
-    found, wanted = tuple(getattr(value, "shape", ())), tuple(state.mask.shape)
+    found, wanted = tuple(getattr(value, "shape", ())), tuple(state.weight.shape)
     if not isinstance(value, nn.Parameter) or found != wanted:
         raise EmbedError(
             f"{state.name} carries blocks and takes a Parameter of shape {wanted} only; unload the adapter first."

@@ -55,6 +55,11 @@ def _shard(state: BlockState, is_weight: bool, value: nn.Parameter) -> None:
             f"{state.name} has no values (meta device), and what is loaded into it later lacks its blocks; set "
             "accelerate's cpu_ram_efficient_loading to False, or embed the blocks after loading."
         )
+    if is_weight and value.dim() == 3:
+        raise EmbedError(
+            f"{state.name} holds stacked experts, whose blocks fully_shard cannot follow; use DistributedDataParallel, "
+            "or leave the experts out of the scope."
+        )
     if not is_weight:
         # FSDP splits all blocks as those of the first process are.
         check_same_places([state], processes_of(value))

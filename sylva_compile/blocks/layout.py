@@ -27,6 +27,8 @@ class BlockLayout:
         narrow_positions: `int64[2, nnz]`, the positions once the input axis is restricted to `input_channels`.
         block_size: b.
         input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 for Conv1D.
+        experts: E of a weight `[E, m, n]`, 1 otherwise. Its experts read the same inputs, each its own tokens. So for
+            an input axis of 0, the input channels are those of one expert, read by the blocks of any.
         gate: bool `[]` on the CPU, which weights may share: where it is false, backward passes compute no gradient of
             the blocks and give zeros. None: the blocks always get their gradient.
         others: the masks of other adapters that may take this one's place, by name. Room is kept for the input channels
@@ -36,12 +38,13 @@ class BlockLayout:
         sketch: whether a compiled graph may put a cheap estimate in place of that norm.
     """
 
-    def __init__(self, mask: BlockMask, axis: int, device: torch.device) -> None:
-        """Lay out `mask` on `device`; `axis` is the input axis of the stored weight."""
-        self.block_size, self.input_axis = mask.block_size, axis
+    def __init__(self, mask: BlockMask, axis: int, device: torch.device, experts: int = 1) -> None:
+        """Lay out `mask` on `device`; `axis` is the input axis of the stored weight, of which each expert has one."""
+        self.block_size, self.input_axis, self.experts = mask.block_size, axis, experts
         self.input_channels: Tensor
         self.narrow_positions: Tensor
-        self._width, self._across = mask.shape[axis], grid_shape(mask.shape, mask.block_size)[axis]
+        stacked, grid = experts if axis == 0 else 1, grid_shape(mask.shape, mask.block_size)
+        self._width, self._across = mask.shape[axis] // stacked, grid[axis] // stacked
         self._mask, self._reserved = mask, 0
         self.others: dict[str, BlockMask] = {}
         self.gate: Tensor | None = None
@@ -54,6 +57,11 @@ class BlockLayout:
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but what a schedule of this model has set: a copy of the model has none."""
         return self.__dict__ | {"gate": None, "scores": None}
+
+    @property
+    def width(self) -> int:
+        """The number of channels of the layer's input."""
+        return self._width
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -155,7 +163,7 @@ def _read_by(masks: Iterable[tuple[BlockLayout, BlockMask]]) -> Tensor:
     pairs = list(masks)
     taken = torch.zeros(pairs[0][0]._across, dtype=torch.bool, device="cpu")
     for layout, mask in pairs:
-        taken[mask.positions[layout.input_axis]] = True
+        taken[mask.positions[layout.input_axis] % layout._across] = True
     return taken
 
 
@@ -168,8 +176,10 @@ def _channels(columns: Tensor, layout: BlockLayout) -> Tensor:
 
 def _narrow(columns: Tensor, layout: BlockLayout) -> Tensor:
     """Return the positions of the layout's blocks once its input axis is restricted to block `columns`."""
-    narrow = layout._mask.positions.clone()
-    narrow[layout.input_axis] = torch.searchsorted(columns, narrow[layout.input_axis])
+    narrow, axis = layout._mask.positions.clone(), layout.input_axis
+    # Stacked experts that are stored transposed have rows of blocks of their own: as many as `columns`, each.
+    expert, column = narrow[axis] // layout._across, narrow[axis] % layout._across
+    narrow[axis] = expert * len(columns) + torch.searchsorted(columns, column)
     return narrow
 
 

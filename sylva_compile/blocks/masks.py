@@ -16,11 +16,12 @@ from sylva_compile.blocks.fingerprint import is_other_base
 from sylva_compile.blocks.mask_summary import summary_of
 from sylva_compile.blocks.moving import Carry, move, resume
 from sylva_compile.blocks.quantised_base import check_blocks_divide, tensors_of_bases
-from sylva_compile.blocks.scope import check_not_split, check_weight, named_weights, unwrap
+from sylva_compile.blocks.scope import check_owners, check_weight, named_weights, unwrap
 from sylva_compile.config import check_block_size
 from sylva_compile.embedded.bound_masks import BoundMasks
 from sylva_compile.embedded.mask_file import MaskFile
 from sylva_compile.errors import MaskError
+from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.quantised.registry import shape_of
 
 log = logging.getLogger(__name__)
@@ -84,12 +85,13 @@ class Masks(BoundMasks[BlockMask]):
         if missing:
             raise MaskError(f"The model has no parameter {missing[0]!r}; name weights as in model.named_parameters().")
         for name in block_maps:
-            check_not_split(model, name, parameters[name])
-        check_block_fits(block_size, {name: shape_of(parameters[name]) for name in block_maps})
+            check_owners(model, name, parameters[name])
+        shapes = {name: shape_of(parameters[name]) for name in block_maps}
+        check_block_fits(block_size, shapes)
         blocks = {}
         for name, block_map in block_maps.items():
             check_weight(name, parameters[name])
-            blocks[name] = BlockMask.from_block_map(block_map, shape_of(parameters[name]), block_size)
+            blocks[name] = BlockMask.from_block_map(block_map, matrix_shape(shapes[name]), block_size)
         return cls(blocks, model=model, config={"method": "by hand", "block_size": block_size})
 
     def bind(self, model: nn.Module) -> None:
@@ -103,7 +105,7 @@ class Masks(BoundMasks[BlockMask]):
         parameters = named_weights(model)
         for name in self:
             if name in parameters:
-                check_not_split(model, name, parameters[name])
+                check_owners(model, name, parameters[name])
         self.check_shapes(parameters)
         for name, mask in self.items():
             check_weight(name, parameters[name])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sylva_compile.blocks.shards import ShardCopier, copier_of, local, read_places
-from sylva_compile.kernels.blocks import BlockCopier, grid_shape
+from sylva_compile.kernels.blocks import BlockCopier, grid_shape, matrix_shape
 
 
 class Originals:
@@ -16,7 +16,7 @@ class Originals:
 
     def __init__(self, weight: Tensor, positions: Tensor, block_size: int) -> None:
         """Keep the blocks of `weight [m, n]` at `positions int64[2, nnz]`, on the CPU."""
-        self.shape, self.block_size = (int(weight.shape[0]), int(weight.shape[1])), block_size
+        self.shape, self.block_size = matrix_shape(weight.shape), block_size
         self._slots = torch.full(grid_shape(self.shape, block_size), -1, dtype=torch.int64, device="cpu")
         """The index of each place's values among `_values`; -1 for a place where no block has been."""
         self._values = torch.empty((0, block_size, block_size), dtype=weight.dtype, device="cpu")

@@ -1,24 +1,31 @@
 """The weights of a model that a scope names: patterns, wrapped models, shared parameters, weights without blocks."""
 
 import logging
-import math
 import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sylva_compile._torch import is_traceable_wrapper_subclass
+from sylva_compile.blocks.experts import (
+    check_experts,
+    check_stacked,
+    holds_refused_experts,
+    is_experts,
+    is_router,
+    stacked_input_axis,
+    stacked_weights,
+)
 from sylva_compile.blocks.partitioned import check_not_parallelized, check_not_partitioned
 from sylva_compile.blocks.refused_modules import check_no_refused
 from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.config import Scope
 from sylva_compile.errors import ScopeError
-from sylva_compile.quantised.registry import format_of, refusal_text, refused_format, shape_of
+from sylva_compile.quantised.registry import format_of, refusal_text, refused_format
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +72,12 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def input_axis(module: nn.Module) -> int:
-    """Return the axis of the stored weight that the layer's inputs meet: 0 for GPT-2's transposed Conv1D, else 1."""
+    """Return the axis of the stored weight that the layer's inputs meet: 0 for GPT-2's transposed Conv1D, else 1.
+
+    For stacked experts it is that of each expert's own matrix.
+    """
+    if is_experts(module):
+        return stacked_input_axis(module)
     return 0 if is_conv1d(module) else 1
 
 
@@ -77,11 +89,16 @@ def owners_of(model: nn.Module, weight: Tensor) -> Iterator[tuple[nn.Module, str
                 yield module, attribute
 
 
-def check_not_split(model: nn.Module, name: str, weight: Tensor) -> None:
-    """Raise ScopeError if DeepSpeed or tensor parallelism splits `weight`, the parameter `name` of `model`."""
+def check_owners(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Raise ScopeError if blocks cannot follow what a module of `model` does with `weight`, its parameter `name`.
+
+    That is so where DeepSpeed or tensor parallelism splits it, and for stacked weights of some experts.
+    """
     check_not_partitioned(name, weight)
     for module, _ in owners_of(model, weight):
         check_not_parallelized(name, module)
+        if weight.dim() == 3:
+            check_experts(name, module)
 
 
 _ADAPTERS = {"lora_A", "lora_B"}
@@ -91,7 +108,7 @@ _CLASSIFIERS = ("score", "classifier", "qa_outputs")
 """Names that models of transformers give to the head of a classifier."""
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """Return the language-model head or the classifier of a model of transformers; None for other models."""
     get = getattr(model, "get_output_embeddings", None)
     if get is None:
@@ -105,20 +122,63 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return next((head for head in heads if isinstance(head, nn.Module)), None)
 
 
-def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
+class _Candidate(NamedTuple):
+    """A weight that a scope may name, by any of `names`; it is the parameter `full`, `attribute` of `module`."""
+
+    full: str
+    module: nn.Module
+    attribute: str
+    names: tuple[str, ...]
+
+
+def _candidates(model: nn.Module, experts: bool) -> Iterator[_Candidate]:
+    """Yield the weights of `model` that can carry blocks, or that a scope is told about, in the model's order."""
+    for name, module in model.named_modules():
+        name = plain_name(name)
+        prefix = f"{name}." if name else ""
+        if is_linear(module):
+            yield _Candidate(f"{prefix}weight", module, "weight", (name,))
+        elif experts and holds_refused_experts(module):
+            held = next(iter(module._parameters), "weight")
+            yield _Candidate(prefix + held, module, held, (name,))
+        elif experts:
+            for attribute in stacked_weights(module):
+                yield _Candidate(prefix + attribute, module, attribute, (prefix + attribute, name))
+
+
+def _is_named(candidate: _Candidate, ending: str) -> bool:
+    return any(name == ending or name.endswith("." + ending) for name in candidate.names)
+
+
+def weights_in_scope(model: nn.Module, scope: Scope, *, experts: bool = True) -> dict[str, nn.Parameter]:
     """Return the weights that `scope` names, by full parameter name, in the model's order; shared weights once.
+
+    Stacked weights of experts go by the name of their module and by their own ("mlp.experts.gate_up_proj"). The layers
+    that choose experts are no part of "all-linear".
+
+    Args:
+        model: the model.
+        scope: as in SylvaConfig.
+        experts: whether stacked weights of experts may be in scope.
 
     Raises:
         ScopeError: nothing matches, or a match cannot carry blocks (meta device, quantised, integer, made under
             `torch.inference_mode()`).
     """
     model = unwrap(model)
-    head = _output_head(model)
-    layers = {plain_name(name): m for name, m in model.named_modules() if is_linear(m)}
+    head = output_head(model)
+    layers = list(_candidates(model, experts))
     in_scope: Callable[[str], bool] | None = None
     if scope == "all-linear":
         inside = set() if head is None else set(head.modules())
-        chosen = {n: m for n, m in layers.items() if m not in inside and not _ADAPTERS & set(n.split("."))}
+        stacks = [plain_name(name) for name, module in model.named_modules() if is_experts(module)]
+        chosen = [
+            each
+            for each in layers
+            if each.module not in inside
+            and not _ADAPTERS & set(each.full.split("."))
+            and not is_router(each.names[0], stacks)
+        ]
     elif isinstance(scope, str):
         try:
             pattern = re.compile(scope)
@@ -127,24 +187,25 @@ def weights_in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
                 f"scope={scope!r} is no regular expression ({error}); mend it or use 'all-linear'."
             ) from None
         in_scope = partial(_matches, pattern)
-        chosen = {name: module for name, module in layers.items() if _matches(pattern, name)}
+        chosen = [each for each in layers if any(map(in_scope, each.names))]
     else:
         endings = tuple(scope)
         in_scope = partial(_ends_in, endings)
-        found = {e: {n: m for n, m in layers.items() if _ends_in((e,), n)} for e in endings}
-        chosen = {n: m for n, m in layers.items() if any(n in some for some in found.values())}
-        if chosen and (unmatched := [e for e, some in found.items() if not some]):
+        chosen = [each for each in layers if any(_is_named(each, ending) for ending in endings)]
+        unmatched = [ending for ending in endings if not any(_is_named(each, ending) for each in layers)]
+        if chosen and unmatched:
             log.warning("scope: no Linear or Conv1D has a name that ends in %s; the other endings are used.", unmatched)
     others = ((plain_name(name), m) for name, m in model.named_modules() if not is_linear(m))
     check_no_refused(others, in_scope, found_others=bool(chosen))
     if not chosen:
         shown = scope if isinstance(scope, str) else list(scope)
-        raise ScopeError(f"scope={shown!r} matches no Linear or Conv1D; {_hint(scope, list(layers))}.")
+        raise ScopeError(f"scope={shown!r} matches no Linear or Conv1D; {_hint(scope, layers)}.")
     weights: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for name, module in chosen.items():
-        full = f"{name}.weight" if name else "weight"
-        weight = module._parameters.get("weight")
+    for full, module, attribute, _ in chosen:
+        if attribute != "weight" or holds_refused_experts(module):
+            check_experts(full, module)
+        weight = module._parameters.get(attribute)
         check_weight(full, weight)
         check_not_parallelized(full, module)
         assert weight is not None
@@ -162,18 +223,18 @@ def _ends_in(endings: Sequence[str], name: str) -> bool:
     return any(name == ending or name.endswith("." + ending) for ending in endings)
 
 
-def _hint(scope: Scope, layers: Sequence[str]) -> str:
+def _hint(scope: Scope, layers: Sequence[_Candidate]) -> str:
     """Return advice for a scope that matches nothing."""
     if not layers:
         return "the model has none (is it quantised?), so load it unquantised or make masks with Masks.from_block_maps"
-    if isinstance(scope, str) and any(name == scope or name.endswith("." + scope) for name in layers):
+    if isinstance(scope, str) and any(_is_named(each, scope) for each in layers):
         return f"a string is a regular expression for the whole name, so use [{scope!r}] for names that end so"
-    some = ", ".join(layers[:3])
+    some = ", ".join(each.names[0] for each in layers[:3])
     return f"name some of the model's {len(layers)} (such as {some}), or use 'all-linear'"
 
 
 def check_weight(name: str, weight: Tensor | None) -> None:
-    """Raise ScopeError unless `weight` is a matrix of real floating-point values in memory that autograd can follow."""
+    """Raise ScopeError unless autograd can follow `weight`, a matrix or stacked experts of floating-point values."""
     check_not_partitioned(name, weight)
     if _is_usable_quantised(name, weight):
         return
@@ -190,7 +251,11 @@ def check_weight(name: str, weight: Tensor | None) -> None:
         raise ScopeError(f"{name} is on the meta device; load the weights before masking or embedding.")
     if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ScopeError(f"{name} holds {weight.dtype} values (quantised?); dequantise it or leave it out of scope.")
-    if weight.dim() != 2:
+    if weight.dim() == 3 and not is_sharded(weight):
+        check_stacked(name, weight)
+    elif weight.dim() == 3:
+        raise ScopeError(f"{name}: blocks cannot follow experts that fully_shard splits; leave it out of scope.")
+    elif weight.dim() != 2:
         raise ScopeError(f"{name} has {weight.dim()} dimensions; blocks sit in matrices, so leave it out of scope.")
 
 
@@ -206,56 +271,3 @@ def _is_usable_quantised(name: str, weight: Any) -> bool:
     if weight.device.type == "meta":
         raise ScopeError(f"{name} is on the meta device; load the weights before masking or embedding.")
     return True
-
-
-def log_share_left_out(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Log the share of the model's elements outside of `weights`, and why: a warning where whole experts stay frozen.
-
-    Parameters of three dimensions or more are no matrices. Models with a mixture of experts keep most of their elements
-    in such parameters, and "all-linear" does not reach them.
-    """
-    model = unwrap(model)
-    inside = {id(weight) for weight in weights.values()}
-    head = _output_head(model)
-    of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    sizes: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    seen: set[int] = set()
-    total = 0
-    for prefix, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            size = math.prod(shape_of(parameter))
-            total += size
-            if id(parameter) not in inside:
-                why = _why_left_out(module, parameter, is_head=id(parameter) in of_head)
-                sizes[why] += size
-                first.setdefault(why, plain_name(f"{prefix}.{attribute}" if prefix else attribute))
-    if not sizes:
-        return
-    parts = ", ".join(f"{count / total:.1%} {why} ({first[why]} first)" for why, count in sizes.most_common())
-    stacked = sizes[_STACKED] / total
-    log.log(
-        logging.WARNING if stacked >= 0.05 else logging.INFO,
-        "The scope holds %.1f%% of the model's %s elements. Left out: %s.",
-        100 * (1 - sum(sizes.values()) / total),
-        f"{total:,}",
-        parts,
-    )
-
-
-_STACKED = "in parameters of three or more dimensions, such as experts, which carry no blocks"
-
-
-def _why_left_out(module: nn.Module, parameter: Tensor, *, is_head: bool) -> str:
-    if parameter.dim() > 2:
-        return _STACKED
-    if is_head:
-        return "in the output head"
-    if parameter.dim() < 2:
-        return "in biases, norms and other vectors"
-    if isinstance(module, nn.Embedding):
-        return "in token embeddings"
-    return "in linear layers that the scope does not name" if is_linear(module) else "in modules that are not linear"

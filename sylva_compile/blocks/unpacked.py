@@ -12,17 +12,20 @@ from sylva_compile.errors import EmbedError
 _FLAG, _HELD = "support_avx512bf16_for_cpu", "_sylva_packs"
 
 
-def keep_unpacked(model: nn.Module) -> None:
-    """Let no evaluation pack weights of `model`. Raises EmbedError where one has; the model is as before then."""
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
+def check_unpacked(model: nn.Module) -> None:
+    """Raise EmbedError if an evaluation has packed a weight of `model`."""
+    for name, module in model.named_modules():
         state = getattr(module._parameters.get("weight"), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise EmbedError(
                 f"{name}.weight was packed for inference on the CPU by an evaluation, and passes no gradient on; load "
                 "the model again, and embed masks or load adapters before it is evaluated."
             )
-    for module in modules.values():
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Let no evaluation pack weights of `model` from now on."""
+    for module in model.modules():
         if module.__dict__.get(_FLAG):
             module.__dict__[_HELD], module.__dict__[_FLAG] = module.__dict__[_FLAG], False
 

@@ -13,7 +13,7 @@ from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.base import SCORING_COPIES, Curvature, EstimatorMemory, sum_tiles
 from sylva_compile.curvature.gradient_sum import gradient_sum
 from sylva_compile.curvature.weight_spec import WeightSpec
-from sylva_compile.kernels.blocks import grid_shape
+from sylva_compile.kernels.blocks import grid_shape, matrix_shape
 
 
 class SquaredGradient(Curvature):
@@ -69,7 +69,7 @@ class SquaredGradient(Curvature):
 
 def magnitude_scores(weight: Tensor, config: SylvaConfig) -> Tensor:
     """Return the sum of squared weights in each block of `weight [m, n]`, `[ceil(m/b), ceil(n/b)]`; needs no data."""
-    return sum_tiles(weight.detach().double().square(), config.block_size).cpu()
+    return torch.cat([_magnitudes(matrix, config) for matrix in _matrices(weight)])
 
 
 def lift_scores(weight: Tensor, config: SylvaConfig) -> Tensor:
@@ -79,7 +79,20 @@ def lift_scores(weight: Tensor, config: SylvaConfig) -> Tensor:
     of entries, `[ceil(m/b), ceil(n/b)]`. Needs no data. The approximation comes from a randomised SVD on the CPU, whose
     directions are drawn from torch's global generator.
     """
-    values = weight.detach().cpu().to(torch.promote_types(weight.dtype, torch.float32))
+    return torch.cat([_lifts(matrix, config) for matrix in _matrices(weight)])
+
+
+def _matrices(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return `weight [m, n]`, or the weights of stacked experts `[E, m, n]`, one after the other."""
+    return (weight,) if weight.dim() == 2 else weight.unbind()
+
+
+def _magnitudes(matrix: Tensor, config: SylvaConfig) -> Tensor:
+    return sum_tiles(matrix.detach().double().square(), config.block_size).cpu()
+
+
+def _lifts(matrix: Tensor, config: SylvaConfig) -> Tensor:
+    values = matrix.detach().cpu().to(torch.promote_types(matrix.dtype, torch.float32))
     rank = min(config.rank, *values.shape)
     u, s, v = torch.svd_lowrank(values, q=min(rank + _OVERSAMPLED, *values.shape), niter=_POWER_ITERATIONS)
     low_rank = (u[:, :rank] * s[:rank]) @ v[:, :rank].t()
@@ -95,7 +108,7 @@ def random_scores(weight: Tensor, config: SylvaConfig) -> Tensor:
 
     They come from torch's global generator, so that `torch.manual_seed` determines the masks.
     """
-    return torch.rand(grid_shape(weight.shape, config.block_size), dtype=torch.float64, device="cpu")
+    return torch.rand(grid_shape(matrix_shape(weight.shape), config.block_size), dtype=torch.float64, device="cpu")
 
 
 SCORES_WITHOUT_DATA: dict[str, Callable[[Tensor, SylvaConfig], Tensor]] = {

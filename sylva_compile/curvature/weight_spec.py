@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sylva_compile.kernels.blocks import block_dtype
+from sylva_compile.kernels.blocks import block_dtype, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class WeightSpec:
         input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 where it is stored
             transposed (Conv1D).
         packed: the bytes of a quantised weight; None for a dense one.
+        experts: E; for more than one, `shape` is `(E·m, n)` for a weight `[E, m, n]`.
     """
 
     name: str
@@ -28,11 +29,13 @@ class WeightSpec:
     device: torch.device
     input_axis: int = 1
     packed: int | None = None
+    experts: int = 1
 
     @classmethod
     def of(cls, name: str, weight: Tensor, input_axis: int = 1) -> "WeightSpec":
-        """Describe `weight`, a matrix."""
-        return cls(name, (int(weight.shape[0]), int(weight.shape[1])), weight.dtype, weight.device, input_axis)
+        """Describe `weight`, a matrix or stacked experts `[E, m, n]`."""
+        experts = int(weight.shape[0]) if weight.dim() == 3 else 1
+        return cls(name, matrix_shape(weight.shape), weight.dtype, weight.device, input_axis, experts)
 
     @property
     def outputs(self) -> int:
@@ -41,7 +44,7 @@ class WeightSpec:
 
     @property
     def inputs(self) -> int:
-        """n, the layer's input channels."""
+        """n, the layer's input channels; those of each expert where experts are stacked and stored transposed."""
         return self.shape[self.input_axis]
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self, TypeVar
 from torch import Tensor, nn
 
 from sylva_compile.errors import MaskError
+from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.quantised.registry import shape_of
 
 
@@ -81,7 +82,9 @@ class BoundMasks(Mapping[str, M]):
         for name, mask in self.items():
             if name not in weights:
                 raise MaskError(f"These masks name {name!r}, which this model lacks; make masks for this model.")
-            if (found := shape_of(weights[name])) != mask.shape:
+            found = shape_of(weights[name])
+            # Stacked experts are a matrix to masks.
+            if matrix_shape(found) != mask.shape:
                 raise MaskError(f"{name} is {found} here and {mask.shape} in these masks; make masks for this model.")
 
     def _require_model(self) -> nn.Module:

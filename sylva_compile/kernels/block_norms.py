@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sylva_compile.kernels.blocks import grid_shape
+from sylva_compile.kernels.blocks import grid_shape, matrix_shape
 
 
 @torch.library.custom_op("sylva::block_norms", mutates_args=())
@@ -16,7 +16,7 @@ def block_norms(gradient: Tensor, block_size: int, sketch: bool) -> Tensor:
     """Return the sum of squares of every block of a dense weight gradient.
 
     Args:
-        gradient: `[m, n]`, the gradient of the weight as stored.
+        gradient: `[m, n]`, or `[E, m, n]` of experts, the gradient of the weight as stored.
         block_size: b.
         sketch: whether the compiler may put `Σₜ ‖gyₜ[r]‖² ‖xₜ[c]‖²` in place of a block's sum, where `gradient` is
             `gyᵀ x`: the squared norm as it were if the gradients of different tokens were orthogonal.
@@ -24,15 +24,15 @@ def block_norms(gradient: Tensor, block_size: int, sketch: bool) -> Tensor:
     Returns:
         float32 `[ceil(m/b), ceil(n/b)]`.
     """
-    rows, cols = grid_shape(gradient.shape, block_size)
-    m, n = gradient.shape
-    sums = F.pad(gradient, (0, cols * block_size - n)).float().square().view(m, cols, block_size).sum(2)
+    m, n = matrix_shape(gradient.shape)
+    rows, cols = grid_shape((m, n), block_size)
+    sums = F.pad(gradient.reshape(m, n), (0, cols * block_size - n)).float().square().view(m, cols, block_size).sum(2)
     return F.pad(sums, (0, 0, 0, rows * block_size - m)).view(rows, block_size, cols).sum(1)
 
 
 @block_norms.register_fake
 def _(gradient: Tensor, block_size: int, sketch: bool) -> Tensor:
-    return gradient.new_empty(grid_shape(gradient.shape, block_size), dtype=torch.float32)
+    return gradient.new_empty(grid_shape(matrix_shape(gradient.shape), block_size), dtype=torch.float32)
 
 
 @torch.library.custom_op("sylva::pool_squares", mutates_args=())

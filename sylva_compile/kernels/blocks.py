@@ -3,7 +3,12 @@
 A grid of `b x b` blocks tiles a matrix `[m, n]` from its upper left corner. Positions are `int64[2, nnz]`: block rows,
 then block columns. Blocks are `[nnz, b, b]` in that order. Where b does not divide m or n, the last block row or column
 reaches over the edge: the part beyond the edge reads as zero and is never written.
+
+The stacked weights `[E, m, n]` of E experts are the matrix `[E·m, n]`, in the same memory.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +20,16 @@ def grid_shape(shape: tuple[int, int] | torch.Size, block_size: int) -> tuple[in
     return -(-shape[0] // block_size), -(-shape[1] // block_size)
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return the shape of a weight seen as a matrix: `[m, n]` as it is, `[E·m, n]` for stacked experts `[E, m, n]`."""
+    return math.prod(shape[:-1]), int(shape[-1])
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """Return `weight [m, n]` itself, or stacked experts `[E, m, n]` as the matrix `[E·m, n]` in the same memory."""
+    return weight if weight.dim() == 2 else weight.view(matrix_shape(weight.shape))
+
+
 def block_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of blocks that train a weight of `dtype`: float32, or float64 for a float64 weight."""
     return torch.promote_types(dtype, torch.float32)
@@ -22,6 +37,9 @@ def block_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def read_blocks(matrix: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """Copy the blocks at `positions` out of `matrix [m, n]`; return `[nnz, b, b]` in the matrix's dtype."""
+    if matrix.dim() > 2:
+        # A gradient of experts may be transposed, and then this copies it.
+        matrix = matrix.reshape(matrix_shape(matrix.shape))
     m, n = matrix.shape
     mb, nb = grid_shape(matrix.shape, block_size)
     if m % block_size or n % block_size:
@@ -39,7 +57,8 @@ class BlockCopier:
 
     def __init__(self, matrix: Tensor, positions: Tensor, block_size: int) -> None:
         """Copy blocks of `matrix [m, n]` at `positions int64[2, nnz]`, on the matrix's device."""
-        self._matrix, self._positions, self._b = matrix.detach(), positions, block_size
+        matrix = as_matrix(matrix.detach())
+        self._matrix, self._positions, self._b = matrix, positions, block_size
         self._pieces: Tensor | None = None
         (m, n), b = matrix.shape, block_size
         if m % b == n % b == 0 and matrix.is_contiguous():
@@ -68,13 +87,13 @@ class BlockWriter:
     corner, so no element index is stored. The constructor sorts the blocks into these views once.
     """
 
-    def __init__(self, shape: tuple[int, int] | torch.Size, positions: Tensor, block_size: int) -> None:
+    def __init__(self, shape: Sequence[int], positions: Tensor, block_size: int) -> None:
         """Sort the blocks at `positions int64[2, nnz]`, which may be on any device.
 
         This waits for that device if blocks may reach over an edge. The writer keeps `positions` itself and no copy:
         `write` reads the rows and columns there.
         """
-        self.shape, self.block_size, self.positions = (int(shape[0]), int(shape[1])), block_size, positions
+        self.shape, self.block_size, self.positions = matrix_shape(shape), block_size, positions
         self._inner_rows, self._inner_cols = (size // block_size for size in self.shape)
         self._parts: list[tuple[bool, bool, Tensor | None]] = []
         if not any(size % block_size for size in self.shape):
@@ -91,7 +110,7 @@ class BlockWriter:
     @torch.no_grad()
     def write(self, matrix: Tensor, blocks: Tensor) -> None:
         """Write `blocks [nnz, b, b]`, rounded to the matrix's dtype, into `matrix [m, n]` in place."""
-        b = self.block_size
+        b, matrix = self.block_size, as_matrix(matrix)
         for below, right, index in self._parts:
             first_row, first_col = self._inner_rows if below else 0, self._inner_cols if right else 0
             rows, cols = self.positions if index is None else self.positions[:, index]

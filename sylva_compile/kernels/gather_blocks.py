@@ -25,7 +25,7 @@ def gather_blocks(
     """Return the blocks of a dense weight gradient.
 
     Args:
-        gradient: `[m, n]`, the gradient of the weight as stored.
+        gradient: `[m, n]`, or `[E, m, n]` of experts, the gradient of the weight as stored.
         positions: `int64[2, nnz]`, block rows and block columns.
         input_channels: `int64[k]`, ascending: the indices along the weight's input axis that the blocks cover.
         narrow_positions: `int64[2, nnz]`, the positions in the weight restricted to `input_channels`.

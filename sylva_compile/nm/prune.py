@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sylva_compile.blocks.fingerprint import base_fingerprint
-from sylva_compile.blocks.scope import input_axis, log_share_left_out, owners_of, unwrap, weights_in_scope
+from sylva_compile.blocks.scope import input_axis, owners_of, unwrap, weights_in_scope
+from sylva_compile.blocks.share_left_out import log_share_left_out
 from sylva_compile.config import Scope
 from sylva_compile.errors import EmbedError, ScopeError
 from sylva_compile.nm.embedding import check_can_carry, nm_modules
@@ -57,7 +58,7 @@ def prune_masks(
     model = unwrap(model)
     if present := nm_modules(model):
         raise EmbedError(f"The model is pruned already ({next(iter(present))}); call unprune(model) first.")
-    weights = weights_in_scope(model, scope)
+    weights = weights_in_scope(model, scope, experts=False)
     masks, left = {}, []
     for name, weight in weights.items():
         check_can_carry(model, name, weight)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from sylva_compile.passes.match_weight_gradient import Operand, Scale
+from sylva_compile.passes.match_weight_gradient import Operand, Scale, Term
 
 
 def call(
@@ -54,7 +55,28 @@ def materialize(graph: Graph, operand: Operand, like: Node | None = None) -> Nod
     """Return a node for `operand`, with a new transpose where it is marked as transposed; `like` as for `call`."""
     if not operand.transposed:
         return operand.node
-    return call(graph, torch.ops.aten.permute.default, operand.node, [1, 0], like=like)
+    axes = [*range(operand.node.meta["val"].dim())]
+    axes[-2:] = axes[:-3:-1]
+    return call(graph, torch.ops.aten.permute.default, operand.node, axes, like=like)
+
+
+def unbatched(graph: Graph, term: Term, device_of: Node) -> Term:
+    """Return `term` with matrices as operands: batched experts `[E, T, n]` become `[E·T, n]`, with offsets.
+
+    The offsets get the device of `device_of`, an input of the graph: made like an operand, they would need it saved.
+    """
+    if not term.batched:
+        return term
+    assert term.rhs is not None
+    aten = torch.ops.aten
+    sides = [materialize(graph, operand) for operand in (term.lhs, term.rhs)]
+    experts, tokens, _ = sides[0].meta["val"].shape
+    if not isinstance(tokens, int):
+        tokens = call(graph, aten.sym_size.int, sides[0], 1)
+    each = call(graph, aten.new_full.default, device_of, [experts], tokens, kwargs={"dtype": torch.int32})
+    offsets = call(graph, aten.cumsum.default, each, 0, kwargs={"dtype": torch.int32})
+    lhs, rhs = (Operand(call(graph, aten.reshape.default, side, [-1, side.meta["val"].shape[-1]])) for side in sides)
+    return replace(term, lhs=lhs, rhs=rhs, offsets=offsets, batched=False)
 
 
 def apply_scales(graph: Graph, value: Node, scales: Iterable[Scale]) -> Node:

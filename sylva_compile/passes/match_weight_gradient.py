@@ -11,10 +11,15 @@ becomes a flat list of terms, `gradient = Σ scale · (lhsᵀ · rhs)`, with ope
 The matcher walks from the gradient up to the products: a transpose swaps the operands, a cast is dropped (the sampled
 product is float32 in any case), and a scalar factor is noted on the term.
 
+The stacked weights `[E, m, n]` of experts have one product for all experts, each with tokens of its own. Three
+operators make it: `aten._grouped_mm` of matrices, the fallback of transformers for float32, and, where all experts have
+equally many tokens, `aten.bmm`. Their terms carry the offsets of the tokens, or say that the operands are batched.
+
 The walk stops at any other operator, and at a dense gradient that another node reads too: this gradient exists in any
 case, and sampling it is cheaper than a second product. Either becomes an opaque term, which gives the reason.
 """
 
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,6 +76,8 @@ class Term:
     Attributes:
         lhs: `[T, m]`, or the opaque matrix `[m, n]` itself.
         rhs: `[T, n]`, or None where the term is opaque.
+        offsets: for experts, the node of `int[E]` that tells where the tokens of each end; None without experts.
+        batched: whether the operands are `[E, T, m]` and `[E, T, n]`, with equally many tokens for each expert.
         scales: scalar operations on the summand, the outermost first.
         reason: why the term is opaque; None for a product.
     """
@@ -79,19 +86,25 @@ class Term:
     rhs: Operand | None
     scales: tuple[Scale, ...] = ()
     reason: str | None = None
+    offsets: Node | None = None
+    batched: bool = False
 
 
 def is_transpose(node: Node) -> bool:
-    """Return whether `node` transposes a matrix."""
+    """Return whether `node` transposes a matrix, or each matrix of a batch."""
     if node.op != "call_function":
         return False
     if node.target is aten.t.default:
         return True
-    if node.target is aten.permute.default:
-        return [int(d) % 2 for d in node.args[1]] == [1, 0] and len(node.args[1]) == 2  # type: ignore[union-attr, arg-type]
+    if node.target not in (aten.permute.default, aten.transpose.int):
+        return False
+    source, *axes = node.args
+    dims = source.meta["val"].dim()  # type: ignore[union-attr]
+    if dims not in (2, 3):
+        return False
     if node.target is aten.transpose.int:
-        return node.args[0].meta["val"].dim() == 2 and node.args[1] % 2 != node.args[2] % 2  # type: ignore[union-attr, operator]
-    return False
+        return {axis % dims for axis in axes} == {dims - 2, dims - 1}
+    return [axis % dims for axis in axes[0]] == [*range(dims - 2), dims - 1, dims - 2]  # type: ignore[union-attr]
 
 
 def match_weight_gradient(gradient: Node) -> list[Term]:
@@ -133,6 +146,13 @@ def _terms(node: Node, *, transposed: bool, scales: tuple[Scale, ...]) -> list[T
         left, right = node.args
         assert isinstance(left, Node) and isinstance(right, Node)
         return [_product(Operand(left), Operand(right), transposed, scales)]
+    grouped = _grouped_product(node)
+    if grouped is not None:
+        return [_product(*grouped[:2], transposed, scales, offsets=grouped[2])]
+    if target is aten.bmm.default and node.meta["val"].dim() == 3:
+        left, right = node.args
+        assert isinstance(left, Node) and isinstance(right, Node)
+        return [_product(Operand(left), Operand(right), transposed, scales, batched=True)]
     if target is aten.mul.Tensor and _is_outer_product(node):
         left, right = node.args
         assert isinstance(left, Node) and isinstance(right, Node)
@@ -140,9 +160,17 @@ def _terms(node: Node, *, transposed: bool, scales: tuple[Scale, ...]) -> list[T
     return opaque(f"its gradient is made by {target}, which blocks cannot be sampled through")
 
 
-def _product(left: Operand, right: Operand, transposed: bool, scales: tuple[Scale, ...]) -> Term:
+def _product(
+    left: Operand,
+    right: Operand,
+    transposed: bool,
+    scales: tuple[Scale, ...],
+    *,
+    offsets: Node | None = None,
+    batched: bool = False,
+) -> Term:
     """Return `left [m, T] · right [T, n]`, or its transpose, as a term."""
-    term = Term(left.t().resolved(), right.resolved(), scales)
+    term = Term(left.t().resolved(), right.resolved(), scales, offsets=offsets, batched=batched)
     return replace(term, lhs=term.rhs, rhs=term.lhs) if transposed else term  # type: ignore[arg-type]
 
 
@@ -175,6 +203,30 @@ def _is_outer_product(node: Node) -> bool:
         return False
     first, second = left.meta["val"], right.meta["val"]
     return bool(first.dim() == second.dim() == 2 and first.shape[1] == 1 and second.shape[0] == 1)
+
+
+def _grouped_product(node: Node) -> tuple[Operand, Operand, Node] | None:
+    """Return `left [m, S]`, `right [S, n]` and the offsets where `node` is the product of each expert's tokens."""
+    if node.target is aten._grouped_mm.default:
+        left, right, offsets = (*node.args, None)[:3]
+        is_plain = len(node.args) <= 3 and all(node.kwargs.get(name) is None for name in ("bias", "out_dtype"))
+        offsets = node.kwargs.get("offs", offsets)
+        if is_plain and all(isinstance(each, Node) for each in (left, right, offsets)):
+            assert isinstance(left, Node) and isinstance(right, Node) and isinstance(offsets, Node)
+            if left.meta["val"].dim() == right.meta["val"].dim() == 2:
+                return Operand(left), Operand(right), offsets
+        return None
+    if node.target is not operator.getitem or node.args[1] != 1 or not is_grouped_backward(node.args[0]):
+        return None
+    activation, _, offsets, gradient = node.args[0].args  # type: ignore[union-attr]
+    assert isinstance(activation, Node) and isinstance(offsets, Node) and isinstance(gradient, Node)
+    return Operand(activation).t(), Operand(gradient), offsets
+
+
+def is_grouped_backward(node: object) -> bool:
+    """Return whether `node` computes both gradients of the grouped product that transformers falls back to."""
+    # The operator exists only once transformers is imported.
+    return isinstance(node, Node) and str(node.target) == "transformers.grouped_mm_fallback_backward.default"
 
 
 def _batch_of_one(node: Node) -> tuple[Operand, Operand] | None:

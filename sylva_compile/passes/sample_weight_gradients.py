@@ -10,8 +10,10 @@ After:
     %x_narrow = aten.index(%x, [None, %channels])                in the forward half, which saves it instead of %x
     %blocks   = sylva.sddmm(%gy, %x_narrow, %narrow_positions, b)
 
-A sum of products becomes a sum of sampled products. `narrow_activations.py` decides which products read a narrow copy
-of their activation, and `merge_products.py` merges the products that read one activation.
+The product of stacked experts becomes `sylva.grouped_sddmm`, with the offsets of their tokens. A sum of products
+becomes a sum of sampled products. `narrow_activations.py` decides which products read a narrow copy of their
+activation, `recompute_gathers.py` has the tokens of experts gathered again, and `merge_products.py` merges the products
+that read one activation.
 
 Refuses, and gives the reason in the result: a term that the matcher leaves opaque. That term stays dense, and
 `gather_blocks` samples it: correct and slow. The other terms of the gradient are rewritten. A gradient whose blocks are
@@ -27,16 +29,20 @@ from torch.fx import Graph, Node
 from sylva_compile._torch import operator_of
 from sylva_compile.kernels.block_norms import block_norms
 from sylva_compile.kernels.gather_blocks import gather_blocks
+from sylva_compile.kernels.sddmm.grouped_op import grouped_sddmm
 from sylva_compile.kernels.sddmm.op import sddmm
-from sylva_compile.passes.edit import apply_scales, call, materialize
+from sylva_compile.passes.edit import apply_scales, call, materialize, unbatched
+from sylva_compile.passes.keep_input_gradients import keep_input_gradients
 from sylva_compile.passes.match_weight_gradient import Term, match_weight_gradient
 from sylva_compile.passes.merge_products import merge_products
 from sylva_compile.passes.narrow_activations import SampledProduct, narrow_activations, unify_activations
+from sylva_compile.passes.recompute_gathers import recompute_gathers
 
 aten = torch.ops.aten
 GATHER = operator_of(gather_blocks)
 NORMS = operator_of(block_norms)
 SDDMM = operator_of(sddmm)
+GROUPED = operator_of(grouped_sddmm)
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,12 @@ def sample_weight_gradients_pass(graph: Graph, *, report: Callable[[RewriteResul
         rewrites.append((positions, dense_reasons[0] if dense_reasons else None, slice(first, len(products))))
     # Without the dense products, every remaining reader of an activation needs it for another purpose.
     graph.eliminate_dead_code()
+    keep_input_gradients(graph)
     products = unify_activations(products)
+    grouped = [product.activation.node for product in products if product.node.target is GROUPED]
+    recompute_gathers(graph, [product.node for product in products], grouped)
     whole_reasons = narrow_activations(graph, products)
-    merge_products(graph, [product.node for product in products])
+    merge_products(graph, [product.node for product in products if product.node.target is SDDMM])
     graph.eliminate_dead_code()
     graph.lint()
     rewritten = 0
@@ -114,18 +123,22 @@ def _rewrite(graph: Graph, marker: Node, terms: list[Term]) -> list[SampledProdu
         Its sampled products, each of which still reads its whole activation.
     """
     positions, channels, narrow_positions, block_size, axis, *gate = marker.args[1:]
-    assert isinstance(channels, Node) and isinstance(narrow_positions, Node)
+    assert isinstance(positions, Node) and isinstance(channels, Node) and isinstance(narrow_positions, Node)
     assert isinstance(block_size, int) and isinstance(axis, int)
     total: Node | None = None
     products = []
     with graph.inserting_before(marker):
         for term in terms:
+            term = unbatched(graph, term, positions)
             if term.rhs is None:
                 blocks = call(graph, GATHER, materialize(graph, term.lhs), *marker.args[1:])
             else:
                 operands = (term.lhs, term.rhs)
                 left, right = (materialize(graph, operand) for operand in operands)
-                blocks = call(graph, SDDMM, left, right, positions, block_size, *gate)
+                if term.offsets is None:
+                    blocks = call(graph, SDDMM, left, right, positions, block_size, *gate)
+                else:
+                    blocks = call(graph, GROUPED, left, right, positions, term.offsets, block_size, *gate)
                 products.append(SampledProduct(blocks, operands[axis], axis, channels, narrow_positions, block_size))
             blocks = apply_scales(graph, blocks, term.scales)
             total = blocks if total is None else call(graph, aten.add.Tensor, total, blocks)

@@ -42,7 +42,7 @@ def sketch_block_norms_pass(graph: Graph) -> int:
         # The matcher takes a gradient that two nodes read as one that exists in any case.
         marker.update_arg(0, next(iter(graph.nodes)))
         terms = match_weight_gradient(gradient)
-        if any(term.rhs is None for term in terms):
+        if any(term.rhs is None or term.offsets is not None or term.batched for term in terms):
             marker.update_arg(0, gradient)
             continue
         with graph.inserting_before(marker):

@@ -230,6 +230,8 @@ class MovingBlocks:
 
     def _check_room(self, name: str) -> None:
         state = self._states[name]
+        if self.column_budget is not None and state.layout.experts > 1 and state.layout.input_axis == 0:
+            raise ArgumentError(f"{name} stores its experts transposed; leave column_budget out.")
         room = self._kept(state) * state.mask.block_map().shape[1 - state.layout.input_axis]
         if room < state.mask.nnz:
             raise ArgumentError(

@@ -11,6 +11,5 @@ def groups_of_readers(states: Mapping[str, BlockState]) -> dict[tuple[Any, ...],
     """Return the names of weights that may read one activation: those of one layer with one input width."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, state in states.items():
-        width = state.mask.shape[state.layout.input_axis]
-        groups.setdefault((layer_numbers(name), width, state.mask.block_size), []).append(name)
+        groups.setdefault((layer_numbers(name), state.layout.width, state.mask.block_size), []).append(name)
     return groups

@@ -85,12 +85,21 @@ class FromTrace:
         config: SylvaConfig,
         loss_fn: LossFn | None,
     ) -> None:
-        """Take the masks of the model, its weights by name, and the arguments of `trace_and_mask`."""
+        """Take the masks of the model, its weights by name, and the arguments of `trace_and_mask`.
+
+        Raises:
+            ArgumentError: a weight is quantised, or holds stacked experts, which no trace observes yet.
+        """
         quantised = next((name for name, state in states.items() if state.is_quantised), None)
         if quantised is not None:
             raise ArgumentError(
                 f"{quantised} is quantised, and a model that carries blocks in it cannot be traced; choose places by "
                 "'random' or 'gradient'."
+            )
+        stacked = next((name for name, state in states.items() if state.layout.experts > 1), None)
+        if stacked is not None:
+            raise ArgumentError(
+                f"{stacked} holds stacked experts, which cannot be traced yet; use choose='random' or 'gradient'."
             )
         self.choose: Callable[[str, int, Tensor], Tensor] | None = None
         self._masks, self._states = masks, states

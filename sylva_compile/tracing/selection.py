@@ -66,6 +66,12 @@ def select_blocks(
 def check_column_budget(specs: Mapping[str, WeightSpec], config: SylvaConfig) -> None:
     """Raise ArgumentError if the column budget has no room for the wanted number of blocks."""
     if config.column_budget is not None:
+        for spec in specs.values():
+            if spec.experts > 1 and spec.input_axis == 0:
+                raise ArgumentError(
+                    f"{spec.name} stores its experts transposed, and column_budget cannot limit the inputs that they "
+                    "share; leave column_budget out, or the experts out of the scope."
+                )
         grids = {
             name: torch.zeros(grid_shape(spec.shape, config.block_size), device="cpu") for name, spec in specs.items()
         }

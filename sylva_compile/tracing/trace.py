@@ -15,11 +15,13 @@ from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import base_fingerprint
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.quantised_base import check_can_carry, quantised_base, tensors_of_bases
-from sylva_compile.blocks.scope import input_axis, log_share_left_out, owners_of, unwrap, weights_in_scope
+from sylva_compile.blocks.scope import input_axis, owners_of, unwrap, weights_in_scope
 from sylva_compile.blocks.shards import compute_device, reshard
+from sylva_compile.blocks.share_left_out import log_share_left_out
 from sylva_compile.config import SylvaConfig, takes_config
 from sylva_compile.curvature.weight_spec import WeightSpec
-from sylva_compile.errors import ArgumentError, EmbedError
+from sylva_compile.errors import ArgumentError, EmbedError, ScopeError
+from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.lost_ranks import naming_lost_ranks
 from sylva_compile.quantised.registry import shape_of
 from sylva_compile.tracing.batches import LossFn
@@ -124,6 +126,12 @@ def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, 
     weights = weights_in_scope(model, config.scope)
     check_block_fits(config.block_size, {name: shape_of(weight) for name, weight in weights.items()})
     check_can_carry(model, weights, config.block_size)
+    stacked = next((name for name, weight in weights.items() if weight.dim() == 3), None)
+    if stacked is not None and config.needs_data:
+        raise ScopeError(
+            f"{stacked} holds stacked experts, which method={config.method!r} cannot trace yet; use method='random', "
+            "'magnitude' or 'lift', or name other layers in the scope."
+        )
     return weights, weight_specs(model, weights)
 
 
@@ -147,7 +155,7 @@ def _bound_masks(
 ) -> Masks:
     """Make the masks of block maps, with the settings, versions and base that they come from."""
     blocks = {
-        name: BlockMask.from_block_map(chosen, shape_of(weights[name]), config.block_size)
+        name: BlockMask.from_block_map(chosen, matrix_shape(shape_of(weights[name])), config.block_size)
         for name, chosen in maps.items()
     }
     origin = {

@@ -260,3 +260,48 @@ class TestOpaque:
         first, second = match_weight_gradient(layer.joint.call(aten.add.Tensor, layer.product(), relu))
         assert first == layer.term()
         assert (second.lhs, second.rhs) == (Operand(relu), None)
+
+
+class TestExperts:
+    """Products of stacked experts carry the offsets of their tokens."""
+
+    @pytest.fixture
+    def sides(self, joint: "Joint") -> dict[str, Node]:
+        return {
+            "x": joint.input("primals_1", torch.zeros(8, 16, dtype=torch.bfloat16)),
+            "gy": joint.input("tangents_1", torch.zeros(8, 32, dtype=torch.bfloat16)),
+            "offsets": joint.input("primals_2", torch.tensor([3, 8], dtype=torch.int32)),
+        }
+
+    def test_grouped_mm_of_a_stored_weight(self, joint: "Joint", sides: dict[str, Node]) -> None:
+        left = joint.call(aten.transpose.int, sides["gy"], -2, -1)
+        product = joint.call(aten._grouped_mm.default, left, sides["x"], sides["offsets"])
+        (term,) = match_weight_gradient(product)
+        assert term == Term(Operand(sides["gy"]), Operand(sides["x"]), offsets=sides["offsets"])
+
+    @pytest.mark.parametrize("how", ["transpose", "permute"])
+    def test_a_transpose_of_each_expert_swaps_the_operands(
+        self, joint: "Joint", sides: dict[str, Node], how: str
+    ) -> None:
+        left = joint.call(aten.t.default, sides["x"])
+        product = joint.call(aten._grouped_mm.default, left, sides["gy"], sides["offsets"])
+        args = (aten.transpose.int, -2, -1) if how == "transpose" else (aten.permute.default, [0, 2, 1])
+        (term,) = match_weight_gradient(joint.call(args[0], product, *args[1:]))
+        assert term == Term(Operand(sides["gy"]), Operand(sides["x"]), offsets=sides["offsets"])
+
+    def test_the_product_of_a_forward_pass_stays_dense(self, joint: "Joint", sides: dict[str, Node]) -> None:
+        weight = joint.input("primals_3", torch.zeros(2, 16, 32, dtype=torch.bfloat16))
+        product = joint.call(aten._grouped_mm.default, sides["x"], weight, sides["offsets"])
+        (term,) = match_weight_gradient(product)
+        assert term.rhs is None and "_grouped_mm" in (term.reason or "")
+
+    def test_a_batched_product(self, joint: "Joint") -> None:
+        x, gy = joint.input("primals_1", torch.zeros(2, 5, 16)), joint.input("tangents_1", torch.zeros(2, 5, 32))
+        product = joint.call(aten.bmm.default, joint.call(aten.transpose.int, x, 1, 2), gy)
+        assert match_weight_gradient(product) == [Term(Operand(x), Operand(gy), batched=True)]
+
+    def test_a_transpose_of_the_experts_themselves_stays_dense(self, joint: "Joint") -> None:
+        x, gy = joint.input("primals_1", torch.zeros(2, 5, 16)), joint.input("tangents_1", torch.zeros(2, 5, 32))
+        product = joint.call(aten.bmm.default, joint.call(aten.transpose.int, x, 1, 2), gy)
+        (term,) = match_weight_gradient(joint.call(aten.transpose.int, product, 0, 1))
+        assert term.rhs is None

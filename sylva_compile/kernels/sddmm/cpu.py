@@ -15,6 +15,7 @@ from torch import Tensor
 from sylva_compile.errors import NativeCompilerError
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.build.native import load
+from sylva_compile.kernels.sddmm.grouped_op import grouped_sddmm_reference
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +34,37 @@ def sddmm_cpu(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> T
         MemoryError: there is no memory for the packed panels.
         ValueError: the operands differ in dtype or in tokens, or positions are not int64.
     """
-    if lhs.dtype != rhs.dtype or lhs.shape[0] != rhs.shape[0] or positions.dtype != torch.int64:
-        # The kernel reads by address and would read past the end of the shorter operand.
-        raise ValueError(
-            f"lhs {tuple(lhs.shape)} of {lhs.dtype}, rhs {tuple(rhs.shape)} of {rhs.dtype}, positions of "
-            f"{positions.dtype}; give operands of one dtype with equally many rows, and positions of int64."
-        )
-    kernel = _kernel()
-    if kernel is None:
+    _check(lhs, rhs, positions)
+    if _kernel() is None:
         return sddmm_by_products(lhs, rhs, positions, block_size)
+    return _compute(lhs, rhs, positions, block_size, segments_of(lhs.shape[0], max(positions.shape[1], 1)), None)
+
+
+def grouped_sddmm_cpu(lhs: Tensor, rhs: Tensor, positions: Tensor, offsets: Tensor, block_size: int) -> Tensor:
+    """Return blocks of every expert's `lhsᵀ · rhs`; shapes as in `sylva_compile.kernels.sddmm.grouped_op`.
+
+    Each block is summed by one thread, so that the result is the same, bit for bit, for any number of threads.
+
+    Raises:
+        IndexError, MemoryError, ValueError: as `sddmm_cpu` does.
+    """
+    _check(lhs, rhs, positions)
+    if _kernel() is None:
+        return grouped_sddmm_reference(lhs, rhs, positions, offsets, block_size)
+    return _compute(lhs, rhs, positions, block_size, 1, offsets.to(torch.int32).contiguous())
+
+
+def _compute(
+    lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int, segments: int, offsets: Tensor | None
+) -> Tensor:
+    """Call the compiled kernel, which is there; without `offsets`, there are no experts."""
+    kernel = _kernel()
+    assert kernel is not None
     tokens, nnz = lhs.shape[0], positions.shape[1]
+    experts = 1 if offsets is None else len(offsets)
     wide = block_dtype(lhs.dtype)
     if tokens == 0 or nnz == 0:
         return torch.zeros((nnz, block_size, block_size), dtype=wide, device="cpu")
-    segments = segments_of(tokens, nnz)
     out = torch.empty((segments, nnz, block_size, block_size), dtype=wide, device="cpu")
     positions = positions.contiguous()
     failed = kernel(
@@ -63,16 +81,28 @@ def sddmm_cpu(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> T
         block_size,
         segments,
         torch.get_num_threads(),
+        None if offsets is None else offsets.data_ptr(),
+        experts,
         out.data_ptr(),
     )
     if failed == 1:
         raise IndexError(
-            f"A position lies outside of the [{lhs.shape[1]}, {rhs.shape[1]}] matrix with blocks of b={block_size}."
+            f"A position lies outside of the [{lhs.shape[1]}, {rhs.shape[1]}] matrix with blocks of b={block_size}"
+            + (f" of {experts} experts." if experts > 1 else ".")
         )
     if failed:
         raise MemoryError("No memory for the panels of sylva::sddmm.")
     # A view of the buffer would keep the other segments alive.
     return out[0] if segments == 1 else out[0].clone()
+
+
+def _check(lhs: Tensor, rhs: Tensor, positions: Tensor) -> None:
+    if lhs.dtype != rhs.dtype or lhs.shape[0] != rhs.shape[0] or positions.dtype != torch.int64:
+        # The kernel reads by address and would read past the end of the shorter operand.
+        raise ValueError(
+            f"lhs {tuple(lhs.shape)} of {lhs.dtype}, rhs {tuple(rhs.shape)} of {rhs.dtype}, positions of "
+            f"{positions.dtype}; give operands of one dtype with equally many rows, and positions of int64."
+        )
 
 
 def sddmm_shared_cpu(lhs: list[Tensor], rhs: Tensor, positions: list[Tensor], block_size: int) -> list[Tensor]:
@@ -132,7 +162,7 @@ def _kernel() -> Callable[..., int] | None:
         *operand,
         *operand,
         *(size, pointer, size, size, size),
-        *(ctypes.c_int, pointer),
+        *(ctypes.c_int, pointer, size, pointer),
     ]
     function.restype = ctypes.c_int  # type: ignore[attr-defined]
     return function

@@ -103,6 +103,19 @@ struct Problem {
     int b;
     int64_t segments;
     int threads;
+    const int32_t* offsets;  // where the tokens of each expert end; null where there is one matrix and no experts
+    int64_t row_blocks;      // block rows of lhs: rows count on from one expert to the next
+
+    // The first column of lhs that the block reads.
+    int64_t row_of(int64_t block) const { return rows[block] % row_blocks * b; }
+    // The tokens that the block sums over.
+    int64_t start_of(int64_t block) const {
+        const int64_t expert = rows[block] / row_blocks;
+        return offsets && expert > 0 ? std::clamp<int64_t>(offsets[expert - 1], 0, tokens) : 0;
+    }
+    int64_t stop_of(int64_t block) const {
+        return offsets ? std::clamp<int64_t>(offsets[rows[block] / row_blocks], 0, tokens) : tokens;
+    }
 };
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -129,7 +142,8 @@ class Task {
 
     // Computes blocks first..last (of one block row) over tokens start..stop into `out`, that segment's [blocks, b, b].
     void run(const Problem& p, int64_t first, int64_t last, int64_t start, int64_t stop, W* out) {
-        const int64_t row = p.rows[first] * p.b;
+        const int64_t row = p.row_of(first);
+        if (start >= stop) std::fill(sums_.get(), sums_.get() + RUN * high_ * wide_, W(0));
         const int height = static_cast<int>(std::min<int64_t>(p.b, p.lhs.width - row));
         for (int64_t token = start; token < stop; token += TOKENS) {
             const int tokens = static_cast<int>(std::min<int64_t>(TOKENS, stop - token));
@@ -177,8 +191,8 @@ bool compute(const Problem& p, const int64_t* runs, int64_t count, W* out) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t index = 0; index < count * p.segments; ++index) {
             const int64_t run = index / p.segments, segment = index % p.segments;
-            const int64_t start = tiles * segment / p.segments * TOKENS;
-            const int64_t stop = std::min(tiles * (segment + 1) / p.segments * TOKENS, p.tokens);
+            const int64_t start = std::max(tiles * segment / p.segments * TOKENS, p.start_of(runs[run]));
+            const int64_t stop = std::min(tiles * (segment + 1) / p.segments * TOKENS, p.stop_of(runs[run]));
             if (task) task->run(p, runs[run], runs[run + 1], start, stop, out + segment * p.blocks * size);
         }
         // The first segment's sums become the result: the other segments are added to them, in order.
@@ -298,7 +312,7 @@ bool compute_packed(const Problem& p, const Panels& rows, const Panels& cols, co
 template <typename T, typename W, int VECTORS>
 bool compute_either(const Problem& p, const int64_t* runs, int64_t count, W* out) {
     constexpr int WIDTH = VECTORS * Vector<W>::lanes;
-    if (p.b < LARGE && p.b % WIDTH == 0 && p.b % HEIGHT == 0) {
+    if (!p.offsets && p.b < LARGE && p.b % WIDTH == 0 && p.b % HEIGHT == 0) {
         try {
             const Panels rows(p.rows, p.blocks, (p.lhs.width + p.b - 1) / p.b);
             const Panels cols(p.cols, p.blocks, (p.rhs.width + p.b - 1) / p.b);
@@ -328,12 +342,14 @@ int dispatch(const Problem& p, W* out) {
 }  // namespace
 
 // dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. positions: int64[2, blocks], contiguous. tokens > 0.
+// offsets: int32[experts], or null where experts is 1. Block rows count on from one expert to the next.
 // out: [segments, blocks, b, b] in float32 (float64 for float64); the result is its first segment.
 // Returns 0; 1 if a position lies outside of the matrix; 2 if there is not enough memory.
 extern "C" int sylva_sddmm(int dtype, const void* lhs, int64_t m, int64_t lhs_token_stride, int64_t lhs_column_stride,
                            const void* rhs, int64_t n, int64_t rhs_token_stride, int64_t rhs_column_stride,
                            int64_t tokens, const int64_t* positions, int64_t blocks, int64_t b, int64_t segments,
-                           int threads, void* out) {
+                           int threads, const int32_t* offsets, int64_t experts, void* out) {
+    const int64_t row_blocks = (m + b - 1) / b;
     const Problem p{{lhs, m, lhs_token_stride, lhs_column_stride},
                     {rhs, n, rhs_token_stride, rhs_column_stride},
                     tokens,
@@ -342,9 +358,11 @@ extern "C" int sylva_sddmm(int dtype, const void* lhs, int64_t m, int64_t lhs_to
                     blocks,
                     static_cast<int>(b),
                     segments,
-                    threads};
+                    threads,
+                    offsets,
+                    row_blocks};
     for (int64_t k = 0; k < blocks; ++k)
-        if (p.rows[k] < 0 || p.rows[k] * b >= m || p.cols[k] < 0 || p.cols[k] * b >= n) return 1;
+        if (p.rows[k] < 0 || p.rows[k] >= experts * row_blocks || p.cols[k] < 0 || p.cols[k] * b >= n) return 1;
     switch (dtype) {
         case 0: return dispatch<float, float>(p, static_cast<float*>(out));
         case 1: return dispatch<double, double>(p, static_cast<double*>(out));
