@@ -25,8 +25,8 @@ class Bits4:
         # False where it was unpacked again: with scales rounded to bfloat16, and those of plain NF4 still transposed.
         if getattr(state, "packing_format_for_cpu", None) is not None:
             return (
-                "was packed for inference on the CPU by an evaluation, and bitsandbytes does not unpack it exactly; load "
-                "the model again, and embed masks or load adapters before it is evaluated"
+                "was packed for inference on the CPU by an evaluation, and bitsandbytes does not unpack it exactly; "
+                "load the model again, and embed masks or load adapters before it is evaluated"
             )
         module = weight.module
         if module is not None and tuple(state.shape) != (module.out_features, module.in_features):
