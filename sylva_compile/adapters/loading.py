@@ -40,7 +40,7 @@ from sylva_compile.blocks.shards import put, reshard
 from sylva_compile.compiler.kinds import KINDS
 from sylva_compile.errors import AdapterError
 from sylva_compile.kernels.blocks import matrix_shape
-from sylva_compile.quantised.registry import shape_of
+from sylva_compile.quantised.registry import format_of, shape_of
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Masks:
@@ -226,6 +226,9 @@ def _check_base(
                 f"{directory} trains {name}, which this model lacks; load it onto the base it was made for."
             )
         state = by_weight.get(id(weight))
+        if format_of(weight) is not None:
+            # First, since one that was packed for inference seems to be another base.
+            check_weight(name, weight)
         kind = kind_of(model, weight) if state is None else state.kind
         found = (list(matrix_shape(shape_of(weight))), kind)
         wanted = (entry["shape"], entry["dtype"])

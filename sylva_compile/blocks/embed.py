@@ -20,6 +20,7 @@ from sylva_compile.blocks.quantised_module import quantised_class
 from sylva_compile.blocks.quantised_state import QuantisedState
 from sylva_compile.blocks.scope import input_axis, named_weights, owners_of, plain_name, unwrap
 from sylva_compile.blocks.shards import is_sharded, reshard
+from sylva_compile.blocks.unpacked import check_unpacked, keep_unpacked, let_pack
 from sylva_compile.embedded.wrapping import check_not_wrapped
 from sylva_compile.errors import EmbedError
 
@@ -54,8 +55,9 @@ def embed(
         beside: whether other weights of the model may carry blocks already.
 
     Raises:
-        EmbedError: the model carries other masks already, a module cannot carry blocks, DistributedDataParallel has
-            wrapped the model, or the call is made under `torch.inference_mode()`. The model is as before then.
+        EmbedError: the model carries other masks already, a module cannot carry blocks, an evaluation has packed 4-bit
+            weights for inference, DistributedDataParallel has wrapped the model, or the call is made under
+            `torch.inference_mode()`. The model is as before then.
         ArgumentError: blocks would cross from one expert into the next; the model is as before.
     """
     wrapped, model = model, unwrap(model)
@@ -82,8 +84,10 @@ def embed(
         check_inside_experts(mask.block_size, name, weight.shape)
         owners = _owners(model, name, weight)
         planned.append((_state(model, name, weight, mask, owners, dict(masks_config or {})), owners))
+    check_unpacked(model)
     average_gradients(model, [state for state, _ in planned])
     _install_all(planned)
+    keep_unpacked(model)
     for state, _ in planned:
         state.weight.requires_grad_(False)
         # An optimizer that still holds the weight would go on applying a gradient from before, or decay it.
@@ -130,6 +134,8 @@ def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] |
             for attribute, state in tuple(module._sylva_states.items()):
                 if state in leaving:
                     _uninstall(module, attribute)
+    if not block_states(model):
+        let_pack(model)
 
 
 def _state(

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
 from sylva_compile.blocks.ddp import check_averaged
 from sylva_compile.blocks.embedded_module import EmbeddedModule, refuse_moves_before_backward, swapped
+from sylva_compile.blocks.fingerprint import checksum
+from sylva_compile.blocks.layout import update_input_channels
 from sylva_compile.blocks.quantised_state import QuantisedState
 from sylva_compile.embedded.generated_class import empty_module, generated_class
 from sylva_compile.errors import EmbedError, MaskError
@@ -21,7 +24,7 @@ from sylva_compile.quantised.linear import EmbedQuantised, QuantisedLinear
 
 BLOCKS = "weight" + SUFFIX
 _PLACES, _LEFT_PLACES, _LEFT = "weight_places", "weight_left_places", "weight_left"
-"""Entries of a state dict, beside that of the blocks, once blocks have moved."""
+"""Entries of a state dict beside that of the blocks: where they are, and what they left behind once they moved."""
 
 
 class QuantisedModule(EmbeddedModule):
@@ -66,10 +69,10 @@ class QuantisedModule(EmbeddedModule):
         module: Any = self
         state = self._sylva_states["weight"]
         blocks = module._parameters[BLOCKS]
-        if not torch.is_grad_enabled():
-            return F.linear(x, state.weight_in_pass(module, x.dtype), bias)
         if blocks is not state.live_blocks:
             raise swapped(state)
+        if not torch.is_grad_enabled():
+            return F.linear(x, state.weight_in_pass(module, x.dtype), bias)
         if blocks.requires_grad:
             check_averaged([state])
         state.sync()
@@ -92,9 +95,10 @@ class QuantisedModule(EmbeddedModule):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         state = self._sylva_states["weight"]
         super(EmbeddedModule, self)._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        # In any case: blocks may move later, and values alone would be loaded to wherever the blocks are then.
+        destination[prefix + _PLACES] = state.mask.positions.to(torch.int32)
         if state.moves:
             left, values = state.left_behind()
-            destination[prefix + _PLACES] = state.mask.positions.to(torch.int32)
             destination[prefix + _LEFT_PLACES], destination[prefix + _LEFT] = left.to(torch.int32), values
 
     def _load_from_state_dict(
@@ -109,28 +113,58 @@ class QuantisedModule(EmbeddedModule):
     ) -> None:
         state = self._sylva_states["weight"]
         state.check_enabled()
+        if (other := self._other_base(state_dict, prefix)) is not None:
+            error_msgs.append(
+                f"{state.name} is quantised and carries blocks, and {other} in the state dict is that of another base; "
+                "load a state dict of this base, or unload the adapter and load the other model."
+            )
+            return
         # Copied in place in any case: an optimizer holds the blocks.
         metadata = {**metadata, "assign_to_params_buffers": False}
-        moved = {key: state_dict[prefix + key] for key in (_PLACES, _LEFT_PLACES, _LEFT) if prefix + key in state_dict}
-        if moved:
+        places = {key: state_dict[prefix + key] for key in (_PLACES, _LEFT_PLACES, _LEFT) if prefix + key in state_dict}
+        if prefix + BLOCKS in state_dict:
             try:
-                self._go_to_saved(moved)
+                self._go_to_saved(places)
             except (MaskError, KeyError) as error:
                 error_msgs.append(f"{state.name}: the places of its blocks do not fit ({error}); embed the same masks.")
                 return
         super(EmbeddedModule, self)._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for key in moved:
+        for key in places:
             if prefix + key in unexpected_keys:
                 unexpected_keys.remove(prefix + key)
 
-    def _go_to_saved(self, moved: dict[str, Tensor]) -> None:
+    def _other_base(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Return the name of a packed tensor in `state_dict` that differs from the one here, or None.
+
+        Loading would write the base, and bitsandbytes loads codes without their scales.
+        """
+        module: Any = self
+        own: dict[str, Any] = {}
+        super(EmbeddedModule, self)._save_to_state_dict(own, prefix, False)  # type: ignore[misc]
+        others = {prefix + name for name in {*module._parameters, *module._buffers} - {"weight"}}
+        for name in own.keys() & state_dict.keys() - others:
+            held, given = own[name], state_dict[name]
+            if held.is_meta or given.is_meta:
+                continue
+            if held.shape != given.shape or checksum(held) != checksum(given):
+                return name
+        return None
+
+    def _go_to_saved(self, places: dict[str, Tensor]) -> None:
         state = self._sylva_states["weight"]
-        mask = BlockMask(state.mask.shape, state.mask.block_size, moved[_PLACES].to("cpu", torch.int64))
+        mask = BlockMask(state.mask.shape, state.mask.block_size, places[_PLACES].to("cpu", torch.int64))
         if mask.nnz != state.mask.nnz:
             raise MaskError(f"{mask.nnz} blocks there and {state.mask.nnz} here")
-        state.take_trained(state.whole_blocks(), moved[_LEFT_PLACES], moved[_LEFT], mask)
+        left = places.get(_LEFT_PLACES, mask.positions[:, :0])
+        if mask == state.mask:
+            state.take_trained(state.whole_blocks(), left, places.get(_LEFT))
+            return
+        state.take_trained(state.whole_blocks(), left, places.get(_LEFT), mask)
+        # Compiled graphs read blocks by input channel, in a list that several weights may share.
+        layouts = (other.layout for other in registry.live_states())
+        update_input_channels(each for each in layouts if each.input_channels is state.layout.input_channels)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         module: Any = self

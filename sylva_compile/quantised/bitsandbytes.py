@@ -18,14 +18,15 @@ class Bits4:
         return type(weight).__name__ == "Params4bit"
 
     def refusal(self, weight: Any) -> str | None:
-        """Refuse weights that are not quantised yet, are packed for inference on the CPU, or lie transposed."""
+        """Refuse weights that are not quantised yet, were packed for inference on the CPU, or lie transposed."""
         state = weight.quant_state
         if state is None:
             return "is not quantised yet; move the model with model.to(device) first"
-        if getattr(state, "packing_format_for_cpu", False):
+        # False where it was unpacked again: with scales rounded to bfloat16, and those of plain NF4 still transposed.
+        if getattr(state, "packing_format_for_cpu", None) is not None:
             return (
-                "was packed for inference on the CPU by an evaluation; call model.train() and model.state_dict(), "
-                "which unpacks it"
+                "was packed for inference on the CPU by an evaluation, and bitsandbytes does not unpack it exactly; "
+                "load the model again, and embed masks or load adapters before it is evaluated"
             )
         module = weight.module
         if module is not None and tuple(state.shape) != (module.out_features, module.in_features):
@@ -34,7 +35,7 @@ class Bits4:
 
     def shape(self, weight: Any) -> tuple[int, int]:
         """Return the shape before quantisation, which the quantisation state knows."""
-        m, n = weight.quant_state.shape
+        m, n = (weight if weight.quant_state is None else weight.quant_state).shape
         return int(m), int(n)
 
     def dtype(self, weight: Any) -> torch.dtype:

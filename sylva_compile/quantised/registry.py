@@ -37,9 +37,7 @@ def format_of(weight: Any) -> Format | None:
 def shape_of(weight: Tensor) -> tuple[int, ...]:
     """Return the shape of `weight`; that before quantisation where it is quantised in a known format."""
     found = format_of(weight)
-    if found is None or found.refusal(weight) is not None:
-        return tuple(weight.shape)
-    return found.shape(weight)
+    return tuple(weight.shape) if found is None else found.shape(weight)
 
 
 def refused_format(held: nn.Module | Tensor) -> str | None:

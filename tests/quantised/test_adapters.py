@@ -14,7 +14,7 @@ import sylva_compile
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
-from sylva_compile.errors import AdapterError, ArgumentError, EmbedError
+from sylva_compile.errors import AdapterError, ArgumentError, EmbedError, ScopeError
 from sylva_compile.integrations.distributed_checkpoint import blocks_state
 from sylva_compile.optim import SGD, AdamW
 from sylva_compile.schedules import LayerSchedule, MovingBlocks
@@ -158,6 +158,77 @@ def test_a_state_dict_of_moved_blocks() -> None:
     assert dict(others) == dict(masks)
     x = torch.randn(4, 32)
     assert torch.equal(other(x), model(x))
+
+
+@needs_bitsandbytes
+def test_a_state_dict_from_before_a_move_takes_the_blocks_back() -> None:
+    torch.manual_seed(0)
+    model = mlp("nf4")
+    other = copy.deepcopy(model)
+    masks = masks_of(model)
+    masks.embed(model)
+    shake(masks)
+    saved, x = copy.deepcopy(model.state_dict()), torch.randn(4, 32)
+    wanted = model(x).detach()
+    masks.move(moved(masks, 5))
+    shake(masks, 2)
+    model.load_state_dict(saved, strict=False)
+    assert torch.equal(model(x), wanted)
+    # A model with as many blocks at other places.
+    elsewhere = moved(masks_of(other), 7)
+    Masks.from_block_maps(other, {name: mask.block_map() for name, mask in elsewhere.items()}, B).embed(other)
+    other.load_state_dict(saved, strict=False)
+    assert torch.equal(other(x), wanted)
+    del saved["0.weight_places"]
+    with pytest.raises(RuntimeError, match="places of its blocks do not fit"):
+        other.load_state_dict(saved, strict=False)
+
+
+@needs_bitsandbytes
+def test_compiled_gradients_follow_a_state_dict_of_moved_blocks() -> None:
+    torch.manual_seed(0)
+    model = mlp("nf4", (64, 64, 48))
+    other = copy.deepcopy(model)
+
+    def two_blocks(model: Any, col: int) -> Masks:
+        maps = {"0.weight": torch.zeros(4, 4, dtype=torch.bool), "2.weight": torch.zeros(3, 4, dtype=torch.bool)}
+        for block_map in maps.values():
+            block_map[[0, 2], [col, col + 1]] = True
+        return Masks.from_block_maps(model, maps, B)
+
+    masks, others = two_blocks(model, 0), two_blocks(other, 0)
+    masks.embed(model)
+    masks.move(dict(two_blocks(copy.deepcopy(other), 2)))
+    shake(masks)
+    run = torch.compile(other, backend=sylva_compile.backend(others, inner="aot_eager", on_miss="error"))
+    x = torch.randn(8, 64)
+    assert_close(passed(other, run, x), expected(other, x))
+    other.load_state_dict(copy.deepcopy(model.state_dict()), strict=False)
+    assert_close(passed(other, run, x), expected(model, x))
+
+
+@needs_bitsandbytes
+def test_a_base_that_was_packed_by_an_evaluation_takes_no_adapter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = mlp("nf4", (128, 64, 64))
+    base, x = copy.deepcopy(model), torch.randn(4, 128)
+    shake(masks_of(model))
+    with torch.no_grad():
+        trained = model(x)
+        # Blocks keep bitsandbytes from packing.
+        assert torch.equal(model.eval()(x), trained)
+    sylva_compile.save_adapter(model, tmp_path)
+    with torch.no_grad():
+        base.eval()(x)
+    if not getattr(base[0].weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    for unpack in (False, True):
+        if unpack:
+            base.train().state_dict()
+        with pytest.raises(ScopeError, match="load the model again"):
+            sylva_compile.load_adapter(base, tmp_path)
+        with pytest.raises(ScopeError, match="load the model again"):
+            sylva_compile.trace_and_mask(base, method="random", block_size=B)
 
 
 @needs_bitsandbytes

@@ -247,6 +247,22 @@ def test_the_state_dict_holds_the_blocks() -> None:
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.parametrize("kind", formats())
+def test_a_state_dict_of_another_base_is_refused(kind: str) -> None:
+    torch.manual_seed(0)
+    model, other = mlp(kind), mlp(kind)
+    for each in (model, other):
+        masks_of(each).embed(each)
+    packed, x = packed_bytes(model), torch.randn(4, 32)
+    wanted = model(x).detach()
+    with pytest.raises(RuntimeError, match="in the state dict is that of another base"):
+        model.load_state_dict(other.state_dict(), strict=False)
+    assert packed_bytes(model) == packed
+    assert torch.equal(model(x), wanted)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), strict=False)
+    assert torch.equal(model(x), wanted)
+
+
 @needs_bitsandbytes
 def test_conversions_keep_float32_blocks() -> None:
     model = mlp("nf4")
@@ -268,6 +284,49 @@ def test_refuses_what_would_lose_the_blocks() -> None:
         model[0].weight = nn.Parameter(torch.zeros(64, 32))
     with pytest.raises(EmbedError, match="cannot be deleted"):
         del model[0].weight
+
+
+@needs_bitsandbytes
+def test_refuses_other_blocks_that_are_given_for_one_pass() -> None:
+    model = mlp("nf4")
+    masks_of(model).embed(model)
+    others = {name: value + 1 for name, value in model.state_dict().items() if name.endswith("_blocks")}
+    x = torch.randn(4, 32)
+    with pytest.raises(EmbedError, match="swapped past the module"):
+        torch.func.functional_call(model, others, (x,))
+    with torch.no_grad(), pytest.raises(EmbedError, match="swapped past the module"):
+        torch.func.functional_call(model, others, (x,))
+
+
+@needs_bitsandbytes
+def test_an_evaluation_packs_no_layer_that_gradients_pass() -> None:
+    torch.manual_seed(0)
+    model = mlp("nf4", (64, 128, 64), bias=False)
+    base, x = copy.deepcopy(model), torch.randn(4, 64)
+    masks = Masks.from_block_maps(model, {"0.weight": torch.eye(8, 4, dtype=torch.bool)}, B)
+    masks.embed(model)
+    [blocks] = masks.parameters()
+
+    def gradient() -> Tensor:
+        blocks.grad = None
+        model.train()(x).square().mean().backward()
+        assert blocks.grad is not None
+        return blocks.grad
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(x)
+    assert torch.equal(gradient(), before)
+    sylva_compile.unload_adapter(model)
+    assert vars(model[2]).keys() == vars(base[2]).keys()
+    with torch.no_grad():
+        model.eval()(x)
+    if not getattr(model[2].weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    base[2] = model[2]
+    with pytest.raises(EmbedError, match=r"2.weight was packed .* load the model again"):
+        Masks.from_block_maps(base, {"0.weight": torch.eye(8, 4, dtype=torch.bool)}, B).embed(base)
+    assert not block_states(base)
 
 
 @needs_bitsandbytes
