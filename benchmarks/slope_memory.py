@@ -33,11 +33,12 @@ SHARES = {"rank 1/64": 64, "rank 1/16": 16}
 
 
 def living_bytes(device: torch.device) -> int:
-    """Return the bytes of all tensors of the process on `device`; memory that several share counts once."""
+    """Return the bytes of all plain tensors of the process on `device`; memory that several share counts once."""
     gc.collect()
     held = {}
     for found in gc.get_objects():
-        if issubclass(type(found), Tensor) and found.device.type == device.type:
+        # Compilers leave subclasses without memory behind.
+        if type(found) in (Tensor, nn.Parameter) and found.device.type == device.type:
             storage = found.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
     return sum(held.values())

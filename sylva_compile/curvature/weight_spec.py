@@ -1,6 +1,6 @@
 """`WeightSpec`: everything that an estimator needs to know of a weight, without its values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,14 +28,14 @@ class WeightSpec:
     dtype: torch.dtype
     device: torch.device
     input_axis: int = 1
-    packed: int | None = None
-    experts: int = 1
+    packed: int | None = field(default=None, kw_only=True)
+    experts: int = field(default=1, kw_only=True)
 
     @classmethod
     def of(cls, name: str, weight: Tensor, input_axis: int = 1) -> "WeightSpec":
         """Describe `weight`, a matrix or stacked experts `[E, m, n]`."""
         experts = int(weight.shape[0]) if weight.dim() == 3 else 1
-        return cls(name, matrix_shape(weight.shape), weight.dtype, weight.device, input_axis, experts)
+        return cls(name, matrix_shape(weight.shape), weight.dtype, weight.device, input_axis, experts=experts)
 
     @property
     def outputs(self) -> int:

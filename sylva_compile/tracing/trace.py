@@ -147,7 +147,7 @@ def _spec(model: nn.Module, name: str, weight: Tensor, axis: int) -> WeightSpec:
     if base is None:
         return WeightSpec.of(name, weight, axis)
     packed = sum(tensor.numel() * tensor.element_size() for tensor in base.tensors().values())
-    return WeightSpec(name, base.shape, base.format.dtype(weight), weight.device, axis, packed)
+    return WeightSpec(name, base.shape, base.format.dtype(weight), weight.device, axis, packed=packed)
 
 
 def _bound_masks(
