@@ -218,6 +218,25 @@ def slope_memory_table() -> str:
     return f"{markdown(columns, rows)}\n\n{shape}, {settings['tokens']} tokens a step. {_measured(row)}"
 
 
+def quantised_step_table() -> str:
+    """Return the table of steps in an NF4 base on the CPU, at the default shapes."""
+    row = newest("quantised", hidden=1024, tokens=1024, block_size=64, sparsity=0.98)
+    names = {"frozen": "frozen NF4 model", "sylva": "sylva_compile", "qlora": "QLoRA (PEFT)"}
+    rows = [
+        [
+            names[name],
+            _count(found["trainable"]),
+            f"{found['step_ms']['median']:.0f}",
+            f"{found['of_floor']:.3f}",
+            f"{found['saved_bytes'] / 2**20:.1f}",
+            f"{found['saved_of_floor']:.3f}",
+        ]
+        for name, found in row["results"].items()
+    ]
+    columns = ["variant", "trainable", "ms", "of the floor", "saved, MiB", "of the floor"]
+    return f"{markdown(columns, rows)}\n\n{_measured(row)}"
+
+
 def _measured(row: dict[str, Any]) -> str:
     return (
         f"Measured on {row['machine']['processor']}, torch {row['machine']['versions']['torch']}, {row['date'][:10]}."
@@ -235,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory of a training": training_table,
     "memory of cards": card_table,
     "memory of quantised bases": quantised_table,
+    "step in an NF4 base": quantised_step_table,
     "memory of a trace": trace_table,
 }
 
