@@ -14,6 +14,7 @@ are counted, each memory once.
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 from collections.abc import Callable
@@ -37,9 +38,11 @@ def living_bytes(device: torch.device) -> int:
     gc.collect()
     held = {}
     for found in gc.get_objects():
-        # Compilers leave subclasses without memory behind.
-        if type(found) in (Tensor, nn.Parameter) and found.device.type == device.type:
-            storage = found.untyped_storage()
+        if type(found) not in (Tensor, nn.Parameter) or found.device.type != device.type:
+            continue
+        storage = found.untyped_storage()
+        # Tensors that compilers leave behind have no memory, and raise.
+        with contextlib.suppress(RuntimeError):
             held[storage.data_ptr()] = storage.nbytes()
     return sum(held.values())
 
