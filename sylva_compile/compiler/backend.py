@@ -30,13 +30,14 @@ from sylva_compile._torch import (
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
+from sylva_compile.blocks.masks import Masks
 from sylva_compile.compiler.aot import compile_eagerly
 from sylva_compile.compiler.kinds import KINDS
 from sylva_compile.compiler.report import Report, WeightReport
 from sylva_compile.compiler.retrace import update_layouts
 from sylva_compile.compiler.runtime_wrapper import RuntimeWrapper
-from sylva_compile.embedded.bound_masks import BoundMasks
 from sylva_compile.errors import ArgumentError, RewriteError
+from sylva_compile.nm.masks import NMMasks
 from sylva_compile.passes.recompute_weights import recompute_weights_pass
 from sylva_compile.passes.runner import Pass, run_passes
 from sylva_compile.passes.sample_weight_gradients import RewriteResult, sample_weight_gradients_pass
@@ -109,7 +110,7 @@ def source_hash() -> bytes:
 class Backend:
     """A backend for `torch.compile`; made by `sylva_compile.backend`."""
 
-    def __init__(self, masks: BoundMasks[Any] | None, inner: Inner, on_miss: OnMiss) -> None:
+    def __init__(self, masks: Masks | NMMasks | None, inner: Inner, on_miss: OnMiss) -> None:
         """See `backend`."""
         if inner not in ("inductor", "aot_eager"):
             raise ArgumentError(f"inner={inner!r}; use 'inductor' or 'aot_eager'.")
@@ -207,7 +208,7 @@ class Backend:
         )
 
 
-def backend(masks: BoundMasks[Any] | None = None, *, inner: Inner = "inductor", on_miss: OnMiss = "warn") -> Backend:
+def backend(masks: Masks | NMMasks | None = None, *, inner: Inner = "inductor", on_miss: OnMiss = "warn") -> Backend:
     """Return a `torch.compile` backend that computes only the masked blocks of weight gradients.
 
     Args:
