@@ -83,7 +83,6 @@ def curves_of(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             axes.plot(steps, means, label=method)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss")
-    axes.set_yscale("log")
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
