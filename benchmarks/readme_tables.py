@@ -237,6 +237,27 @@ def quantised_step_table() -> str:
     return f"{markdown(columns, rows)}\n\n{_measured(row)}"
 
 
+def experts_table() -> str:
+    """Return the table of steps of two mixtures of experts on the CPU, at the default shapes."""
+    row = newest("experts", hidden=512, tokens=1024, block_size=64, sparsity=0.98, dtype="bfloat16")
+    names = {"frozen": "frozen", "sylva": "sylva_compile", "frozen eager": "frozen, eager", "lora eager": "PEFT, eager"}
+    titles = {"qwen3-moe": "Qwen3-MoE", "mixtral": "Mixtral"}
+    rows = [
+        [
+            f"{titles[model]}, {names[name]}",
+            _count(found["trainable"]),
+            f"{found['step_ms']['median']:.0f}",
+            f"{found['of_floor']:.3f}",
+            f"{found['saved_bytes'] / 2**20:.1f}",
+            f"{found['saved_of_floor']:.3f}",
+        ]
+        for model, variants in row["results"].items()
+        for name, found in variants.items()
+    ]
+    columns = ["variant", "trainable", "ms", "of the floor", "saved, MiB", "of the floor"]
+    return f"{markdown(columns, rows)}\n\n{_measured(row)}"
+
+
 def _measured(row: dict[str, Any]) -> str:
     return (
         f"Measured on {row['machine']['processor']}, torch {row['machine']['versions']['torch']}, {row['date'][:10]}."
@@ -255,6 +276,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory of cards": card_table,
     "memory of quantised bases": quantised_table,
     "step in an NF4 base": quantised_step_table,
+    "step of experts": experts_table,
     "memory of a trace": trace_table,
 }
 
