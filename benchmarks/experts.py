@@ -9,7 +9,6 @@ uncompiled; beside it stands the frozen model uncompiled.
 """
 
 import copy
-import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +19,8 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwe
 import sylva_compile
 from benchmarks.command import parser_of
 from benchmarks.report import print_table, write_results
-from benchmarks.step import one_step, take_turns
-from benchmarks.variants import Variant, available, saved_bytes
+from benchmarks.step import compare_with_frozen, one_step, take_turns
+from benchmarks.variants import Variant, assert_losses_agree, available, saved_bytes
 
 MODELS = ("qwen3-moe", "mixtral")
 
@@ -112,12 +111,8 @@ def measure(
             "saved_bytes": saved,
         }
         ready.append(variant)
-    times = take_turns(ready, repeats)
-    floor = statistics.median(times["frozen"])
-    for name, row in results.items():
-        low, middle, high = statistics.quantiles(times[name], n=4)
-        row.update(step_ms={"q25": low, "median": middle, "q75": high}, of_floor=middle / floor)
-        row["saved_of_floor"] = row["saved_bytes"] / results["frozen"]["saved_bytes"]
+    assert_losses_agree([row["loss"] for row in results.values()], getattr(torch, dtype))
+    compare_with_frozen(results, take_turns(ready, repeats))
     return results
 
 

@@ -9,7 +9,6 @@ before anything is timed. QLoRA has as many trainable parameters as "sylva", up 
 
 import copy
 import importlib.util
-import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 import sylva_compile
 from benchmarks.command import parser_of
 from benchmarks.report import print_table, write_results
-from benchmarks.step import one_step, take_turns, warm_compiler
+from benchmarks.step import compare_with_frozen, one_step, take_turns, warm_compiler
 from benchmarks.variants import Variant, assert_losses_agree, llama, saved_bytes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -118,12 +117,7 @@ def measure(
         }
         ready.append(variant)
     assert_losses_agree([row["loss"] for row in results.values()], kind)
-    times = take_turns(ready, repeats)
-    floor = statistics.median(times["frozen"])
-    for name, row in results.items():
-        low, middle, high = statistics.quantiles(times[name], n=4)
-        row.update(step_ms={"q25": low, "median": middle, "q75": high}, of_floor=middle / floor)
-        row["saved_of_floor"] = row["saved_bytes"] / results["frozen"]["saved_bytes"]
+    compare_with_frozen(results, take_turns(ready, repeats))
     return results
 
 

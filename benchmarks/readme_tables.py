@@ -222,19 +222,8 @@ def quantised_step_table() -> str:
     """Return the table of steps in an NF4 base on the CPU, at the default shapes."""
     row = newest("quantised", hidden=1024, tokens=1024, block_size=64, sparsity=0.98)
     names = {"frozen": "frozen NF4 model", "sylva": "sylva_compile", "qlora": "QLoRA (PEFT)"}
-    rows = [
-        [
-            names[name],
-            _count(found["trainable"]),
-            f"{found['step_ms']['median']:.0f}",
-            f"{found['of_floor']:.3f}",
-            f"{found['saved_bytes'] / 2**20:.1f}",
-            f"{found['saved_of_floor']:.3f}",
-        ]
-        for name, found in row["results"].items()
-    ]
-    columns = ["variant", "trainable", "ms", "of the floor", "saved, MiB", "of the floor"]
-    return f"{markdown(columns, rows)}\n\n{_measured(row)}"
+    rows = [[names[name], *_beside_frozen(found)] for name, found in row["results"].items()]
+    return f"{markdown(_BESIDE_FROZEN, rows)}\n\n{_measured(row)}"
 
 
 def experts_table() -> str:
@@ -243,19 +232,25 @@ def experts_table() -> str:
     names = {"frozen": "frozen", "sylva": "sylva_compile", "frozen eager": "frozen, eager", "lora eager": "PEFT, eager"}
     titles = {"qwen3-moe": "Qwen3-MoE", "mixtral": "Mixtral"}
     rows = [
-        [
-            f"{titles[model]}, {names[name]}",
-            _count(found["trainable"]),
-            f"{found['step_ms']['median']:.0f}",
-            f"{found['of_floor']:.3f}",
-            f"{found['saved_bytes'] / 2**20:.1f}",
-            f"{found['saved_of_floor']:.3f}",
-        ]
+        [f"{titles[model]}, {names[name]}", *_beside_frozen(found)]
         for model, variants in row["results"].items()
         for name, found in variants.items()
     ]
-    columns = ["variant", "trainable", "ms", "of the floor", "saved, MiB", "of the floor"]
-    return f"{markdown(columns, rows)}\n\n{_measured(row)}"
+    return f"{markdown(_BESIDE_FROZEN, rows)}\n\n{_measured(row)}"
+
+
+_BESIDE_FROZEN = ["variant", "trainable", "ms", "of the floor", "saved, MiB", "of the floor"]
+
+
+def _beside_frozen(found: dict[str, Any]) -> list[str]:
+    """Return the cells of a result of `benchmarks.step.compare_with_frozen`, after its name."""
+    return [
+        _count(found["trainable"]),
+        f"{found['step_ms']['median']:.0f}",
+        f"{found['of_floor']:.3f}",
+        f"{found['saved_bytes'] / 2**20:.1f}",
+        f"{found['saved_of_floor']:.3f}",
+    ]
 
 
 def _measured(row: dict[str, Any]) -> str:

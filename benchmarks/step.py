@@ -14,6 +14,7 @@ in SDDMM as a share of the floor, from torch's profiler.
 import gc
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -160,6 +161,20 @@ def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def compare_with_frozen(results: dict[str, dict[str, Any]], times: Mapping[str, Sequence[float]]) -> None:
+    """Add to each variant's result the quantiles of its times, and its ratios to the frozen model in time and bytes.
+
+    Args:
+        results: they hold `saved_bytes`.
+        times: the milliseconds of each variant's steps.
+    """
+    floor = statistics.median(times["frozen"])
+    for name, row in results.items():
+        low, middle, high = statistics.quantiles(times[name], n=4)
+        row.update(step_ms={"q25": low, "median": middle, "q75": high}, of_floor=middle / floor)
+        row["saved_of_floor"] = row["saved_bytes"] / results["frozen"]["saved_bytes"]
 
 
 COLUMNS = ["variant", "trainable", "ms", "of the floor", "saved, MiB", "peak, MiB", "compile, s", "break-even, steps"]

@@ -8,7 +8,7 @@ from sylva_compile.quantised.format import QuantisedBase
 
 
 class QuantisedOriginals:
-    """What `Originals` keeps of a dense weight: here the base still has it, and nothing is kept."""
+    """Stands for `Originals` of a dense weight; the base still has all values, so that nothing is kept."""
 
     def __init__(self, base: QuantisedBase, places: Tensor, block_size: int) -> None:
         """Read `base` at `places int64[2, count]`, every place where blocks have been, sorted."""

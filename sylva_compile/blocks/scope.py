@@ -147,7 +147,7 @@ def _candidates(model: nn.Module, experts: bool) -> Iterator[_Candidate]:
 
 
 def _is_named(candidate: _Candidate, ending: str) -> bool:
-    return any(name == ending or name.endswith("." + ending) for name in candidate.names)
+    return any(_ends_in((ending,), name) for name in candidate.names)
 
 
 def weights_in_scope(model: nn.Module, scope: Scope, *, experts: bool = True) -> dict[str, nn.Parameter]:
@@ -191,7 +191,7 @@ def weights_in_scope(model: nn.Module, scope: Scope, *, experts: bool = True) ->
     else:
         endings = tuple(scope)
         in_scope = partial(_ends_in, endings)
-        chosen = [each for each in layers if any(_is_named(each, ending) for ending in endings)]
+        chosen = [each for each in layers if any(map(in_scope, each.names))]
         unmatched = [ending for ending in endings if not any(_is_named(each, ending) for each in layers)]
         if chosen and unmatched:
             log.warning("scope: no Linear or Conv1D has a name that ends in %s; the other endings are used.", unmatched)
