@@ -82,6 +82,7 @@ METHODS_TO_TRY: dict[str, Mapping[str, Any]] = {
     **{f"{kind}, Muon": {"kind": kind, "optimizer": "muon"} for kind in ("full", "linear", "lora")},
     "blocks, Muon": {**CHANCE, "optimizer": "muon", "momentum": 0.8},
     "moving": {**CHANCE, "optimizer": "muon", "every": 2, "choose": "sketch"},
+    "IST on LoRA": {"kind": "lora", "policy": "importance", "fraction": 0.5},
     "IST": {**CHANCE, "optimizer": "muon", "policy": "importance", "fraction": 0.5},
     "RST, moving": {**CHANCE, "every": 2, "policy": "random", "fraction": 0.5},
 }
