@@ -12,6 +12,8 @@ from sylva_compile.curvature.base import Curvature
 from sylva_compile.curvature.baselines import SquaredGradient
 from sylva_compile.curvature.blockwise import BlockFactor
 from sylva_compile.curvature.dense import DenseFactor
+from sylva_compile.curvature.expert_kfac import ExpertKfac
+from sylva_compile.curvature.expert_squares import ExpertSquares
 from sylva_compile.curvature.factor import NewFactor
 from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac
@@ -34,6 +36,17 @@ def _kfac(
     gradient_device: torch.device | None,
     split_over: ProcessGroup | None,
 ) -> Curvature:
+    if spec.experts > 1:
+        assert split_over is None
+        return ExpertKfac(
+            spec,
+            new_factor=inputs.new_factor,
+            score=config.score,
+            damping=config.damping,
+            shared=inputs,
+            gradient_device=gradient_device,
+            budget=config.expert_budget,
+        )
     return Kfac(
         spec,
         new_factor=inputs.new_factor,
@@ -52,6 +65,9 @@ def _squared_gradient(
     gradient_device: torch.device | None,
     split_over: ProcessGroup | None,
 ) -> Curvature:
+    if spec.experts > 1:
+        assert split_over is None
+        return ExpertSquares(spec, device=gradient_device)
     return SquaredGradient(spec, device=gradient_device, split_over=split_over)
 
 
@@ -99,9 +115,14 @@ class Estimators:
         new, device = ESTIMATORS[config.method], gradient_device(config)
         self._estimators = {name: new(spec, config, self._inputs, device, split_over) for name, spec in specs.items()}
 
-    def update(self, name: str, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Add a batch of one weight: `inputs [T, n]` and `output_gradients [T, m]`."""
-        self._estimators[name].update(inputs, output_gradients)
+    def update(
+        self, name: str, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None = None
+    ) -> None:
+        """Add a batch of one weight: `inputs [T, n]` and `output_gradients [T, m]`.
+
+        For stacked experts, tokens are sorted by expert, and `offsets [E]` says where those of each end.
+        """
+        self._estimators[name].update(inputs, output_gradients, offsets)
 
     def __getitem__(self, name: str) -> Curvature:
         """Return the estimator of one weight, outputs by inputs even if the weight is stored transposed."""
@@ -158,7 +179,7 @@ class Estimators:
 
         Args:
             name: a weight; its score is "greedy".
-            count: number of blocks to choose.
+            count: number of blocks to choose; with expert_budget="expert", a multiple of the number of experts.
             allowed: `bool [ceil(m/b), ceil(n/b)]`, transposed if the weight is stored so.
 
         Returns:
@@ -168,7 +189,7 @@ class Estimators:
             ArgumentError: the curvature is not finite, or damping does not make it positive definite.
         """
         estimator = self._estimators[name]
-        assert isinstance(estimator, Kfac)
+        assert isinstance(estimator, Kfac | ExpertKfac)
         try:
             found = estimator.greedy_map(self._block_size, count, self._specs[name].turned(allowed))
         except ArithmeticError as error:
