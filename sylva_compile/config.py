@@ -143,7 +143,7 @@ class SylvaConfig:
             raise ArgumentError(f"expert_budget={self.expert_budget!r}; use 'layer' or 'expert'.")
         if self.expert_budget == "expert" and self.allocation == "global":
             raise ArgumentError(
-                "expert_budget='expert' gives every expert its share, and allocation='global' gives none; leave one out."
+                "expert_budget='expert' gives every expert its share, and allocation='global' has none; leave one out."
             )
         budget = self.column_budget
         if budget is not None and not (isinstance(budget, float) and 0.0 < budget <= 1.0):

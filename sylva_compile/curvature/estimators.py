@@ -115,9 +115,7 @@ class Estimators:
         new, device = ESTIMATORS[config.method], gradient_device(config)
         self._estimators = {name: new(spec, config, self._inputs, device, split_over) for name, spec in specs.items()}
 
-    def update(
-        self, name: str, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None = None
-    ) -> None:
+    def update(self, name: str, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None = None) -> None:
         """Add a batch of one weight: `inputs [T, n]` and `output_gradients [T, m]`.
 
         For stacked experts, tokens are sorted by expert, and `offsets [E]` says where those of each end.

@@ -31,9 +31,7 @@ def observing(listener: Listener) -> Iterator[None]:
 
 
 @torch.library.custom_op("sylva::observe", mutates_args=())
-def observe(
-    lhs: Tensor, rhs: Tensor, weight: Tensor, activation_is_lhs: bool, offsets: Tensor | None = None
-) -> Tensor:
+def observe(lhs: Tensor, rhs: Tensor, weight: Tensor, activation_is_lhs: bool, offsets: Tensor | None = None) -> Tensor:
     """Pass the operands of a weight's gradient to the listeners.
 
     Args:

@@ -12,7 +12,9 @@ After:
     return (..., %none, ...)
 
 The tracer gets the weight itself at run time, because one compiled graph may serve several layers. For the stacked
-weights `[E, m, n]` of experts it gets the offsets of their tokens too: `sylva.observe(%gy, %x, %weight, False, %offsets)`.
+weights `[E, m, n]` of experts it gets the offsets of their tokens too:
+
+    %zero = sylva.observe(%gy, %x, %weight, False, %offsets)
 
 Refuses: a gradient with an opaque term (the weight keeps its dense gradient, and the pass reports it as missed); a
 parameter that is neither a matrix nor a stack of them; an activation that another graph hands over, although its
@@ -59,7 +61,11 @@ def observe_weight_gradients_pass(
         if not isinstance(desc, GradAOTOutput) or not isinstance(gradient, Node):
             continue
         weight = inputs.get(desc.grad_of)
-        if weight is None or weight.meta["val"].dim() not in (2, 3) or (is_weight is not None and not is_weight(weight)):
+        if (
+            weight is None
+            or weight.meta["val"].dim() not in (2, 3)
+            or (is_weight is not None and not is_weight(weight))
+        ):
             continue
         terms = match_weight_gradient(gradient)
         reason = next((term.reason for term in terms if term.reason is not None), None)

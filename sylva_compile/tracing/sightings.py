@@ -34,9 +34,7 @@ class Sightings:
         """Receives a weight, and the reason for which a graph computes its gradient itself."""
         self._sums: dict[str, Tensor] = {}
 
-    def listen(
-        self, weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool, offsets: Tensor | None
-    ) -> None:
+    def listen(self, weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool, offsets: Tensor | None) -> None:
         """Receive the operands of a gradient; a listener of `kernels.observe`."""
         name = self._names.get(weight.data_ptr())
         if name is None:

@@ -29,7 +29,9 @@ def draw(counts: list[int], m: int, n: int, seed: int, mean: float = 0.5) -> Tok
     found = []
     for count in counts:
         x = torch.randn(count, n, dtype=F64, generator=generator) + mean
-        gy = torch.randn(count, m, dtype=F64, generator=generator) + mean * torch.rand(m, dtype=F64, generator=generator)
+        gy = torch.randn(count, m, dtype=F64, generator=generator) + mean * torch.rand(
+            m, dtype=F64, generator=generator
+        )
         found.append((x, gy))
     return found
 
@@ -123,7 +125,9 @@ def test_experts_stored_transposed_score_the_same(score: Any) -> None:
     assert (scores.shape, other.shape) == ((6, 3), (9, 2))
     assert torch.equal(other.view(3, 3, 2).transpose(1, 2), scores.view(3, 2, 3))
     if score == "greedy":
-        maps = (each.greedy_map("w", 7, torch.ones_like(each.scores("w"), dtype=torch.bool)) for each in (upright, turned))
+        maps = (
+            each.greedy_map("w", 7, torch.ones_like(each.scores("w"), dtype=torch.bool)) for each in (upright, turned)
+        )
         first, second = maps
         assert torch.equal(second.view(3, 3, 2).transpose(1, 2), first.view(3, 2, 3))
 
