@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -120,7 +121,8 @@ class Estimators:
 
         For stacked experts, tokens are sorted by expert, and `offsets [E]` says where those of each end.
         """
-        self._estimators[name].update(inputs, output_gradients, offsets)
+        with self._own_dtypes():
+            self._estimators[name].update(inputs, output_gradients, offsets)
 
     def __getitem__(self, name: str) -> Curvature:
         """Return the estimator of one weight, outputs by inputs even if the weight is stored transposed."""
@@ -128,8 +130,9 @@ class Estimators:
 
     def end_batch(self) -> None:
         """Finish all updates of the batch; the caller calls this after each backward pass."""
-        self._inputs.end_batch()
-        self._queue.flush()
+        with self._own_dtypes():
+            self._inputs.end_batch()
+            self._queue.flush()
 
     def waiting(self) -> list[str]:
         """Return the names of the weights with batches that wait for `settle`."""
@@ -141,7 +144,8 @@ class Estimators:
         for name, estimator in self._estimators.items():
             if name in names:
                 try:
-                    estimator.settle()
+                    with self._own_dtypes():
+                        estimator.settle()
                 except TraceError as error:
                     # The messages of the other weights must still be sent.
                     failure = failure or error
@@ -150,9 +154,10 @@ class Estimators:
 
     def combine(self, group: ProcessGroup) -> None:
         """Replace all statistics by their totals over the ranks of `group`."""
-        self._inputs.combine(group)
-        for estimator in self._estimators.values():
-            estimator.combine(group)
+        with self._own_dtypes():
+            self._inputs.combine(group)
+            for estimator in self._estimators.values():
+                estimator.combine(group)
 
     def scores(self, name: str) -> Tensor:
         """Return the scores of the weight's blocks, `[ceil(m/b), ceil(n/b)]`, transposed if the weight is stored so.
@@ -161,7 +166,8 @@ class Estimators:
             TraceError: the curvature of the weight is not finite, or indefinite under any damping.
         """
         try:
-            found = self._estimators[name].block_scores(self._block_size)
+            with self._own_dtypes():
+                found = self._estimators[name].block_scores(self._block_size)
         except ArithmeticError as error:
             raise TraceError(f"{name}: no scores ({error}); scale its inputs, or leave it out of scope.") from error
         return self._specs[name].turned(found)
@@ -189,7 +195,8 @@ class Estimators:
         estimator = self._estimators[name]
         assert isinstance(estimator, Kfac | ExpertKfac)
         try:
-            found = estimator.greedy_map(self._block_size, count, self._specs[name].turned(allowed))
+            with self._own_dtypes():
+                found = estimator.greedy_map(self._block_size, count, self._specs[name].turned(allowed))
         except ArithmeticError as error:
             raise ArgumentError(f"{name}: no greedy choice ({error}); raise damping, or use score='gain'.") from error
         return self._specs[name].turned(found)
@@ -199,6 +206,14 @@ class Estimators:
         found = self.greedy_map(name, count, allowed)
         self._forget(name)
         return found
+
+    @contextmanager
+    def _own_dtypes(self) -> Iterator[None]:
+        """Let no autocast around the trace round the products inside the block."""
+        with ExitStack() as stack:
+            for device in {spec.device.type for spec in self._specs.values()}:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
 
     def _forget(self, name: str) -> None:
         del self._estimators[name]

@@ -116,6 +116,16 @@ def test_scores_of_a_loop_over_experts(architecture: str, dtype: torch.dtype) ->
                 assert (scores - wanted).abs().max() <= limit * wanted.max(), (name, key)
 
 
+def test_layers_that_share_a_graph_have_scores_of_their_own() -> None:
+    model = tiny_mixture("mixtral", layers=2).double()
+    names = [f"model.layers.{at}.mlp.experts.down_proj" for at in range(2)]
+    found = Each(model)
+    wide = routed(model, names, sentences(), summed_loss)
+    for name in names:
+        wanted = Twin(wide[name], 32, 48, B).gains()
+        assert (found.held["gains"].scores(name) - wanted).abs().max() <= 1e-8 * wanted.max()
+
+
 class TestMethods:
     @pytest.mark.parametrize("budget", ["layer", "expert"])
     @pytest.mark.parametrize("method", ["sylva", "kfac", "fisher", "magnitude", "lift", "random"])
