@@ -132,6 +132,15 @@ def test_experts_stored_transposed_score_the_same(score: Any) -> None:
         assert torch.equal(second.view(3, 3, 2).transpose(1, 2), first.view(3, 2, 3))
 
 
+@pytest.mark.parametrize("options", [{"score": "gain"}, {"score": "paper"}, {"method": "fisher"}], ids=str)
+def test_a_single_expert_is_a_weight_like_others(options: dict[str, Any]) -> None:
+    [(x, gy)] = draw([14], 16, 24, 0)
+    one = estimators(WeightSpec.of("w", torch.empty(1, 16, 24, dtype=F64)), [[(x, gy)]], **options)
+    plain = Estimators({"w": spec(1, 16, 24)}, SylvaConfig(block_size=B, **options))
+    plain.update("w", x, gy)
+    assert torch.equal(one.scores("w"), plain.scores("w"))
+
+
 def test_rows_of_no_expert_and_padding_do_not_count() -> None:
     tokens = draw([5, 0, 9], 16, 24, 0)
     wanted = estimators(spec(3, 16, 24), [tokens], score="gain").scores("w")
