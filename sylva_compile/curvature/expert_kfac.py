@@ -3,7 +3,7 @@
 Tokens t of a layer are routed to experts, each to one or several. An expert e sees its own T_e tokens, all of them
 together T = Σ T_e. With inputs x and output gradients gy, and blocks of size b,
 
-    A   = Σ x xᵀ / T                over the tokens of all experts: the router sends all of them inputs of one kind
+    A   = Σ x xᵀ / T                over the tokens of all experts; one that reached two experts counts twice
     G_e = Σ gy gyᵀ / T_e            over the tokens of e
     Γ_e = Σ gy xᵀ / (T_e + b)       over the tokens of e
 
