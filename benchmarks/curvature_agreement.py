@@ -64,11 +64,11 @@ class Panels:
         self.panels, self.shared = panels, shared
         self.seconds: Counter[str] = Counter()
 
-    def update(self, name: str, inputs: Tensor, output_gradients: Tensor, /) -> None:
+    def update(self, name: str, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None, /) -> None:
         """Add a batch, `inputs [T, n]` and `output_gradients [T, m]`, to all estimators of the weight `name`."""
         for which, estimator in self.panels[name].estimators.items():
             start = time.perf_counter()
-            estimator.update(inputs, output_gradients)
+            estimator.update(inputs, output_gradients, offsets)
             self.seconds[which] += time.perf_counter() - start
 
     def end_batch(self) -> None:

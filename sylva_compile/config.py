@@ -19,6 +19,7 @@ from sylva_compile.errors import ArgumentError
 Method = Literal["sylva", "kfac", "fisher", "magnitude", "lift", "random"]
 Score = Literal["greedy", "gain", "paper"]
 Allocation = Literal["layer", "global"]
+ExpertBudget = Literal["layer", "expert"]
 Scope = str | Sequence[str]
 """`"all-linear"`, a regular expression for the whole module name, or a list of module-name endings."""
 
@@ -84,6 +85,13 @@ class SylvaConfig:
         default="layer",
         metadata=_about('"layer" (every weight keeps its share) or "global" (the best blocks of all weights)'),
     )
+    expert_budget: ExpertBudget = field(
+        default="layer",
+        metadata=_about(
+            'for stacked experts: "layer" (the blocks of a weight are chosen over all of its experts together) or '
+            '"expert" (every expert trains the same number)'
+        ),
+    )
     column_budget: float | None = field(
         default=None,
         metadata=_about("at most this fraction of a weight's input block columns holds blocks; None: no limit"),
@@ -131,6 +139,12 @@ class SylvaConfig:
             raise ArgumentError(f"sparsity={self.sparsity!r}; use a number in [0, 1), such as 0.98 to train 2%.")
         if self.allocation not in get_args(Allocation):
             raise ArgumentError(f"allocation={self.allocation!r}; use 'layer' or 'global'.")
+        if self.expert_budget not in get_args(ExpertBudget):
+            raise ArgumentError(f"expert_budget={self.expert_budget!r}; use 'layer' or 'expert'.")
+        if self.expert_budget == "expert" and self.allocation == "global":
+            raise ArgumentError(
+                "expert_budget='expert' gives every expert its share, and allocation='global' has none; leave one out."
+            )
         budget = self.column_budget
         if budget is not None and not (isinstance(budget, float) and 0.0 < budget <= 1.0):
             raise ArgumentError(f"column_budget={self.column_budget!r}; use None or a number in (0, 1].")

@@ -55,6 +55,7 @@ class TestFields:
             ("method", "best", "use one of sylva"),
             ("score", "joint", "'greedy', 'gain' or 'paper'"),
             ("allocation", "row", "'layer' or 'global'"),
+            ("expert_budget", "each", "'layer' or 'expert'"),
             ("column_budget", 0.0, "(0, 1]"),
             ("column_budget", "all", "(0, 1]"),
             ("damping", 0.0, "above 0"),

@@ -265,7 +265,7 @@ class TestValues:
             assert torch.equal(base.get_parameter(name), model.get_parameter(name))
 
     @pytest.mark.parametrize("architecture", ["qwen3-moe", "gpt-oss"])
-    @pytest.mark.parametrize("choose", ["random", "gradient"])
+    @pytest.mark.parametrize("choose", ["random", "gradient", "sketch"])
     def test_blocks_move_and_compiled_graphs_stay(self, architecture: str, choose: str) -> None:
         torch._dynamo.reset()
         torch.manual_seed(0)

@@ -38,8 +38,11 @@ class Curvature(ABC):
     """
 
     @abstractmethod
-    def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Add a batch: `inputs [T, n]` and `output_gradients [T, m]`, one row per token."""
+    def update(self, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None = None) -> None:
+        """Add a batch: `inputs [T, n]` and `output_gradients [T, m]`, one row per token.
+
+        For a stack of experts, tokens are sorted by expert, and `offsets [E]` says where those of each end.
+        """
 
     @property
     def is_waiting(self) -> bool:

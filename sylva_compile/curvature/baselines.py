@@ -32,8 +32,11 @@ class SquaredGradient(Curvature):
         self.sum = gradient_sum(spec, device, split_over, squared=True)
         self._numel = spec.outputs * spec.inputs
 
-    def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Add the square of the batch's gradient `[m, n]`, for `inputs [T, n]` and `output_gradients [T, m]`."""
+    def update(self, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None = None) -> None:
+        """Add the square of the batch's gradient `[m, n]`, for `inputs [T, n]` and `output_gradients [T, m]`.
+
+        `offsets [1]`, where a weight has one expert alone, says nothing new.
+        """
         self.sum.add(inputs, output_gradients)
 
     @property

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from sylva_compile.curvature.base import Curvature
 from sylva_compile.curvature.baselines import SquaredGradient
 from sylva_compile.curvature.blockwise import BlockFactor
 from sylva_compile.curvature.dense import DenseFactor
+from sylva_compile.curvature.expert_kfac import ExpertKfac
+from sylva_compile.curvature.expert_squares import ExpertSquares
 from sylva_compile.curvature.factor import NewFactor
 from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.kfac import Kfac
@@ -34,6 +37,17 @@ def _kfac(
     gradient_device: torch.device | None,
     split_over: ProcessGroup | None,
 ) -> Curvature:
+    if spec.experts > 1:
+        assert split_over is None
+        return ExpertKfac(
+            spec,
+            new_factor=inputs.new_factor,
+            score=config.score,
+            damping=config.damping,
+            shared=inputs,
+            gradient_device=gradient_device,
+            budget=config.expert_budget,
+        )
     return Kfac(
         spec,
         new_factor=inputs.new_factor,
@@ -52,6 +66,9 @@ def _squared_gradient(
     gradient_device: torch.device | None,
     split_over: ProcessGroup | None,
 ) -> Curvature:
+    if spec.experts > 1:
+        assert split_over is None
+        return ExpertSquares(spec, device=gradient_device)
     return SquaredGradient(spec, device=gradient_device, split_over=split_over)
 
 
@@ -99,9 +116,13 @@ class Estimators:
         new, device = ESTIMATORS[config.method], gradient_device(config)
         self._estimators = {name: new(spec, config, self._inputs, device, split_over) for name, spec in specs.items()}
 
-    def update(self, name: str, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Add a batch of one weight: `inputs [T, n]` and `output_gradients [T, m]`."""
-        self._estimators[name].update(inputs, output_gradients)
+    def update(self, name: str, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None = None) -> None:
+        """Add a batch of one weight: `inputs [T, n]` and `output_gradients [T, m]`.
+
+        For stacked experts, tokens are sorted by expert, and `offsets [E]` says where those of each end.
+        """
+        with self._own_dtypes():
+            self._estimators[name].update(inputs, output_gradients, offsets)
 
     def __getitem__(self, name: str) -> Curvature:
         """Return the estimator of one weight, outputs by inputs even if the weight is stored transposed."""
@@ -109,8 +130,9 @@ class Estimators:
 
     def end_batch(self) -> None:
         """Finish all updates of the batch; the caller calls this after each backward pass."""
-        self._inputs.end_batch()
-        self._queue.flush()
+        with self._own_dtypes():
+            self._inputs.end_batch()
+            self._queue.flush()
 
     def waiting(self) -> list[str]:
         """Return the names of the weights with batches that wait for `settle`."""
@@ -122,7 +144,8 @@ class Estimators:
         for name, estimator in self._estimators.items():
             if name in names:
                 try:
-                    estimator.settle()
+                    with self._own_dtypes():
+                        estimator.settle()
                 except TraceError as error:
                     # The messages of the other weights must still be sent.
                     failure = failure or error
@@ -131,9 +154,10 @@ class Estimators:
 
     def combine(self, group: ProcessGroup) -> None:
         """Replace all statistics by their totals over the ranks of `group`."""
-        self._inputs.combine(group)
-        for estimator in self._estimators.values():
-            estimator.combine(group)
+        with self._own_dtypes():
+            self._inputs.combine(group)
+            for estimator in self._estimators.values():
+                estimator.combine(group)
 
     def scores(self, name: str) -> Tensor:
         """Return the scores of the weight's blocks, `[ceil(m/b), ceil(n/b)]`, transposed if the weight is stored so.
@@ -142,7 +166,8 @@ class Estimators:
             TraceError: the curvature of the weight is not finite, or indefinite under any damping.
         """
         try:
-            found = self._estimators[name].block_scores(self._block_size)
+            with self._own_dtypes():
+                found = self._estimators[name].block_scores(self._block_size)
         except ArithmeticError as error:
             raise TraceError(f"{name}: no scores ({error}); scale its inputs, or leave it out of scope.") from error
         return self._specs[name].turned(found)
@@ -158,7 +183,7 @@ class Estimators:
 
         Args:
             name: a weight; its score is "greedy".
-            count: number of blocks to choose.
+            count: number of blocks to choose; with expert_budget="expert", a multiple of the number of experts.
             allowed: `bool [ceil(m/b), ceil(n/b)]`, transposed if the weight is stored so.
 
         Returns:
@@ -168,9 +193,10 @@ class Estimators:
             ArgumentError: the curvature is not finite, or damping does not make it positive definite.
         """
         estimator = self._estimators[name]
-        assert isinstance(estimator, Kfac)
+        assert isinstance(estimator, Kfac | ExpertKfac)
         try:
-            found = estimator.greedy_map(self._block_size, count, self._specs[name].turned(allowed))
+            with self._own_dtypes():
+                found = estimator.greedy_map(self._block_size, count, self._specs[name].turned(allowed))
         except ArithmeticError as error:
             raise ArgumentError(f"{name}: no greedy choice ({error}); raise damping, or use score='gain'.") from error
         return self._specs[name].turned(found)
@@ -180,6 +206,14 @@ class Estimators:
         found = self.greedy_map(name, count, allowed)
         self._forget(name)
         return found
+
+    @contextmanager
+    def _own_dtypes(self) -> Iterator[None]:
+        """Let no autocast around the trace round the products inside the block."""
+        with ExitStack() as stack:
+            for device in {spec.device.type for spec in self._specs.values()}:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
 
     def _forget(self, name: str) -> None:
         del self._estimators[name]

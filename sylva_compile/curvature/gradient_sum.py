@@ -55,6 +55,16 @@ class GradientSum(ABC):
         """Return the sum `[m, n]`; where it is split, all processes call this."""
 
 
+def add_product(total: Tensor, inputs: Tensor, output_gradients: Tensor, *, squared: bool = False) -> None:
+    """Add the product of `inputs [T, n]` and `output_gradients [T, m]`, or its square, to `total [m, n]`."""
+    x, gy = inputs.to(total.dtype), output_gradients.to(total.dtype)
+    if total.device == gy.device and not squared:
+        total.addmm_(gy.t(), x)
+    else:
+        product = gy.t() @ x
+        total += (product.square_() if squared else product).to(total.device)
+
+
 class WholeSum(GradientSum):
     """The sum on one process."""
 
@@ -71,12 +81,7 @@ class WholeSum(GradientSum):
 
     def add(self, inputs: Tensor, output_gradients: Tensor) -> None:
         """Add the product at once."""
-        x, gy = inputs.to(self.kept.dtype), output_gradients.to(self.kept.dtype)
-        if self.kept.device == gy.device and not self._squared:
-            self.kept.addmm_(gy.t(), x)
-        else:
-            product = gy.t() @ x
-            self.kept += (product.square_() if self._squared else product).to(self.kept.device)
+        add_product(self.kept, inputs, output_gradients, squared=self._squared)
 
     def combine(self, group: ProcessGroup) -> None:
         """Replace the sum by its total over all processes of `group`."""

@@ -45,29 +45,79 @@ def choose_greedily(
         ArithmeticError: the gradient of the model overflows; damping is too low for factors that are not positive.
     """
     (m, n), b = gradient.shape, block_size
-    mb, nb = grid_shape(gradient.shape, b)
-    outputs, inputs = _Whitened(g, m, b, damping), _Whitened(a, n, b, damping)
-    left = outputs.rows(F.pad(gradient, (0, nb * b - n, 0, mb * b - m)))
-    left = inputs.rows(left.t()).t().contiguous()
-    squares, ones = torch.empty_like(left), left.new_ones(b, 1)
-    free = allowed.to(gradient.device).clone()
+    outputs, inputs = Whitened(g, m, b, damping), Whitened(a, n, b, damping)
+    pursuit = Pursuit(gradient, outputs, inputs, allowed)
     for _ in range(count):
-        # Squared norms of the tiles are twice the gains. A product takes half the time of a strided sum.
-        norms = (torch.mul(left, left, out=squares).view(-1, b) @ ones).view(mb, b, nb).sum(1)
-        norms.masked_fill_(~free, -torch.inf)
-        highest, place = norms.view(-1).max(0)
-        # Read both numbers at once: each read waits for the device.
-        found, at = torch.stack([highest, place.to(highest.dtype)]).tolist()
-        if not math.isfinite(found):
-            raise ArithmeticError("a gain of the quadratic model is not finite")
-        row, column = divmod(int(at), nb)
-        free[row, column] = False
-        step = left[row * b : (row + 1) * b, column * b : (column + 1) * b].clone()
-        left.addmm_(outputs.columns(row), step @ inputs.columns(column).t(), alpha=-1.0)
-    return (allowed.to(free.device) & ~free).cpu()
+        pursuit.take()
+    return pursuit.chosen()
 
 
-class _Whitened:
+class Pursuit:
+    """The greedy choice in one matrix, a block at a time."""
+
+    def __init__(
+        self, gradient: Tensor, outputs: "Whitened", inputs: "Whitened", allowed: Tensor, squares: Tensor | None = None
+    ) -> None:
+        """Start without a block.
+
+        Args:
+            gradient: Γ `[m, n]`, float64.
+            outputs: G `[m, m]`.
+            inputs: A `[n, n]`.
+            allowed: the blocks to choose from, `bool [ceil(m/b), ceil(n/b)]`.
+            squares: working memory, float64 `[ceil(m/b)·b, ceil(n/b)·b]`, that several choices may share.
+        """
+        (m, n), b = gradient.shape, outputs.block_size
+        mb, nb = grid_shape(gradient.shape, b)
+        left = outputs.rows(F.pad(gradient, (0, nb * b - n, 0, mb * b - m)))
+        self._left = inputs.rows(left.t()).t().contiguous()
+        self._outputs, self._inputs, self._allowed = outputs, inputs, allowed
+        self._free = allowed.to(gradient.device).clone()
+        self._room = int(allowed.sum())
+        self._squares = torch.empty_like(self._left) if squares is None else squares
+        self._ones = self._left.new_ones(b, 1)
+        self._best: tuple[float, int] | None = None
+
+    def gain(self) -> float:
+        """Return the gain of the best block that is still free; -inf if none is.
+
+        Raises:
+            ArithmeticError: it is not finite.
+        """
+        return 0.5 * self._find()[0] if self._room else -math.inf
+
+    def take(self) -> None:
+        """Choose the best free block; there is one. Raises ArithmeticError as `gain` does."""
+        b, (_, nb) = self._outputs.block_size, self._free.shape
+        row, column = divmod(self._find()[1], nb)
+        self._best = None
+        self._room -= 1
+        self._free[row, column] = False
+        step = self._left[row * b : (row + 1) * b, column * b : (column + 1) * b].clone()
+        self._left.addmm_(self._outputs.columns(row), step @ self._inputs.columns(column).t(), alpha=-1.0)
+
+    def chosen(self) -> Tensor:
+        """Return the map of the blocks chosen so far, `bool [ceil(m/b), ceil(n/b)]`, on the CPU."""
+        return (self._allowed.to(self._free.device) & ~self._free).cpu()
+
+    def _find(self) -> tuple[float, int]:
+        """Return twice the gain of the best free block, and its place in the flat grid."""
+        if self._best is None:
+            b, (mb, nb) = self._outputs.block_size, self._free.shape
+            # Squared norms of the tiles are twice the gains. A product takes half the time of a strided sum.
+            squares = torch.mul(self._left, self._left, out=self._squares)
+            norms = (squares.view(-1, b) @ self._ones).view(mb, b, nb).sum(1)
+            norms.masked_fill_(~self._free, -torch.inf)
+            highest, place = norms.view(-1).max(0)
+            # Read both numbers at once: each read waits for the device.
+            found, at = torch.stack([highest, place.to(highest.dtype)]).tolist()
+            if not math.isfinite(found):
+                raise ArithmeticError("a gain of the quadratic model is not finite")
+            self._best = found, int(at)
+        return self._best
+
+
+class Whitened:
     """B `[d, d]` in coordinates in which its damped diagonal blocks are identities: `L⁻¹ (B + λ I) L⁻ᵀ`."""
 
     def __init__(self, covariance: Covariance, size: int, block_size: int, damping: float) -> None:

@@ -14,6 +14,36 @@ from sylva_compile.curvature.input_factors import InputFactors
 from sylva_compile.curvature.weight_spec import WeightSpec
 
 
+def kronecker_scores(
+    gradient: Tensor, a: Covariance, g: Covariance, score: Score, block_size: int, damping: float | None
+) -> Tensor:
+    """Return `paper_scores`, or the gains per token for "gain" and "greedy", `[ceil(m/b), ceil(n/b)]`, float64.
+
+    Args:
+        gradient: Γ `[m, n]`, float64.
+        a: A `[n, n]`.
+        g: G `[m, m]`.
+        score: "gain", "greedy" or "paper".
+        block_size: b.
+        damping: λ as a fraction of a factor's mean diagonal; None: `PAPER_DAMPING` or `GAIN_DAMPING`.
+
+    Raises:
+        ArithmeticError: a factor is not finite, or indefinite under any damping.
+    """
+    if score != "paper":
+        blocks = (a.diagonal_blocks(block_size), g.diagonal_blocks(block_size))
+        return gain_scores(gradient, *blocks, GAIN_DAMPING if damping is None else damping)
+    damping = PAPER_DAMPING if damping is None else damping
+    outputs, inputs = importance(
+        gradient,
+        a.matmul(gradient.t()).t(),
+        g.matmul(gradient),
+        a.inverse_diagonal(damping),
+        g.inverse_diagonal(damping),
+    )
+    return paper_scores(outputs, inputs, block_size)
+
+
 class Kfac(Curvature):
     """`A = E[x xᵀ]`, `G = E[gy gyᵀ]` and the mean gradient Γ of one weight `[m, n]`.
 
@@ -54,8 +84,11 @@ class Kfac(Curvature):
         self._numel = spec.outputs * spec.inputs
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
-    def update(self, inputs: Tensor, output_gradients: Tensor) -> None:
-        """Add a batch, `inputs [T, n]` and `output_gradients [T, m]`; `live_tokens` says which tokens count."""
+    def update(self, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None = None) -> None:
+        """Add a batch, `inputs [T, n]` and `output_gradients [T, m]`; `live_tokens` says which tokens count.
+
+        `offsets [1]`, where a weight has one expert alone, says nothing new.
+        """
         live = live_tokens(output_gradients)
         self.inputs.show(self.reader, inputs, live)
         if self._alone:
@@ -109,19 +142,8 @@ class Kfac(Curvature):
         Raises:
             ArithmeticError: a factor is not finite, or indefinite under any damping.
         """
-        gradient, a, g = self.means()
-        if self.score != "paper":
-            blocks = (a.diagonal_blocks(block_size), g.diagonal_blocks(block_size))
-            return (self.tokens * gain_scores(gradient, *blocks, self._gain_damping())).cpu()
-        damping = PAPER_DAMPING if self.damping is None else self.damping
-        outputs, inputs = importance(
-            gradient,
-            a.matmul(gradient.t()).t(),
-            g.matmul(gradient),
-            a.inverse_diagonal(damping),
-            g.inverse_diagonal(damping),
-        )
-        return paper_scores(outputs, inputs, block_size).cpu()
+        found = kronecker_scores(*self.means(), self.score, block_size, self.damping)
+        return (found if self.score == "paper" else self.tokens * found).cpu()
 
     def greedy_map(self, block_size: int, count: int, allowed: Tensor) -> Tensor:
         """Return the map of the `count` blocks that `choose_greedily` takes of the `allowed` ones.
@@ -132,10 +154,8 @@ class Kfac(Curvature):
             ArithmeticError: as `choose_greedily` does.
         """
         gradient, a, g = self.means()
-        return choose_greedily(gradient, a, g, block_size, self._gain_damping(), count, allowed)
-
-    def _gain_damping(self) -> float:
-        return GAIN_DAMPING if self.damping is None else self.damping
+        damping = GAIN_DAMPING if self.damping is None else self.damping
+        return choose_greedily(gradient, a, g, block_size, damping, count, allowed)
 
     def means(self) -> tuple[Tensor, Covariance, Covariance]:
         """Return the means over tokens Γ `[m, n]`, A and G, in float64, on the weight's device."""

@@ -1,5 +1,6 @@
 """`WeightSpec`: everything that an estimator needs to know of a weight, without its values."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ class WeightSpec:
         input_axis: the axis of the stored weight that the layer's inputs meet: 1 for `nn.Linear`, 0 where it is stored
             transposed (Conv1D).
         packed: the bytes of a quantised weight; None for a dense one.
-        experts: E; for more than one, `shape` is `(E·m, n)` for a weight `[E, m, n]`.
+        experts: E; for more than one, `shape` is `(E·m, n)` for a weight `[E, m, n]`, and `per_expert` describes one.
     """
 
     name: str
@@ -39,13 +40,21 @@ class WeightSpec:
 
     @property
     def outputs(self) -> int:
-        """m, the layer's output channels."""
+        """m, the layer's output channels; no property of a stack."""
+        assert self.experts == 1
         return self.shape[1 - self.input_axis]
 
     @property
     def inputs(self) -> int:
-        """n, the layer's input channels; those of each expert where experts are stacked and stored transposed."""
+        """n, the layer's input channels; no property of a stack."""
+        assert self.experts == 1
         return self.shape[self.input_axis]
+
+    @property
+    def per_expert(self) -> "WeightSpec":
+        """The description of one expert's weight; of a weight without experts, its own."""
+        rows, columns = self.shape
+        return dataclasses.replace(self, shape=(rows // self.experts, columns), experts=1)
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -53,5 +62,8 @@ class WeightSpec:
         return block_dtype(self.dtype)
 
     def turned(self, grid: Tensor) -> Tensor:
-        """Turn a grid of blocks from outputs by inputs to the stored orientation, or back."""
-        return grid if self.input_axis == 1 else grid.t()
+        """Turn a grid of blocks from outputs by inputs to the stored orientation, or back; of experts, each one's."""
+        if self.input_axis == 1:
+            return grid
+        turned: Tensor = grid.unflatten(0, (self.experts, -1)).transpose(1, 2).flatten(0, 1)
+        return turned

@@ -11,8 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-Listener = Callable[[Tensor, Tensor, Tensor, bool], None]
-"""A call is `listener(weight, lhs [T, m], rhs [T, n], activation_is_lhs)`; the weight's gradient is `lhsᵀ · rhs`."""
+Listener = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], None]
+"""A call is `listener(weight, lhs [T, m], rhs [T, n], activation_is_lhs, offsets)`.
+
+The weight's gradient is `lhsᵀ · rhs`; with `offsets [E]`, that of each of E experts over its own tokens.
+"""
 
 _listeners: list[Listener] = []
 
@@ -28,23 +31,24 @@ def observing(listener: Listener) -> Iterator[None]:
 
 
 @torch.library.custom_op("sylva::observe", mutates_args=())
-def observe(lhs: Tensor, rhs: Tensor, weight: Tensor, activation_is_lhs: bool) -> Tensor:
+def observe(lhs: Tensor, rhs: Tensor, weight: Tensor, activation_is_lhs: bool, offsets: Tensor | None = None) -> Tensor:
     """Pass the operands of a weight's gradient to the listeners.
 
     Args:
         lhs: `[T, m]`.
         rhs: `[T, n]`.
-        weight: `[m, n]`, whose gradient is `lhsᵀ · rhs`.
+        weight: `[m, n]`, whose gradient is `lhsᵀ · rhs`; or stacked experts `[E, m, n]`.
         activation_is_lhs: whether `lhs`, and not `rhs`, is the layer's input.
+        offsets: for experts, `int[E]`: where the tokens of each end, sorted by expert.
 
     Returns:
         Zero, `[]`, in the weight's dtype.
     """
     for listener in _listeners:
-        listener(weight, lhs, rhs, activation_is_lhs)
+        listener(weight, lhs, rhs, activation_is_lhs, offsets)
     return weight.new_zeros(())
 
 
 @observe.register_fake
-def _(lhs: Tensor, rhs: Tensor, weight: Tensor, activation_is_lhs: bool) -> Tensor:
+def _(lhs: Tensor, rhs: Tensor, weight: Tensor, activation_is_lhs: bool, offsets: Tensor | None = None) -> Tensor:
     return weight.new_empty(())

@@ -11,10 +11,14 @@ After:
     %none = aten.expand(%zero, [m, n])                           a gradient of zeros that takes no memory
     return (..., %none, ...)
 
-The tracer gets the weight itself at run time, because one compiled graph may serve several layers.
+The tracer gets the weight itself at run time, because one compiled graph may serve several layers. For the stacked
+weights `[E, m, n]` of experts it gets the offsets of their tokens too:
+
+    %zero = sylva.observe(%gy, %x, %weight, False, %offsets)
 
 Refuses: a gradient with an opaque term (the weight keeps its dense gradient, and the pass reports it as missed); a
-parameter that is not a matrix; an activation that another graph hands over, although its gradient is a product too.
+parameter that is neither a matrix nor a stack of them; an activation that another graph hands over, although its
+gradient is a product too.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -26,7 +30,8 @@ from torch.fx import Graph, Node
 from sylva_compile._torch import GradAOTOutput, operator_of
 from sylva_compile.kernels.observe import observe
 from sylva_compile.passes.dataflow import dataflow_of, tangent_dependents
-from sylva_compile.passes.edit import apply_scales, call, materialize
+from sylva_compile.passes.edit import apply_scales, call, materialize, unbatched
+from sylva_compile.passes.keep_input_gradients import keep_input_gradients
 from sylva_compile.passes.match_weight_gradient import Term, match_weight_gradient
 
 aten = torch.ops.aten
@@ -56,7 +61,11 @@ def observe_weight_gradients_pass(
         if not isinstance(desc, GradAOTOutput) or not isinstance(gradient, Node):
             continue
         weight = inputs.get(desc.grad_of)
-        if weight is None or weight.meta["val"].dim() != 2 or (is_weight is not None and not is_weight(weight)):
+        if (
+            weight is None
+            or weight.meta["val"].dim() not in (2, 3)
+            or (is_weight is not None and not is_weight(weight))
+        ):
             continue
         terms = match_weight_gradient(gradient)
         reason = next((term.reason for term in terms if term.reason is not None), None)
@@ -71,6 +80,7 @@ def observe_weight_gradients_pass(
     if observed:
         output.args = (tuple(results),)
         graph.eliminate_dead_code()
+        keep_input_gradients(graph)
         graph.lint()
     return observed
 
@@ -81,18 +91,20 @@ def observe_terms(graph: Graph, terms: Iterable[Term], weight: Node, backward: C
     Args:
         graph: graph to insert into, at its insertion point.
         terms: the products; none is opaque.
-        weight: stands for the weight at run time.
+        weight: stands for the weight at run time; an input of the graph.
         backward: the nodes that depend on a gradient from outside.
     """
     zero: Node | None = None
     for term in terms:
+        side = 0 if term.lhs.node in backward else 1
+        term = unbatched(graph, term, weight)
         assert term.rhs is not None
         # The layer's input must stay as it is, so the output gradient takes the scalar factors.
         sides = [term.lhs, term.rhs]
-        side = 0 if term.lhs.node in backward else 1
         nodes = [materialize(graph, operand) for operand in sides]
         nodes[side] = apply_scales(graph, nodes[side], term.scales)
-        seen = call(graph, OBSERVE, *nodes, weight, side == 1)
+        more = () if term.offsets is None else (term.offsets,)
+        seen = call(graph, OBSERVE, *nodes, weight, side == 1, *more)
         zero = seen if zero is None else call(graph, aten.add.Tensor, zero, seen)
     assert zero is not None
     return zero

@@ -88,7 +88,7 @@ class FromTrace:
         """Take the masks of the model, its weights by name, and the arguments of `trace_and_mask`.
 
         Raises:
-            ArgumentError: a weight is quantised, or holds stacked experts, which no trace observes yet.
+            ArgumentError: a weight is quantised, or the settings give every expert the same number of blocks.
         """
         quantised = next((name for name, state in states.items() if state.is_quantised), None)
         if quantised is not None:
@@ -96,10 +96,9 @@ class FromTrace:
                 f"{quantised} is quantised, and a model that carries blocks in it cannot be traced; choose places by "
                 "'random' or 'gradient'."
             )
-        stacked = next((name for name, state in states.items() if state.layout.experts > 1), None)
-        if stacked is not None:
+        if config.expert_budget == "expert":
             raise ArgumentError(
-                f"{stacked} holds stacked experts, which cannot be traced yet; use choose='random' or 'gradient'."
+                "expert_budget='expert', but blocks move between all experts of a weight; leave it out of the config."
             )
         self.choose: Callable[[str, int, Tensor], Tensor] | None = None
         self._masks, self._states = masks, states

@@ -28,8 +28,11 @@ _END = object()
 class Listener(Protocol):
     """Receives the operands of weight gradients, weight by weight and batch by batch."""
 
-    def update(self, name: str, inputs: Tensor, output_gradients: Tensor, /) -> None:
-        """Receive `inputs [T, n]` and `output_gradients [T, m]` of a weight, for the loss summed over sequences."""
+    def update(self, name: str, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None, /) -> None:
+        """Receive `inputs [T, n]` and `output_gradients [T, m]` of a weight, for the loss summed over sequences.
+
+        For stacked experts, tokens are sorted by expert, and `offsets [E]` says where those of each end.
+        """
 
     def end_batch(self) -> None:
         """Note that the backward pass of the batch is over."""

@@ -41,15 +41,21 @@ def select_blocks(
                 f"{name}: block scores are not finite; raise damping, or look for overflow in the model."
             )
 
+    def groups(name: str) -> int:
+        """Return the number of parts of the weight's blocks that get equal shares."""
+        return specs[name].experts if config.expert_budget == "expert" else 1
+
     def highest(name: str, count: int, allowed: Tensor) -> Tensor:
-        return _best(scores[name].masked_fill(~allowed, -torch.inf).flatten(), count).view(allowed.shape)
+        parts = scores[name].masked_fill(~allowed, -torch.inf).reshape(groups(name), -1)
+        return torch.stack([_best(part, count // len(parts)) for part in parts]).view(allowed.shape)
 
     choose = choose or highest
     if config.allocation == "layer":
         maps = {}
         for name, score in scores.items():
-            wanted = config.blocks(score.numel())
+            wanted = groups(name) * config.blocks(score.numel() // groups(name))
             allowed = _allowed(score, wanted, config, specs[name].input_axis)
+            # All experts of a weight may use the same columns, so that room for all of them is room for each.
             _check_room(name, int(allowed.sum()), wanted, config)
             maps[name] = choose(name, wanted, allowed)
         return maps

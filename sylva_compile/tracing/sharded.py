@@ -9,7 +9,8 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from sylva_compile._torch import abandon_pass, prepare_pass
 from sylva_compile.blocks.shards import is_sharded, processes_of, reshard, split_modules
-from sylva_compile.errors import ArgumentError
+from sylva_compile.curvature.weight_spec import WeightSpec
+from sylva_compile.errors import ArgumentError, ScopeError
 
 
 def sharing_processes(weights: Mapping[str, nn.Parameter], group: ProcessGroup | None) -> ProcessGroup | None:
@@ -36,6 +37,16 @@ def sharing_processes(weights: Mapping[str, nn.Parameter], group: ProcessGroup |
             whose = "other weights" if group is None else "process_group"
             raise ArgumentError(f"{name} is split over other processes than those of {whose}; trace them apart.")
     return chosen
+
+
+def check_no_experts(specs: Mapping[str, WeightSpec]) -> None:
+    """Raise ScopeError if a weight of `specs`, traced beside weights that `fully_shard` splits, holds experts."""
+    stacked = next((name for name, spec in specs.items() if spec.experts > 1), None)
+    if stacked is not None:
+        raise ScopeError(
+            f"{stacked} holds stacked experts beside weights that fully_shard splits, and a trace cannot observe both; "
+            "leave the experts out of the scope, or trace before fully_shard."
+        )
 
 
 @contextmanager

@@ -14,13 +14,17 @@ class Sightings:
     """The gradients that the passes of a trace show."""
 
     def __init__(
-        self, names: Mapping[int, str], update: Callable[[str, Tensor, Tensor], None], done: TraceProgress
+        self,
+        names: Mapping[int, str],
+        update: Callable[[str, Tensor, Tensor, Tensor | None], None],
+        done: TraceProgress,
     ) -> None:
         """Start without any.
 
         Args:
             names: the name of each weight by the address of the tensor that stands for it in graphs.
-            update: receives a weight's name, `inputs [T, n]` and `output_gradients [T, m]`.
+            update: receives a weight's name, `inputs [T, n]`, `output_gradients [T, m]`, and for stacked experts where
+                the tokens of each end, `int[E]`.
             done: notes the weights that were seen, and missed.
         """
         self._names, self._update, self._done = names, update, done
@@ -30,7 +34,7 @@ class Sightings:
         """Receives a weight, and the reason for which a graph computes its gradient itself."""
         self._sums: dict[str, Tensor] = {}
 
-    def listen(self, weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool) -> None:
+    def listen(self, weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool, offsets: Tensor | None) -> None:
         """Receive the operands of a gradient; a listener of `kernels.observe`."""
         name = self._names.get(weight.data_ptr())
         if name is None:
@@ -39,7 +43,7 @@ class Sightings:
         inputs, gradients = (lhs, rhs) if activation_is_lhs else (rhs, lhs)
         # A sum in float16 could overflow although every element is finite.
         self._sums[name] = gradients.sum(dtype=torch.float64)
-        self._update(name, inputs.detach(), gradients.detach())
+        self._update(name, inputs.detach(), gradients.detach(), offsets)
         if name not in self._done.seen:
             self._done.seen.append(name)
 

@@ -73,9 +73,9 @@ def observe_together(
         except Exception as error:
             failures.append(error)
 
-    def update(name: str, inputs: Tensor, output_gradients: Tensor) -> None:
+    def update(name: str, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None) -> None:
         if counts:
-            attempt(listener.update, name, inputs, output_gradients)
+            attempt(listener.update, name, inputs, output_gradients, offsets)
 
     device = compute_device(next(iter(weights.values())))
     with ExitStack() as stack:

@@ -20,7 +20,7 @@ from sylva_compile.blocks.shards import compute_device, reshard
 from sylva_compile.blocks.share_left_out import log_share_left_out
 from sylva_compile.config import SylvaConfig, takes_config
 from sylva_compile.curvature.weight_spec import WeightSpec
-from sylva_compile.errors import ArgumentError, EmbedError, ScopeError
+from sylva_compile.errors import ArgumentError, EmbedError
 from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.lost_ranks import naming_lost_ranks
 from sylva_compile.quantised.registry import shape_of
@@ -29,7 +29,7 @@ from sylva_compile.tracing.memory import TraceEstimate, estimate_bytes
 from sylva_compile.tracing.ranks import same_on_all_ranks
 from sylva_compile.tracing.scoring import score_by_tracing, score_without_data
 from sylva_compile.tracing.selection import check_column_budget, select_blocks
-from sylva_compile.tracing.sharded import sharing_processes
+from sylva_compile.tracing.sharded import check_no_experts, sharing_processes
 from sylva_compile.version import __version__
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ def trace_and_mask(
     config, model = SylvaConfig.resolve(config, options), unwrap(model)
     weights, specs = _weights_to_trace(model, config)
     split_over = sharing_processes(weights, process_group)
+    if split_over is not None and config.needs_data:
+        check_no_experts(specs)
     process_group = process_group or split_over
     log_share_left_out(model, weights)
     # A budget without room is refused here, not after the trace.
@@ -112,7 +114,10 @@ def estimate(model: nn.Module, config: SylvaConfig | None = None, **options: Any
     weights, specs = _weights_to_trace(unwrap(model), config)
     if not config.needs_data:
         raise ArgumentError(f"method={config.method!r} traces nothing and holds nothing; there is nothing to estimate.")
-    return estimate_bytes(specs, config, split_over=sharing_processes(weights, None))
+    split_over = sharing_processes(weights, None)
+    if split_over is not None:
+        check_no_experts(specs)
+    return estimate_bytes(specs, config, split_over=split_over)
 
 
 def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, nn.Parameter], dict[str, WeightSpec]]:
@@ -126,12 +131,8 @@ def _weights_to_trace(model: nn.Module, config: SylvaConfig) -> tuple[dict[str, 
     weights = weights_in_scope(model, config.scope)
     check_block_fits(config.block_size, {name: shape_of(weight) for name, weight in weights.items()})
     check_can_carry(model, weights, config.block_size)
-    stacked = next((name for name, weight in weights.items() if weight.dim() == 3), None)
-    if stacked is not None and config.needs_data:
-        raise ScopeError(
-            f"{stacked} holds stacked experts, which method={config.method!r} cannot trace yet; use method='random', "
-            "'magnitude' or 'lift', or name other layers in the scope."
-        )
+    if config.expert_budget == "expert" and not any(weight.dim() == 3 for weight in weights.values()):
+        raise ArgumentError("expert_budget='expert', and no stacked experts are in scope; leave it out.")
     return weights, weight_specs(model, weights)
 
 

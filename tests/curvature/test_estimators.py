@@ -1,6 +1,7 @@
 """Estimators of whole models: against dense K-FAC, over ranks, and from a saved state."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -228,3 +229,21 @@ def test_ranks_combine_to_the_same_scores_as_one_process(
         assert torch.equal(first[name], second[name])
         wanted = expected["e" if name == "e" else "q"]
         torch.testing.assert_close(first[name], wanted, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    ("method", "score"),
+    [("sylva", "greedy"), ("sylva", "gain"), ("sylva", "paper"), ("kfac", "gain"), ("fisher", "gain")],
+)
+def test_an_autocast_around_the_trace_rounds_nothing(method: Any, score: Any, split: bool) -> None:
+    found = []
+    for enabled in (False, True):
+        weights = {"w": torch.empty(2, 12, 20) if split else torch.empty(24, 20)}
+        one = Estimators(specs_of(weights), SylvaConfig(method=method, score=score, block_size=8, num_partitions=1))
+        x, gy = batch_of(40, 12 if split else 24, 20, 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            one.update("w", x.float(), gy.float(), torch.tensor([30, 40], dtype=torch.int32) if split else None)
+            one.end_batch()
+            found.append(one.scores("w"))
+    assert torch.equal(*found)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from sylva_compile.curvature.dense import DenseCovariance
-from sylva_compile.curvature.greedy import _Whitened, choose_greedily
+from sylva_compile.curvature.greedy import Whitened, choose_greedily
 from sylva_compile.curvature.hierarchy import Hierarchy
 from sylva_compile.curvature.importance import diagonal_blocks, gain_scores
 
@@ -141,7 +141,7 @@ def test_truncated_factors_that_are_indefinite_still_give_the_count(seed: int, r
 class TestWhitened:
     def test_columns_of_a_positive_matrix_are_exact(self) -> None:
         matrix = covariance(38, 0, tokens=12)
-        whole = _Whitened(DenseCovariance(matrix), 38, 4, 1e-3)
+        whole = Whitened(DenseCovariance(matrix), 38, 4, 1e-3)
         found = torch.cat([whole.columns(block) for block in range(10)], dim=1)
         damped = torch.eye(40, dtype=F64)
         damped[:38, :38] = matrix + 1e-3 * matrix.diagonal().mean() * torch.eye(38, dtype=F64)
@@ -152,7 +152,7 @@ class TestWhitened:
     def test_entries_that_truncation_makes_too_large_are_clamped(self) -> None:
         indefinite = torch.eye(8, dtype=F64)
         indefinite[0, 4] = indefinite[4, 0] = -3.0
-        found = _Whitened(DenseCovariance(indefinite), 8, 4, 1e-3).columns(0)
+        found = Whitened(DenseCovariance(indefinite), 8, 4, 1e-3).columns(0)
         assert found[4].tolist() == [-1.0, 0.0, 0.0, 0.0]
 
 

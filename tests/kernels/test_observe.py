@@ -7,12 +7,12 @@ from torch._subclasses import FakeTensorMode
 
 from sylva_compile.kernels.observe import observe, observing
 
-Seen = list[tuple[Tensor, Tensor, Tensor, bool]]
+Seen = list[tuple[Tensor, Tensor, Tensor, bool, Tensor | None]]
 
 
-def listener_of(seen: Seen) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
-    def listen(weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool) -> None:
-        seen.append((weight, lhs, rhs, activation_is_lhs))
+def listener_of(seen: Seen) -> Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], None]:
+    def listen(weight: Tensor, lhs: Tensor, rhs: Tensor, activation_is_lhs: bool, offsets: Tensor | None) -> None:
+        seen.append((weight, lhs, rhs, activation_is_lhs, offsets))
 
     return listen
 
@@ -28,6 +28,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 def test_opcheck_strided_and_without_tokens() -> None:
     torch.library.opcheck(observe, (torch.randn(3, 7).t(), torch.randn(4, 7).t(), torch.randn(4, 3).t(), True))
+    experts = torch.randn(2, 3, 4), False, torch.tensor([2, 7], dtype=torch.int32)
+    torch.library.opcheck(observe, (torch.randn(7, 3), torch.randn(7, 4), *experts))
     torch.library.opcheck(observe, (torch.randn(0, 3), torch.randn(0, 4), torch.randn(3, 4), False))
 
 
@@ -36,11 +38,21 @@ def test_shows_weight_and_operands_and_returns_a_zero_of_the_weights_dtype() -> 
     seen: Seen = []
     with observing(listener_of(seen)):
         zero = observe(lhs, rhs, weight.double(), True)
-    [(_, first, second, activation_is_lhs)] = seen
+    [(_, first, second, activation_is_lhs, offsets)] = seen
     assert (zero.shape, zero.dtype, zero.item()) == ((), torch.float64, 0.0)
     assert torch.equal(first, lhs)
     assert torch.equal(second, rhs)
     assert activation_is_lhs is True
+    assert offsets is None
+
+
+def test_shows_where_the_tokens_of_experts_end() -> None:
+    lhs, rhs, _ = operands()
+    ends = torch.tensor([2, 2, 7], dtype=torch.int32)
+    seen: Seen = []
+    with observing(listener_of(seen)):
+        observe(lhs, rhs, torch.randn(3, 3, 4), False, ends)
+    assert seen[0][4] is ends
 
 
 def test_the_listener_gets_the_very_weight() -> None:

@@ -40,8 +40,8 @@ class Model:
     def rewrite(self) -> int:
         return observe_probes_pass(self.joint.graph, missed=lambda *given: self.missed.append(given))
 
-    def run(self) -> tuple[float, list[tuple[Tensor, Tensor, Tensor, bool]]]:
-        seen: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+    def run(self) -> tuple[float, list[tuple[Tensor, Tensor, Tensor, bool, Tensor | None]]]:
+        seen: list[tuple[Tensor, Tensor, Tensor, bool, Tensor | None]] = []
         with observing(lambda *shown: seen.append(shown)):
             (zero,) = self.joint.run()
         return float(zero), seen
@@ -52,7 +52,7 @@ def test_the_listener_gets_the_probe_and_the_operands(joint: "Joint") -> None:
     model.probed(model.product())
     assert model.rewrite() == 1
     assert not joint.graph.find_nodes(op="call_function", target=aten.mm.default)
-    zero, [(leaf, lhs, rhs, activation_is_lhs)] = model.run()
+    zero, [(leaf, lhs, rhs, activation_is_lhs, _)] = model.run()
     assert (zero, activation_is_lhs) == (0.0, False)
     assert leaf.data_ptr() == model.leaf_value.data_ptr()
     assert torch.equal(lhs, model.gy_value) and torch.equal(rhs, model.x_value)
@@ -72,7 +72,7 @@ def test_a_sum_of_products_is_observed_term_by_term(joint: "Joint") -> None:
     model.probed(joint.call(aten.add.Tensor, model.product(), joint.call(aten.mul.Tensor, model.product(), 3.0)))
     assert model.rewrite() == 1
     _, seen = model.run()
-    total = sum(lhs.t() @ rhs for _, lhs, rhs, _ in seen)
+    total = sum(lhs.t() @ rhs for _, lhs, rhs, *_ in seen)
     torch.testing.assert_close(total, 4 * model.gy_value.t() @ model.x_value)
 
 

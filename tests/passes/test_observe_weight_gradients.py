@@ -1,3 +1,4 @@
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -30,6 +31,7 @@ class Seen(NamedTuple):
     lhs: Tensor
     rhs: Tensor
     activation_is_lhs: bool
+    offsets: Tensor | None = None
 
 
 class Model:
@@ -100,6 +102,71 @@ def check_observed(model: Model, weight: Node, gradient: Node, *, products: int 
     assert not after.any()
     assert after.untyped_storage().nbytes() == after.element_size()
     return seen
+
+
+class TestExperts:
+    """The stacked weights of experts, whose tokens are sorted by expert."""
+
+    ENDS = torch.tensor([3, 3, 8], dtype=torch.int32)
+
+    def check(self, model: Model, weight: Node, gradient: Node) -> Seen:
+        model.returns(weight, gradient)
+        model.joint.output(*model.results, descs=model.descs)
+        [before] = model.joint.run()
+        assert model.rewrite() == 1
+        [after], [seen] = model.observed()
+        assert (after.shape, after.any()) == (before.shape, False) and not any(after.stride())
+        assert not {aten._grouped_mm.default, aten.bmm.default} & set(model.joint.targets())
+        assert seen.offsets is not None
+        start = 0
+        for expert, end in enumerate(seen.offsets.tolist()):
+            own = seen.lhs[start:end].float().t() @ seen.rhs[start:end].float()
+            torch.testing.assert_close(own, before[expert].float(), rtol=1e-2, atol=1e-2)
+            start = end
+        return seen
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_a_grouped_product(self, model: Model, joint: "Joint", transposed: bool) -> None:
+        weight = model.weight(3, 16, 32) if transposed else model.weight(3, 32, 16)
+        x = joint.input("primals_8", torch.randn(8, 16).bfloat16(), PlainAOTInput(8))
+        offsets = joint.input("primals_9", self.ENDS, PlainAOTInput(9))
+        gy = joint.input("tangents_8", torch.randn(8, 32).bfloat16(), TangentAOTInput(PlainAOTOutput(8)))
+        if transposed:
+            gradient = joint.call(aten._grouped_mm.default, joint.call(aten.t.default, x), gy, offsets)
+        else:
+            turned = joint.call(aten._grouped_mm.default, joint.call(aten.t.default, x), gy, offsets)
+            gradient = joint.call(aten.transpose.int, turned, 1, 2)
+        seen = self.check(model, weight, gradient)
+        assert seen.activation_is_lhs == transposed
+        assert torch.equal(seen.offsets, self.ENDS)
+
+    def test_a_batched_product(self, model: Model, joint: "Joint") -> None:
+        weight = model.weight(3, N, M)
+        x = joint.input("primals_8", torch.randn(3, T, N), PlainAOTInput(8))
+        gy = joint.input("tangents_8", torch.randn(3, T, M), TangentAOTInput(PlainAOTOutput(8)))
+        seen = self.check(model, weight, joint.call(aten.bmm.default, joint.call(aten.transpose.int, x, 1, 2), gy))
+        assert seen.activation_is_lhs
+        assert seen.offsets.tolist() == [T, 2 * T, 3 * T]
+
+    def test_the_gradient_of_the_input_is_computed_alone(self, model: Model, joint: "Joint") -> None:
+        import transformers.integrations.moe  # noqa: F401  its operators exist once it is imported
+
+        weight = model.weight(3, 16, 8)
+        x = joint.input("primals_8", torch.randn(8, 16), PlainAOTInput(8))
+        offsets = joint.input("primals_9", self.ENDS, PlainAOTInput(9))
+        gy = joint.input("tangents_8", torch.randn(8, 8), TangentAOTInput(PlainAOTOutput(8)))
+        both = joint.call(torch.ops.transformers.grouped_mm_fallback_backward.default, x, weight, offsets, gy)
+        gradients = [joint.call(operator.getitem, both, at) for at in (0, 1)]
+        model.returns(weight, gradients[1])
+        joint.forward.append(gradients[0])
+        joint.output(*model.results, descs=model.descs)
+        dense, wanted = joint.run()
+        assert model.rewrite() == 1
+        (zero, found), [seen] = model.observed()
+        torch.testing.assert_close(found, wanted)
+        assert not zero.any()
+        assert torch.ops.transformers.grouped_mm_fallback_backward.default not in joint.targets()
+        torch.testing.assert_close(seen.lhs[3:].t() @ seen.rhs[3:], dense[2])
 
 
 class TestShows:

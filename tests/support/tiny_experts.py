@@ -9,6 +9,8 @@ from transformers import (
     Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -16,7 +18,7 @@ from transformers import (
 
 VOCABULARY = 64
 EXPERTS = 4
-MIXTURES = ("qwen3-moe", "mixtral", "gpt-oss", "llama4")
+MIXTURES = ("qwen3-moe", "mixtral", "olmoe", "gpt-oss", "llama4")
 
 
 def tiny_mixture(architecture: str, *, layers: int = 1, implementation: str = "grouped_mm") -> PreTrainedModel:
@@ -36,6 +38,8 @@ def tiny_mixture(architecture: str, *, layers: int = 1, implementation: str = "g
     if architecture == "qwen3-moe":
         config = Qwen3MoeConfig(**sizes, moe_intermediate_size=48, num_experts=EXPERTS, num_experts_per_tok=2)
         model = Qwen3MoeForCausalLM(config)
+    elif architecture == "olmoe":
+        model = OlmoeForCausalLM(OlmoeConfig(**sizes, num_experts=EXPERTS, num_experts_per_tok=2, pad_token_id=0))
     elif architecture == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**sizes, **chosen))
     elif architecture == "gpt-oss":

@@ -132,9 +132,9 @@ class Fan:
             for name in weights
         }
 
-    def update(self, name: str, inputs: Tensor, output_gradients: Tensor) -> None:
+    def update(self, name: str, inputs: Tensor, output_gradients: Tensor, offsets: Tensor | None) -> None:
         for one in self.each.values():
-            one.update(name, inputs, output_gradients)
+            one.update(name, inputs, output_gradients, offsets)
 
     def end_batch(self) -> None:
         for one in self.each.values():

@@ -103,7 +103,7 @@ class TestGoingOn:
     ) -> None:
         updates: list[int] = []
         update = Kfac.update
-        monkeypatch.setattr(Kfac, "update", lambda self, x, gy: (updates.append(1), update(self, x, gy))[1])
+        monkeypatch.setattr(Kfac, "update", lambda self, *given: (updates.append(1), update(self, *given))[1])
         trace(batches(), interrupted)
         assert len(updates) == 2 * (8 - 4)
 

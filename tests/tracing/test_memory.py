@@ -105,16 +105,19 @@ def test_a_trace_that_may_not_fit_runs_with_a_warning(
     assert "may not fit" in caplog.text
 
 
+@pytest.mark.parametrize("experts", [1, 4])
 @pytest.mark.parametrize("score", ["gain", "greedy", "paper"])
-def test_scoring_takes_no_more_than_estimated(score: Any) -> None:
-    model = nn.Sequential(nn.Linear(600, 900, bias=False))
-    weights = dict(model.named_parameters())
+def test_scoring_takes_no_more_than_estimated(score: Any, experts: int) -> None:
+    weights = {"0.weight": torch.empty(900, 600) if experts == 1 else torch.empty(experts, 480, 600)}
     config = SylvaConfig(score=score, block_size=32)
     held = Estimators(specs_of(weights), config)
-    held.update("0.weight", torch.randn(50, 600), torch.randn(50, 900))
+    ends = torch.arange(1, experts + 1, dtype=torch.int32) * 50
+    rows = 900 if experts == 1 else 480
+    held.update("0.weight", torch.randn(50 * experts, 600), torch.randn(50 * experts, rows), ends)
+    grid = torch.ones(-(-experts * rows // 32), 19, dtype=torch.bool)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         if score == "greedy":
-            held.take_greedy_map("0.weight", 20, torch.ones(29, 19, dtype=torch.bool))
+            held.take_greedy_map("0.weight", 20, grid)
         else:
             held.take_scores("0.weight")
     level = peak = 0

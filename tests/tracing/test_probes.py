@@ -24,7 +24,7 @@ def test_a_compiled_pass_shows_the_operands_of_frozen_weights() -> None:
     twin.requires_grad_(True)(x).square().sum().backward()
     weights, seen = weights_of(model), {}
 
-    def listen(leaf, lhs, rhs, activation_is_lhs) -> None:  # type: ignore[no-untyped-def]
+    def listen(leaf, lhs, rhs, activation_is_lhs, offsets) -> None:  # type: ignore[no-untyped-def]
         seen[leaf.data_ptr()] = lhs.t() @ rhs
 
     with probes(model, weights) as leaves, observing(listen):

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -232,3 +234,36 @@ def test_scores_are_left_as_they_are() -> None:
     before = scores["layer0"].clone()
     select_blocks(scores, budget(0.8, column_budget=0.5), specs_of(scores))
     assert torch.equal(scores["layer0"], before)
+
+
+class TestExpertBudget:
+    """Four experts of 3 x 2 blocks."""
+
+    SCORES: ClassVar = {"w": torch.arange(24.0).view(12, 2), "linear": torch.arange(24.0).view(12, 2)}
+    SPECS: ClassVar = specs_of({"w": torch.empty(4, 24, 16), "linear": torch.empty(96, 16)})
+
+    def test_each_expert_gets_the_same_number(self) -> None:
+        config = SylvaConfig(sparsity=0.7, block_size=8, expert_budget="expert")
+        chosen = select_blocks(self.SCORES, config, self.SPECS)
+        assert chosen["w"].view(4, 6).tolist() == [[False] * 4 + [True] * 2] * 4
+        # Other weights have no experts.
+        assert chosen["linear"].flatten().nonzero().flatten().tolist() == list(range(17, 24))
+
+    def test_one_block_at_least(self) -> None:
+        config = SylvaConfig(sparsity=0.99, block_size=8, expert_budget="expert")
+        assert select_blocks(self.SCORES, config, self.SPECS)["w"].view(4, 6).sum(1).tolist() == [1] * 4
+
+    def test_inside_of_the_columns_of_a_budget(self) -> None:
+        config = SylvaConfig(sparsity=0.5, block_size=8, expert_budget="expert", column_budget=0.5)
+        chosen = select_blocks({"w": self.SCORES["w"]}, config, self.SPECS)["w"]
+        assert chosen.view(4, 3, 2).sum((1, 2)).tolist() == [3] * 4 and chosen.any(0).sum() == 1
+
+    def test_a_choice_gets_a_multiple_of_the_experts(self) -> None:
+        counts = []
+
+        def choose(name: str, count: int, allowed: Tensor) -> Tensor:
+            counts.append((name, count))
+            return allowed
+
+        select_blocks(self.SCORES, SylvaConfig(sparsity=0.7, block_size=8, expert_budget="expert"), self.SPECS, choose)
+        assert counts == [("w", 8), ("linear", 7)]

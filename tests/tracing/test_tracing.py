@@ -42,9 +42,9 @@ class TestWhatIsSeen:
         seen: dict[tuple[int, int], Tensor] = {}
         update = Kfac.update
 
-        def record(self: Kfac, inputs: Tensor, gradients: Tensor) -> None:
+        def record(self: Kfac, inputs: Tensor, gradients: Tensor, offsets: Tensor | None) -> None:
             seen[tuple(self.gradient.shape)] = gradients.t() @ inputs
-            update(self, inputs, gradients)
+            update(self, inputs, gradients, offsets)
 
         monkeypatch.setattr(Kfac, "update", record)
         sylva_compile.trace_and_mask(model, data, method="kfac", loss_fn=regression, **OPTIONS)
