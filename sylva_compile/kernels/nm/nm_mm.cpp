@@ -3,8 +3,8 @@
 // A task multiplies a run of rows by a panel of tokens. The panel is a copy of x in which the tokens of one column lie
 // side by side, so that an element of W multiplies whole vectors of tokens: one load a vector, no gather. Several rows
 // are multiplied at a time: with that many sums on their way, a load from the second-level cache is not waited for.
-// N:M sparsity spreads the columns of a row evenly, so a run of a row's elements reads a run of the panel's columns.
-// Long rows are cut into such runs, which stay in the second-level cache.
+// Long rows are cut into runs, whose columns of the panel stay in the second-level cache. The codes of a few rows are unpacked
+// into the first-level cache right before those rows are multiplied, and serve all tokens of a panel.
 //
 // One token alone has no panel: rows are multiplied by x as it is.
 //
@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -28,7 +27,6 @@ constexpr int LANES = 8, SUMS = 12;
 constexpr int WIDEST = 4;   // vectors of tokens of a panel
 constexpr int HIGHEST = 8;  // rows multiplied at a time
 constexpr int CHUNK = 96;   // rows whose sums stay in the first-level cache until they are stored
-constexpr int RUN = 1024;   // columns of a panel that stay in the second-level cache
 constexpr int SHARE = 4;    // tasks for each thread, where the tokens alone do not give as many
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
@@ -37,9 +35,15 @@ typedef int32_t Order __attribute__((vector_size(LANES * sizeof(int32_t))));
 struct Problem {
     const float* x;
     int64_t tokens, in_features, token_stride, column_stride;
-    const float* values;  // [rows, per_row]
-    int64_t rows, per_row;
+    const float* values;   // [rows, per_row]
+    const uint8_t* codes;  // [rows, bytes_per_row]
+    int64_t rows, per_row, bytes_per_row;
+    const Pattern& pattern;
     float* out;  // [tokens, rows]
+
+    const uint8_t* codes_at(int64_t row, int64_t run) const {
+        return codes + row * bytes_per_row + run * pattern.bytes(pattern.values_of_run());
+    }
 };
 
 struct Release {
@@ -108,22 +112,39 @@ void load_panel(const Problem& p, int64_t token, int64_t used, float* panel) {
     }
 }
 
-// sums[ROWS][VECTORS * LANES] (+)= `count` elements of ROWS rows of W times the panel.
+// The codes of a run of some rows, a byte each. The distance of rows is known to the compiler, which then needs one
+// address for all of them, and no power of two.
+struct Codes {
+    static constexpr int64_t STRIDE = RUN + 64;
+    uint8_t at[HIGHEST * STRIDE];
+
+    // Returns whether all codes are below m.
+    template <int ROWS>
+    bool unpack(const Problem& p, const uint8_t* packed, int64_t count) {
+        bool inside = true;
+        for (int r = 0; r < ROWS; ++r) inside &= p.pattern.unpack(packed + r * p.bytes_per_row, count, at + r * STRIDE);
+        return inside;
+    }
+};
+
+// sums[ROWS][VECTORS * LANES] (+)= `count` elements of ROWS rows of W times a run of the panel.
 // Inlined into the loops around it, it would lose its addresses to the stack.
-template <int VECTORS, int ROWS, typename C>
-__attribute__((noinline)) void multiply(const float* panel, const float* values, const C* columns, int64_t per_row, int64_t count, float* sums,
-              bool add) {
+template <int VECTORS, int ROWS>
+__attribute__((noinline)) void multiply(const float* panel, const float* values, int64_t per_row,
+                                        const uint16_t* first, const Codes& codes, int64_t count, float* sums,
+                                        bool add) {
     constexpr int WIDTH = VECTORS * LANES;
     Vector total[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) total[r][v] = Vector{};
-    for (int64_t e = 0; e < count; ++e)
+    for (int64_t e = 0; e < count; ++e) {
+        const float* group = panel + first[e] * WIDTH;
         for (int r = 0; r < ROWS; ++r) {
-            const int64_t column = columns[r * per_row + e];
-            const Vector* x = reinterpret_cast<const Vector*>(panel + column * WIDTH);
+            const Vector* x = reinterpret_cast<const Vector*>(group + codes.at[r * Codes::STRIDE + e] * WIDTH);
             const float value = values[r * per_row + e];
             for (int v = 0; v < VECTORS; ++v) total[r][v] += value * x[v];
         }
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -145,14 +166,17 @@ inline float add_product(float total, float value, float x) {
 
 // out[ROWS] (+)= `count` elements of ROWS rows of W times the one token x. A vector of tokens would be empty but for one.
 // Elements are added in the order in which `multiply` adds them, so the result has the same bits.
-template <int ROWS, typename C>
-__attribute__((noinline)) void multiply_one(const float* x, const float* values, const C* columns, int64_t per_row,
-                                            int64_t count, float* out, bool add) {
+template <int ROWS>
+__attribute__((noinline)) void multiply_one(const float* x, const float* values, int64_t per_row,
+                                            const uint16_t* first, const Codes& codes, int64_t count, float* out,
+                                            bool add) {
     float total[ROWS] = {};
-    for (int64_t e = 0; e < count; ++e)
+    for (int64_t e = 0; e < count; ++e) {
+        const float* group = x + first[e];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
-            total[r] = add_product(total[r], values[r * per_row + e], x[columns[r * per_row + e]]);
+            total[r] = add_product(total[r], values[r * per_row + e], group[codes.at[r * Codes::STRIDE + e]]);
+    }
     for (int r = 0; r < ROWS; ++r) out[r] = add ? out[r] + total[r] : total[r];
 }
 
@@ -174,50 +198,35 @@ void store(const Problem& p, const float* sums, int64_t row, int64_t rows, int64
         }
 }
 
-template <typename C>
-bool any_outside(const C* columns, int64_t count, int64_t in_features) {
-    // Compared in the type of the columns, many at a time.
-    const C last = static_cast<C>(std::min<int64_t>(in_features - 1, std::numeric_limits<C>::max()));
-    C outside = 0;
-    for (int64_t e = 0; e < count; ++e) outside |= (columns[e] < 0) | (columns[e] > last);
-    return outside != 0;
-}
-
-// Returns the number of elements of a row that are multiplied at a time.
-int64_t length_of_run(const Problem& p) {
-    const int64_t runs = (p.in_features + RUN - 1) / RUN;
-    return (p.per_row + runs - 1) / runs;
-}
-
-// Computes rows first..last of W for `used` tokens from `token` on. Returns false if a column lies outside of W.
-template <int VECTORS, typename C>
-bool multiply_rows(const Problem& p, const C* columns, const float* panel, int64_t token, int64_t used, int64_t first,
-                   int64_t last, float* sums) {
+// Computes rows first..last of W for `used` tokens from `token` on. Returns false if a code is m or more.
+template <int VECTORS>
+bool multiply_rows(const Problem& p, const float* panel, int64_t token, int64_t used, int64_t first, int64_t last,
+                   float* sums) {
     constexpr int WIDTH = VECTORS * LANES, ROWS = std::min(SUMS / VECTORS, HIGHEST);
-    const int64_t length = length_of_run(p);
+    const int64_t length = p.pattern.values_of_run(), width = p.pattern.columns_of_run() * WIDTH;
+    Codes codes;
     for (int64_t row = first; row < last; row += CHUNK) {
         const int64_t rows = std::min<int64_t>(CHUNK, last - row);
-        // Checked here, and not before, so that threads wait for each other once alone.
-        if (any_outside(columns + row * p.per_row, rows * p.per_row, p.in_features)) return false;
-        for (int64_t e = 0; e < p.per_row; e += length) {
+        for (int64_t e = 0, run = 0; e < p.per_row; e += length, ++run) {
             const int64_t count = std::min(length, p.per_row - e);
-            const float* values = p.values + row * p.per_row + e;
-            const C* at = columns + row * p.per_row + e;
+            const auto multiply_some = [&](auto some, int64_t r) {
+                if (!codes.unpack<some()>(p, p.codes_at(row + r, run), count)) return false;
+                multiply<VECTORS, some()>(panel + run * width, p.values + (row + r) * p.per_row + e, p.per_row,
+                                          p.pattern.first, codes, count, sums + r * WIDTH, e > 0);
+                return true;
+            };
             int64_t r = 0;
             for (; r + ROWS <= rows; r += ROWS)
-                multiply<VECTORS, ROWS>(panel, values + r * p.per_row, at + r * p.per_row, p.per_row, count,
-                                        sums + r * WIDTH, e > 0);
+                if (!multiply_some(std::integral_constant<int, ROWS>(), r)) return false;
             for (; r < rows; ++r)
-                multiply<VECTORS, 1>(panel, values + r * p.per_row, at + r * p.per_row, p.per_row, count,
-                                     sums + r * WIDTH, e > 0);
+                if (!multiply_some(std::integral_constant<int, 1>(), r)) return false;
         }
         store<VECTORS>(p, sums, row, rows, token, used);
     }
     return true;
 }
 
-template <typename C>
-int compute_one(const Problem& p, const C* columns, int threads) {
+int compute_one(const Problem& p, int threads) {
     constexpr int ROWS = HIGHEST;
     const Memory copy = p.column_stride == 1 ? Memory() : allocate(p.in_features);
     if (p.column_stride != 1) {
@@ -225,35 +234,34 @@ int compute_one(const Problem& p, const C* columns, int threads) {
         for (int64_t i = 0; i < p.in_features; ++i) copy[i] = p.x[i * p.column_stride];
     }
     const float* x = p.column_stride == 1 ? p.x : copy.get();
-    const int64_t chunks = (p.rows + CHUNK - 1) / CHUNK, length = length_of_run(p);
+    const int64_t chunks = (p.rows + CHUNK - 1) / CHUNK;
+    const int64_t length = p.pattern.values_of_run(), width = p.pattern.columns_of_run();
     int failed = 0;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) reduction(| : failed) schedule(static)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        Codes codes;
         const int64_t first = chunk * CHUNK, last = std::min(first + CHUNK, p.rows);
-        if (any_outside(columns + first * p.per_row, (last - first) * p.per_row, p.in_features)) {
-#pragma omp atomic write
-            failed = 1;
-            continue;
-        }
         for (int64_t row = first; row < last; row += ROWS)
-            for (int64_t e = 0; e < p.per_row; e += length) {
-                const int64_t count = std::min(length, p.per_row - e), at = row * p.per_row + e;
-                const bool add = e > 0;
-                if (row + ROWS <= last) {
-                    multiply_one<ROWS>(x, p.values + at, columns + at, p.per_row, count, p.out + row, add);
-                    continue;
-                }
-                for (int64_t r = 0; r < last - row; ++r)
-                    multiply_one<1>(x, p.values + at + r * p.per_row, columns + at + r * p.per_row, p.per_row, count,
-                                    p.out + row + r, add);
+            for (int64_t e = 0, run = 0; e < p.per_row; e += length, ++run) {
+                const int64_t count = std::min(length, p.per_row - e);
+                const auto multiply_some = [&](auto some, int64_t r) {
+                    if (codes.unpack<some()>(p, p.codes_at(r, run), count))
+                        multiply_one<some()>(x + run * width, p.values + r * p.per_row + e, p.per_row, p.pattern.first,
+                                             codes, count, p.out + r, e > 0);
+                    else
+                        failed = 1;
+                };
+                if (row + ROWS <= last)
+                    multiply_some(std::integral_constant<int, ROWS>(), row);
+                else
+                    for (int64_t r = row; r < last; ++r) multiply_some(std::integral_constant<int, 1>(), r);
             }
     }
     return failed;
 }
 
-template <typename C>
-int compute(const Problem& p, const C* columns, int threads) {
-    if (p.tokens == 1) return compute_one(p, columns, threads);
+int compute(const Problem& p, int threads) {
+    if (p.tokens == 1) return compute_one(p, threads);
     constexpr int64_t WIDTH = WIDEST * LANES;
     int failed = 0;
     const int64_t panels = (p.tokens + WIDTH - 1) / WIDTH, chunks = (p.rows + CHUNK - 1) / CHUNK;
@@ -280,7 +288,7 @@ int compute(const Problem& p, const C* columns, int threads) {
             const auto run = [&](auto vectors) {
                 if (loaded != token) load_panel<vectors()>(p, token, used, panel.get());
                 loaded = token;
-                if (!multiply_rows<vectors()>(p, columns, panel.get(), token, used, first, last, sums.get())) {
+                if (!multiply_rows<vectors()>(p, panel.get(), token, used, first, last, sums.get())) {
 #pragma omp atomic write
                     failed = 1;
                 }
@@ -297,13 +305,13 @@ int compute(const Problem& p, const C* columns, int threads) {
 
 }  // namespace
 
-// out [tokens, rows] = x [tokens, in_features] * W^T. values and columns: [rows, per_row], contiguous; columns are
-// int16, or int32 if `wide`, each once in a row. No size is zero.
-// Returns 0; 1 if a column lies outside of W; 2 if there is not enough memory.
+// out [tokens, rows] = x [tokens, in_features] * W^T. values [rows, per_row] and codes [rows, bytes of per_row codes] are
+// contiguous. No size is zero. Returns 0; 1 if a column lies outside of its group; 2 if there is not enough memory.
 extern "C" int sylva_nm_mm(const float* x, int64_t tokens, int64_t in_features, int64_t token_stride,
-                           int64_t column_stride, const float* values, const void* columns, int wide, int64_t rows,
-                           int64_t per_row, int threads, float* out) {
-    const Problem p{x, tokens, in_features, token_stride, column_stride, values, rows, per_row, out};
-    return wide ? compute(p, static_cast<const int32_t*>(columns), threads)
-                : compute(p, static_cast<const int16_t*>(columns), threads);
+                           int64_t column_stride, const float* values, const uint8_t* codes, int n, int m,
+                           int64_t rows, int64_t per_row, int threads, float* out) {
+    const Pattern pattern(n, m);
+    return compute({x, tokens, in_features, token_stride, column_stride, values, codes, rows, per_row,
+                    pattern.bytes(per_row), pattern, out},
+                   threads);
 }
