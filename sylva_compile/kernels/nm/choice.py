@@ -104,8 +104,8 @@ def choose_kernel(
 
 
 def _on_cpu(product: Product) -> Choice:
-    if product.dtype != torch.float32:
-        return Choice("dense", f"{_name(product.dtype)} has no sparse kernel on the CPU, float32 has")
+    if product.dtype not in cpu.DTYPES:
+        return Choice("dense", f"{_name(product.dtype)} has no sparse kernel on the CPU, float32 and bfloat16 have")
     if not cpu.is_compiled():
         return Choice("dense", "there is no C++ compiler")
     if product.tokens * product.rows * product.per_row < _SMALL:

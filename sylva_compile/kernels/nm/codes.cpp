@@ -51,7 +51,7 @@ struct Pattern {
                 const uint32_t b = packed[i];
                 reinterpret_cast<Four*>(room)[i] = (b | b << 6 | b << 12 | b << 18) & 0x03030303;
             }
-        // The bits of such an m leave no room for a wrong code.
+        // The bits of a full m leave no room for a wrong code.
         return m == 1 << bits || largest(room, count) < m;
     }
 

@@ -1,4 +1,4 @@
-"""Products with an N:M sparse matrix on the CPU: a compiled kernel for float32, and one by way of the dense matrix."""
+"""Products with an N:M sparse matrix on the CPU: a compiled kernel, and one by way of the dense matrix."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,17 @@ from sylva_compile.kernels.nm import libraries
 from sylva_compile.kernels.nm.places import dense_matrix
 
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""Dtypes of the compiled kernel, which adds in float32."""
+
+
 def is_compiled() -> bool:
     """Return whether this machine has the compiled kernel; the first call compiles it or loads it from the cache."""
     return libraries.products() is not None
 
 
 def sparse_product(x: Tensor, values: Tensor, codes: Tensor, n: int, m: int) -> Tensor:
-    """Return `x · Wᵀ` by the compiled kernel; shapes as in `sylva_compile.kernels.nm_mm`, all of float32.
+    """Return `x · Wᵀ` by the compiled kernel; shapes as in `sylva_compile.kernels.nm_mm`, all of one of DTYPES.
 
     The result is the same, bit for bit, for any number of threads, and for a token whichever others are in `x`.
 
@@ -32,7 +36,7 @@ def sparse_product(x: Tensor, values: Tensor, codes: Tensor, n: int, m: int) -> 
     values, codes = values.contiguous(), codes.contiguous()
     out = torch.empty((tokens, rows), dtype=x.dtype, device="cpu")
     failed = library.sylva_nm_mm(
-        *(x.data_ptr(), tokens, in_features, *x.stride()),
+        *(x.element_size(), x.data_ptr(), tokens, in_features, *x.stride()),
         *(values.data_ptr(), codes.data_ptr(), n, m, rows, per_row),
         *(libraries.threads_for_products(tokens * rows * per_row), out.data_ptr()),
     )

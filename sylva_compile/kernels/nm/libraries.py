@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 PRODUCTS_PER_THREAD, MOVES_PER_THREAD = 1 << 20, 1 << 16
 """Products of two elements, and elements that are moved, that are worth waking up a thread."""
 
+_PARTS = {"nm_mm.cpp": ("codes.cpp", "vectors.cpp"), "places.cpp": ("codes.cpp",)}
+"""What stands before a library's own source."""
+
 _SIZE, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 
 
@@ -25,7 +28,7 @@ def products() -> ctypes.CDLL | None:
     library = _load("nm_mm.cpp")
     if library is not None:
         library.sylva_nm_mm.argtypes = [
-            *(_POINTER, _SIZE, _SIZE, _SIZE, _SIZE),
+            *(_INT, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE),
             *(_POINTER, _POINTER, _INT, _INT, _SIZE, _SIZE),
             *(_INT, _POINTER),
         ]
@@ -51,8 +54,8 @@ def places() -> ctypes.CDLL | None:
 
 
 def source(name: str) -> str:
-    """Return the source of a library, with that of codes before it."""
-    return "".join(Path(__file__).with_name(each).read_text() for each in ("codes.cpp", name))
+    """Return the source of a library, with the parts that it begins with."""
+    return "".join(Path(__file__).with_name(part).read_text() for part in (*_PARTS[name], name))
 
 
 def threads_for_products(count: int) -> int:

@@ -1,5 +1,5 @@
-// Moves values between the places of N:M sparse matrices and dense ones, on the CPU. No number is computed: elements are
-// bits, 2, 4 or 8 bytes wide.
+// Moves values between the places of N:M sparse matrices and dense ones, on the CPU. No number is computed: elements
+// are bits, 2, 4 or 8 bytes wide.
 
 #include <algorithm>
 #include <cstdint>
@@ -19,8 +19,8 @@ struct Sizes {
     int threads;
 };
 
-// Calls `act(e, column)` for `count` values of a row, whose first code begins a byte. Codes are below m. N is n, or 0 where
-// it is not known when this is compiled, or groups do not fill a byte.
+// Calls `act(e, column)` for `count` values of a row, whose first code begins a byte. Codes are below m. N is n, or 0
+// where it is not known when this is compiled, or groups do not fill a byte.
 template <int BITS, int N, typename F>
 inline void each_column(const Pattern& pattern, const uint8_t* codes, int64_t count, F act) {
     constexpr int EACH = 8 / BITS, MASK = (1 << BITS) - 1;
@@ -85,7 +85,8 @@ template <int BITS, int N, typename T>
 int transpose(const Pattern& pattern, const T* values, const uint8_t* codes, const uint8_t* second, int64_t kept,
               const Sizes& s, T* out) {
     const int64_t bytes = pattern.bytes(s.per_row), second_bytes = pattern.bytes(kept);
-    if (pattern.any_outside(codes, s.rows * bytes) || pattern.any_outside(second, s.in_features * second_bytes)) return 1;
+    if (pattern.any_outside(codes, s.rows * bytes)) return 1;
+    if (pattern.any_outside(second, s.in_features * second_bytes)) return 1;
     const int64_t groups = pattern.groups_of(LINE / sizeof(T)), width = groups * pattern.m, across = groups * pattern.n;
     const int64_t tall = pattern.groups_of(TILE), height = tall * pattern.m, down = tall * pattern.n;
     const int64_t tiles = (s.rows + height - 1) / height;
@@ -102,14 +103,15 @@ int transpose(const Pattern& pattern, const T* values, const uint8_t* codes, con
             const int64_t top = at * height, rows = std::min(height, s.rows - top);
             const int64_t place = at * down, places = std::min(down, kept - place);
             for (int64_t left = 0, start = 0; left < s.in_features; left += width, start += across) {
-                const int64_t used = std::min(across, s.per_row - start), columns = std::min(width, s.in_features - left);
+                const int64_t used = std::min(across, s.per_row - start);
+                const int64_t columns = std::min(width, s.in_features - left);
                 std::fill_n(tile.get(), rows * width, T(0));
                 for (int64_t row = 0; row < rows; ++row) {
                     const T* from = values + (top + row) * s.per_row + start;
                     T* to = tile.get() + row * width;
                     __builtin_prefetch(from + across);
                     each_column<BITS, N>(pattern, codes + (top + row) * bytes + pattern.bytes(start), used,
-                                      [=](int64_t e, int64_t column) { to[column] = from[e]; });
+                                         [=](int64_t e, int64_t column) { to[column] = from[e]; });
                 }
                 for (int64_t column = 0; column < columns; ++column) {
                     const T* from = tile.get() + column;
@@ -117,7 +119,8 @@ int transpose(const Pattern& pattern, const T* values, const uint8_t* codes, con
                     const uint8_t* at = second + (left + column) * second_bytes + pattern.bytes(place);
                     __builtin_prefetch(to + AHEAD * kept, 1);
                     __builtin_prefetch(at + AHEAD * second_bytes);
-                    each_column<BITS, N>(pattern, at, places, [=](int64_t e, int64_t row) { to[e] = from[row * width]; });
+                    each_column<BITS, N>(pattern, at, places,
+                                         [=](int64_t e, int64_t row) { to[e] = from[row * width]; });
                 }
             }
         }
@@ -152,15 +155,15 @@ int by_type(int bytes, int n, int m, F run) {
 
 }  // namespace
 
-// All matrices are contiguous; elements are `bytes` wide; codes are n for each group of m. Each function returns 0; 1 if
-// a code is m or more, where nothing is read or written; 2 or more if there is not enough memory.
+// All matrices are contiguous; elements are `bytes` wide; codes are n for each group of m. Each function returns 0; 1
+// if a code is m or more, where nothing is read or written; 2 or more if there is not enough memory.
 
 extern "C" int sylva_nm_dense(int bytes, int n, int m, const void* values, const uint8_t* codes, int64_t rows,
                               int64_t per_row, int64_t in_features, int threads, void* out) {
     return by_type(bytes, n, m, [&](const Pattern& pattern, auto* element, auto bits, auto known) {
         typedef decltype(element) Elements;
         return fill<bits(), known()>(pattern, static_cast<Elements>(const_cast<void*>(values)), codes,
-                            {rows, per_row, in_features, threads}, static_cast<Elements>(out));
+                                     {rows, per_row, in_features, threads}, static_cast<Elements>(out));
     });
 }
 
@@ -169,7 +172,7 @@ extern "C" int sylva_nm_gather(int bytes, int n, int m, const void* matrix, cons
     return by_type(bytes, n, m, [&](const Pattern& pattern, auto* element, auto bits, auto known) {
         typedef decltype(element) Elements;
         return gather<bits(), known()>(pattern, static_cast<Elements>(const_cast<void*>(matrix)), codes,
-                              {rows, per_row, in_features, threads}, static_cast<Elements>(out));
+                                       {rows, per_row, in_features, threads}, static_cast<Elements>(out));
     });
 }
 
@@ -178,7 +181,7 @@ extern "C" int sylva_nm_transpose(int bytes, int n, int m, const void* values, c
                                   int64_t kept, int threads, void* out) {
     return by_type(bytes, n, m, [&](const Pattern& pattern, auto* element, auto bits, auto known) {
         typedef decltype(element) Elements;
-        return transpose<bits(), known()>(pattern, static_cast<Elements>(const_cast<void*>(values)), codes, second, kept,
-                                 {rows, per_row, in_features, threads}, static_cast<Elements>(out));
+        return transpose<bits(), known()>(pattern, static_cast<Elements>(const_cast<void*>(values)), codes, second,
+                                          kept, {rows, per_row, in_features, threads}, static_cast<Elements>(out));
     });
 }

@@ -72,13 +72,20 @@ def cases(draw: st.DrawFn) -> Case:
     tokens = draw(st.integers(0, 40) | st.sampled_from([63, 64, 65, 97, 130, 200]))
     layout, threads = draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from([1, 2]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    values, codes = nm_operand(rows, groups * m, n, m, torch.float32, generator)
-    return input_of(tokens, groups * m, torch.float32, layout, generator), values, codes, n, m, threads
+    dtype = draw(st.sampled_from(kernel.DTYPES))
+    values, codes = nm_operand(rows, groups * m, n, m, dtype, generator)
+    return input_of(tokens, groups * m, dtype, layout, generator), values, codes, n, m, threads
 
 
 def budget(x: Tensor, dense: Tensor) -> Tensor:
-    """The error of float32 that is allowed for each element: 2e-6 of the sum of absolute products."""
-    return 2e-6 * (x.double().abs() @ dense.abs().t()) + 1e-30
+    """The error that is allowed for each element of `x · denseᵀ`.
+
+    That of sums in float32 is 2e-6 of the sum of absolute products. Other dtypes round them once.
+    """
+    sums = 2e-6 * (x.double().abs() @ dense.abs().t()) + 1e-30
+    if x.dtype == torch.float32:
+        return sums
+    return sums + torch.finfo(x.dtype).eps / 2 * ((x.double() @ dense.t()).abs() + sums)
 
 
 @given(cases())
@@ -88,14 +95,17 @@ def test_equals_the_float64_product(case: Case) -> None:
     torch.set_num_threads(threads)
     dense = dense_twin(values, codes, n, m)
     torch.testing.assert_close(dense_matrix(values, codes, n, m).double(), dense, rtol=0.0, atol=0.0)
-    for found in (
-        nm_mm(x, values, codes, n, m, False),
-        kernel.sparse_product(x, values, codes, n, m),
-        kernel.dense_product(x, values, codes, n, m),
-        nm_mm_reference(x, values, codes, n, m, False),
+    exact, magnitude = x.double() @ dense.t(), x.double().abs() @ dense.abs().t()
+    # torch's own products may round as they add.
+    loose = max(4 * torch.finfo(x.dtype).eps, 2e-6) * magnitude + 1e-30
+    for found, allowed in (
+        (nm_mm(x, values, codes, n, m, False), budget(x, dense)),
+        (kernel.sparse_product(x, values, codes, n, m), budget(x, dense)),
+        (kernel.dense_product(x, values, codes, n, m), loose),
+        (nm_mm_reference(x, values, codes, n, m, False), loose),
     ):
-        assert found.shape == (len(x), len(values)) and found.is_contiguous()
-        assert bool(((found.double() - x.double() @ dense.t()).abs() <= budget(x, dense)).all())
+        assert found.shape == (len(x), len(values)) and found.is_contiguous() and found.dtype == x.dtype
+        assert bool(((found.double() - exact).abs() <= allowed).all())
 
 
 @given(cases())
@@ -103,11 +113,25 @@ def test_equals_the_float64_product(case: Case) -> None:
 def test_the_transposed_product_equals_the_float64_one(case: Case) -> None:
     _, values, codes, n, m, threads = case
     torch.set_num_threads(threads)
-    gradient = torch.randn(7, len(values), generator=torch.Generator().manual_seed(0))
+    gradient, values = torch.randn(7, len(values), generator=torch.Generator().manual_seed(0)), values.float()
     dense = dense_twin(values, codes, n, m)
     found = nm_mm(gradient, values, codes, n, m, True)
     assert found.shape == (7, dense.shape[1]) and found.is_contiguous()
     assert bool(((found.double() - gradient.double() @ dense).abs() <= budget(gradient, dense.t())).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+def test_bfloat16_is_the_float32_product_rounded_once(tokens: int) -> None:
+    """Products of bfloat16 are exact in float32, and sums are taken in the same order."""
+    generator = torch.Generator().manual_seed(0)
+    values, codes = nm_operand(101, 2100, 2, 4, torch.bfloat16, generator)
+    x = torch.randn(tokens, 2100, generator=generator).bfloat16()
+    x[0, :4] = torch.tensor([torch.inf, 1e38, -torch.inf, 3e38])
+    wide = kernel.sparse_product(x.float(), values.float(), codes, 2, 4)
+    found = kernel.sparse_product(x, values, codes, 2, 4)
+    assert wide[0].isnan().any() and wide[0].isinf().any()
+    assert torch.equal(found.isnan(), wide.isnan())
+    assert torch.equal(found.nan_to_num(0.0, 1.0, -1.0), wide.bfloat16().nan_to_num(0.0, 1.0, -1.0))
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
@@ -134,10 +158,11 @@ class TestBits:
                 found.append(kernel.sparse_product(x, values, codes, 2, 4))
             assert all(torch.equal(each, found[0]) for each in found)
 
-    def test_tokens_alone_and_together(self) -> None:
+    @pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
+    def test_tokens_alone_and_together(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
-        values, codes = nm_operand(130, 2100, 1, 4, torch.float32, generator)
-        x = torch.randn(100, 2100, generator=generator)
+        values, codes = nm_operand(130, 2100, 1, 4, dtype, generator)
+        x = torch.randn(100, 2100, generator=generator).to(dtype)
         together = kernel.sparse_product(x, values, codes, 1, 4)
         for size in (1, 17, 33):
             alone = torch.cat([kernel.sparse_product(some, values, codes, 1, 4) for some in x.split(size)])
@@ -274,10 +299,12 @@ def test_a_processor_with_narrower_vectors(monkeypatch: pytest.MonkeyPatch) -> N
     generator = torch.Generator().manual_seed(0)
     try:
         for tokens in (3, 11, 32, 77):
-            values, codes = nm_operand(101, 1200, 2, 4, torch.float32, generator)
-            x, dense = torch.randn(tokens, 1200, generator=generator), to_dense(values.double(), codes, 2, 4)
-            found = kernel.sparse_product(x, values, codes, 2, 4)
-            assert bool(((found.double() - x.double() @ dense.t()).abs() <= budget(x, dense)).all())
+            for dtype in kernel.DTYPES:
+                values, codes = nm_operand(101, 1200, 2, 4, dtype, generator)
+                x = torch.randn(tokens, 1200, generator=generator).to(dtype)
+                dense = to_dense(values.double(), codes, 2, 4)
+                found = kernel.sparse_product(x, values, codes, 2, 4)
+                assert bool(((found.double() - x.double() @ dense.t()).abs() <= budget(x, dense)).all())
     finally:
         forget()
 
