@@ -7,7 +7,6 @@ from sylva_compile.errors import NativeCompilerError
 from sylva_compile.kernels.nm import libraries
 from sylva_compile.kernels.nm.places import dense_matrix
 
-
 DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of the compiled kernel, which adds in float32."""
 
