@@ -2,6 +2,7 @@
 
     python -m benchmarks.slope                             prints the table and writes benchmarks/results/*.json
     python -m benchmarks.slope --device cuda --dtype bfloat16
+    python -m benchmarks.slope --clock cpu --threads 1     on a machine that others use as well
 
 The forward pass multiplies by an N:M sparse matrix and the input gradient by one that is pruned twice; the weight
 gradient is a dense product from which the kept places are gathered. A step is these three products and AdamW on the
@@ -94,16 +95,20 @@ class Layer:
         return nm_sample(gradient, x, self.codes, self.n, self.m)
 
 
-def medians(turns: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def medians(turns: dict[str, Callable[[], object]], repeats: int, device: str, clock: str = "wall") -> dict[str, float]:
     """Return the median milliseconds of each, taking turns, after one round that does not count."""
     found: dict[str, list[float]] = {name: [] for name in turns}
+    now = CLOCKS[clock]
     for _ in range(repeats + 1):
         for name, run in turns.items():
-            started = time.perf_counter()
+            started = now()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
-            found[name].append((time.perf_counter() - started) * 1e3)
+            found[name].append((now() - started) * 1e3)
     return {name: statistics.median(times[1:]) for name, times in found.items()}
 
 
@@ -128,7 +133,7 @@ def adam(values: Tensor) -> Callable[[Tensor], None]:
     return step
 
 
-def time_row(layer: Layer, tokens: int, threads: int, repeats: int, device: str) -> dict[str, Any]:
+def time_row(layer: Layer, tokens: int, threads: int, repeats: int, device: str, clock: str = "wall") -> dict[str, Any]:
     """Time one shape: milliseconds of dense and sparse products and steps, and their ratios."""
     torch.set_num_threads(threads)
     (inputs, outputs), dtype = layer.features, layer.values.dtype
@@ -166,7 +171,7 @@ def time_row(layer: Layer, tokens: int, threads: int, repeats: int, device: str)
         packed = cuda.compress(layer.values, layer.codes, layer.n, layer.m)
         check(nm_mm(x, *packed, layer.n, layer.m, False)[ends], x[ends].double() @ weight.double().t(), dtype)
         turns["forward compressed"] = lambda: nm_mm(x, *packed, layer.n, layer.m, False)
-    ms = medians(turns, repeats, device)
+    ms = medians(turns, repeats, device, clock)
     ratios = {name: ms[f"{name} dense"] / ms[f"{name} sparse"] for name in ("forward", "input", "step")}
     if "forward compressed" in ms:
         ratios["compressed"] = ms["forward dense"] / ms["forward compressed"]
@@ -196,10 +201,16 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="%(default)s")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="%(default)s")
     parser.add_argument("--dtype", default="float32", choices=list(ROUNDING), help="%(default)s")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: this process's time, on one thread (%(default)s)"
+    )
     parser.add_argument("--largest", type=float, default=math.inf, help="GFLOP of a dense product that is timed")
     parser.add_argument("--repeats", type=int, default=7, help="%(default)s")
     parser.add_argument("--no-write", action="store_true", help="print only")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.clock == "cpu" and (options.device != "cpu" or options.threads != [1]):
+        parser.error("--clock cpu adds up the time of all threads, and misses that of GPUs; use --threads 1.")
+    return options
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -211,7 +222,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         layer = Layer.random((outputs, inputs), n, m, getattr(torch, options.dtype), options.device)
         for tokens, threads in itertools.product(options.tokens, options.threads):
             if 2e-9 * tokens * inputs * outputs <= options.largest:
-                times.append(time_row(layer, tokens, threads, options.repeats, options.device))
+                times.append(time_row(layer, tokens, threads, options.repeats, options.device, options.clock))
     torch.set_num_threads(threads_before)
     shown = ["forward", "input", "step", *(["compressed"] if options.device == "cuda" else [])]
     print_table(
