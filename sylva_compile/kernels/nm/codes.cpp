@@ -36,8 +36,8 @@ struct Pattern {
     int64_t values_of_run() const { return groups * n; }
     int64_t bytes(int64_t values) const { return (values * bits + 7) / 8; }
 
-    // Writes the codes of `count` values, a byte each, and all codes of the last byte. Returns whether all are below m.
-    bool unpack(const uint8_t* __restrict packed, int64_t count, uint8_t* __restrict room) const {
+    // Writes the codes of `count` values, a byte each, and all codes of the last byte.
+    void unpack(const uint8_t* __restrict packed, int64_t count, uint8_t* __restrict room) const {
         const int64_t size = bytes(count);
         if (bits == 8)
             std::copy_n(packed, size, room);
@@ -51,25 +51,16 @@ struct Pattern {
                 const uint32_t b = packed[i];
                 reinterpret_cast<Four*>(room)[i] = (b | b << 6 | b << 12 | b << 18) & 0x03030303;
             }
-        // The bits of a full m leave no room for a wrong code.
-        return m == 1 << bits || largest(room, count) < m;
-    }
-
-    static uint8_t largest(const uint8_t* codes, int64_t count) {
-        uint8_t found = 0;
-        for (int64_t i = 0; i < count; ++i) found = std::max(found, codes[i]);
-        return found;
     }
 
     // Returns whether one of the codes in some bytes is m or more.
     bool any_outside(const uint8_t* packed, int64_t size) const {
         if (m == 1 << bits) return false;
-        if (bits == 8) return largest(packed, size) >= m;
         const uint8_t mask = (1 << bits) - 1;
         uint8_t found = 0;
         for (int64_t i = 0; i < size; ++i) {
             const uint8_t lower = packed[i] & mask, upper = packed[i] >> 4 & mask;
-            found = std::max(found, std::max(lower, upper));
+            found = std::max(found, bits == 8 ? packed[i] : std::max(lower, upper));
             if (bits == 2) {
                 const uint8_t second = packed[i] >> 2 & mask, last = packed[i] >> 6;
                 found = std::max(found, std::max(second, last));

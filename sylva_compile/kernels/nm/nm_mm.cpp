@@ -88,13 +88,10 @@ struct Run {
     const float* values;
     int64_t stride;  // from the values of one row to those of the next one
 
-    // Returns whether all codes are below m.
     template <int ROWS, typename Element>
-    bool load_rows(const Problem<Element>& p, int64_t row, int64_t run, int64_t count) {
+    void load_rows(const Problem<Element>& p, int64_t row, int64_t run, int64_t count) {
         const uint8_t* packed = p.codes_at(row, run);
-        bool inside = true;
-        for (int r = 0; r < ROWS; ++r)
-            inside &= p.pattern.unpack(packed + r * p.bytes_per_row, count, codes + r * STRIDE);
+        for (int r = 0; r < ROWS; ++r) p.pattern.unpack(packed + r * p.bytes_per_row, count, codes + r * STRIDE);
         const Element* from = p.values + row * p.per_row + run * p.pattern.values_of_run();
         if constexpr (std::is_same<Element, float>::value) {
             values = from;
@@ -105,7 +102,6 @@ struct Run {
             for (int r = 0; r < ROWS; ++r)
                 for (int64_t e = 0; e < count; ++e) room[r * STRIDE + e] = widen(from[r * p.per_row + e]);
         }
-        return inside;
     }
 };
 
@@ -191,19 +187,18 @@ bool multiply_rows(const Problem<Element>& p, const float* panel, int64_t token,
     Run loaded;
     for (int64_t row = first; row < last; row += CHUNK) {
         const int64_t rows = std::min<int64_t>(CHUNK, last - row);
+        // Checked here, and not before, so that threads wait for each other once alone.
+        if (p.pattern.any_outside(p.codes_at(row, 0), rows * p.bytes_per_row)) return false;
         for (int64_t run = 0; run * length < p.per_row; ++run) {
             const int64_t count = std::min(length, p.per_row - run * length);
             const auto multiply_some = [&](auto some, int64_t r) {
-                if (!loaded.load_rows<some()>(p, row + r, run, count)) return false;
+                loaded.load_rows<some()>(p, row + r, run, count);
                 multiply<VECTORS, some()>(panel + run * width, p.pattern.first, loaded, count, sums + r * WIDTH,
                                           run > 0);
-                return true;
             };
             int64_t r = 0;
-            for (; r + ROWS <= rows; r += ROWS)
-                if (!multiply_some(std::integral_constant<int, ROWS>(), r)) return false;
-            for (; r < rows; ++r)
-                if (!multiply_some(std::integral_constant<int, 1>(), r)) return false;
+            for (; r + ROWS <= rows; r += ROWS) multiply_some(std::integral_constant<int, ROWS>(), r);
+            for (; r < rows; ++r) multiply_some(std::integral_constant<int, 1>(), r);
         }
         store_sums<VECTORS>(p, sums, row, rows, token, used);
     }
@@ -227,16 +222,18 @@ int compute_one(const Problem<Element>& p, int threads) {
 #pragma omp parallel for num_threads(threads) reduction(| : failed) schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = block * ROWS, last = std::min(first + ROWS, p.rows);
+        if (p.pattern.any_outside(p.codes_at(first, 0), (last - first) * p.bytes_per_row)) {
+            failed = 1;
+            continue;
+        }
         Run loaded;
         float sums[ROWS] = {};
         for (int64_t run = 0; run * length < p.per_row; ++run) {
             const int64_t count = std::min(length, p.per_row - run * length);
             const auto multiply_some = [&](auto some, int64_t row) {
-                if (loaded.load_rows<some()>(p, row, run, count))
-                    multiply_one<some()>(x + run * p.pattern.columns_of_run(), p.pattern.first, loaded, count,
-                                         sums + row - first, run > 0);
-                else
-                    failed = 1;
+                loaded.load_rows<some()>(p, row, run, count);
+                multiply_one<some()>(x + run * p.pattern.columns_of_run(), p.pattern.first, loaded, count,
+                                     sums + row - first, run > 0);
             };
             if (last - first == ROWS)
                 multiply_some(std::integral_constant<int, ROWS>(), first);
