@@ -6,12 +6,12 @@ What a step allocates for activations depends on batch and sequences and is not 
 by the library's own `estimate`, from shapes alone.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.command import parser_of
+from benchmarks.model_shapes import DENSE, MODELS, Llama
 from benchmarks.report import markdown
 from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.weight_spec import WeightSpec
@@ -24,64 +24,6 @@ CARDS = (24, 48, 80)
 """GiB of memory of the cards in the table."""
 STATES = {"AdamW": 2, "Muon": 1, "Muon without momentum": 0}
 """Moments that an optimizer keeps of each trained value, float32 each."""
-
-
-@dataclass(frozen=True)
-class Llama:
-    """The shapes of a model of the Llama architecture, in bfloat16.
-
-    Attributes:
-        hidden, mlp: channels.
-        layers: decoder layers.
-        heads, key_value_heads: of attention.
-        head_dim: channels of a head.
-        vocabulary: tokens.
-        tied: whether the head shares the embeddings' weight.
-    """
-
-    hidden: int
-    mlp: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-
-    def layer(self) -> dict[str, tuple[int, int]]:
-        """Return the shapes of a layer's seven weights, outputs by inputs."""
-        queries, keys = self.heads * self.head_dim, self.key_value_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (queries, self.hidden),
-            "self_attn.k_proj": (keys, self.hidden),
-            "self_attn.v_proj": (keys, self.hidden),
-            "self_attn.o_proj": (self.hidden, queries),
-            "mlp.gate_proj": (self.mlp, self.hidden),
-            "mlp.up_proj": (self.mlp, self.hidden),
-            "mlp.down_proj": (self.hidden, self.mlp),
-        }
-
-    def weights(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Yield the name and shape of every weight in the default scope."""
-        for number in range(self.layers):
-            for name, shape in self.layer().items():
-                yield f"model.layers.{number}.{name}.weight", shape
-
-    def masked(self) -> int:
-        """Return the number of values in these weights."""
-        return sum(m * n for _, (m, n) in self.weights())
-
-    def parameters(self) -> int:
-        """Return the number of all values, norms included."""
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.masked() + (2 * self.layers + 1) * self.hidden
-
-
-MODELS = {
-    "Llama-3.2-1B": Llama(2048, 8192, 16, 32, 8, 64, 128256, tied=True),
-    "Llama-3-8B": Llama(4096, 14336, 32, 32, 8, 128, 128256, tied=False),
-    "Llama-3-70B": Llama(8192, 28672, 80, 64, 8, 128, 128256, tied=False),
-}
 
 
 @dataclass(frozen=True)
@@ -183,13 +125,16 @@ def nf4_bytes(values: int, *, double: bool) -> int:
 
 
 def quantised_table() -> str:
-    """Return the table of bytes in an NF4 base with double quantisation, by model and share of the blocks."""
+    """Return the table of bytes in an NF4 base with double quantisation, by model and share of the blocks.
+
+    The experts of a mixture are not packed.
+    """
     rows = []
     for name, model in MODELS.items():
         for sparsity in SPARSITIES:
             config = SylvaConfig(sparsity=sparsity)
-            trained, masked = trainable(model, config), model.masked()
-            packed = nf4_bytes(masked, double=True) + 2 * (model.parameters() - masked)
+            trained, masked, linear = trainable(model, config), model.masked(), model.linear()
+            packed = nf4_bytes(linear, double=True) + 2 * (model.parameters() - linear)
             total = packed + 4 * trained * (2 + STATES["AdamW"])
             left = (gib(card * GIB - total) if card * GIB > total else "–" for card in CARDS)
             rows.append([name, f"{1 - sparsity:.0%}", gib(packed), gib(total), *left, gib(2 * masked)])
@@ -200,7 +145,7 @@ def quantised_table() -> str:
 def trace_table() -> str:
     """Return the table of bytes of a trace, by model and score."""
     rows = []
-    for name, model in MODELS.items():
+    for name, model in DENSE.items():
         for score in ("greedy", "gain", "paper"):
             held = trace(model, SylvaConfig(score=score, gradient_device="cpu"))
             device = torch.device("cuda")

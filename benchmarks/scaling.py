@@ -35,7 +35,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.command import parser_of
-from benchmarks.memory_arithmetic import MODELS, Llama
+from benchmarks.model_shapes import DENSE, Llama
 from benchmarks.report import print_table, write_results
 from benchmarks.step import one_step, take_turns
 from benchmarks.variants import available, llama, variants
@@ -202,14 +202,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--block-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.98, help="(%(default)s)")
     parser.add_argument("--kept", help="take the compute of this result of benchmarks.step, times the layers")
-    parser.add_argument("--model", choices=list(MODELS), help="count a model in bfloat16; needs --step-ms")
+    parser.add_argument("--model", choices=list(DENSE), help="count a model in bfloat16; needs --step-ms")
     parser.add_argument("--step-ms", type=float, nargs=3, metavar=("FULL", "LORA", "BLOCKS"), help="compute, as given")
     options = parser.parse_args(argv)
     if (options.model is None) != (options.step_ms is None) or (options.model and options.kept):
         parser.error("give --model and --step-ms together, or --kept, or none of them")
     config = SylvaConfig(method="random", block_size=options.block_size, sparsity=options.sparsity)
     if options.model:
-        shapes, width, origin = MODELS[options.model], 2, "given, not measured"
+        shapes, width, origin = DENSE[options.model], 2, "given, not measured"
         compute = dict(zip(("full", "lora", "sylva"), options.step_ms, strict=True))
     elif options.kept:
         shapes, config, width, compute, origin = from_kept(options.kept, options.layers)

@@ -20,6 +20,10 @@ def test_several_ranks_train_like_one(tmp_path: Path, ranks: int) -> None:
     assert all("after, moving" in text for text in printed)
 
 
+def test_experts_that_are_left_out_of_it(tmp_path: Path) -> None:
+    assert all("trained" in text for text in two_ranks.run("experts_sharded.py", tmp_path))
+
+
 def test_ordinary_tensors_are_read_and_written_as_before() -> None:
     matrix = nn.Parameter(torch.randn(40, 56))
     positions = torch.tensor([[0, 2, 1], [3, 0, 1]])

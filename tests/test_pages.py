@@ -11,7 +11,7 @@ import pytest
 from pages import Block, run, runs_of, save_tiny_model
 
 import sylva_compile
-from benchmarks import memory_arithmetic
+from benchmarks import memory_arithmetic, model_shapes
 from sylva_compile.cli.main import build_parser
 
 ROOT = Path(__file__).parent.parent
@@ -166,7 +166,7 @@ def test_messages_that_are_explained_exist() -> None:
 
 def test_worked_numbers_of_the_memory_page() -> None:
     text = (DOCS / "memory.md").read_text()
-    model = memory_arithmetic.MODELS["Llama-3-8B"]
+    model = model_shapes.MODELS["Llama-3-8B"]
     config = sylva_compile.SylvaConfig(sparsity=0.95)
     found = memory_arithmetic.count(model, config, memory_arithmetic.STATES["AdamW"])
     for value in (model.parameters(), model.masked(), memory_arithmetic.trainable(model, config)):

@@ -154,7 +154,7 @@ class Grid:
         choose_by: "metric" or "loss", the validation result that chooses among them. Metrics of generated text waver
             too much on few examples to choose by.
         walk: whether a line tries the middle three of them first and goes on past the best one until that has tried
-            neighbours; otherwise every line tries all.
+            neighbours, and on both sides while all give one metric; otherwise every line tries all.
         seeds: runs with the first seed choose each method's learning rate; all seeds are then reported at that rate.
     """
 
@@ -243,7 +243,10 @@ class Grid:
         if wanted <= tried:
             rate = best_learning_rate([rows[runs[at].key()] for at in tried], self.choose_by)
             best = next(at for at in tried if runs[at].learning_rate == rate)
-            wanted |= {best - 1, best + 1} & set(range(len(runs)))
+            metrics = {rows[runs[at].key()]["result"]["validation"]["metric"] for at in tried}
+            # Where all rates give the same constant answer, none is the best, and others are on either side.
+            low, high = (min(tried), max(tried)) if self.choose_by == "metric" and len(metrics) == 1 else (best, best)
+            wanted |= {low - 1, high + 1} & set(range(len(runs)))
         return [runs[at] for at in sorted(wanted | tried)]
 
     def reported(self, group: Run, learning_rate: float) -> list[Run]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import sylva_compile
-from benchmarks.quality import layerwise, optimizers
+from benchmarks.quality import layerwise, lora_layers, optimizers
 from benchmarks.quality.optimizers import Groups, MakeOptimizer
 from benchmarks.quality.tasks import Batch, head_of, heads_of
 from benchmarks.quality.traces import PATTERNS, Scores, budget_elements, choose_once
@@ -151,7 +151,10 @@ def prepare_head(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
 
 
 def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted, traced: Traced, seed: int) -> Ready:
-    """Prepare PEFT's LoRA, rsLoRA, DoRA or SHiRA on every weight in scope, at the rank nearest to the budget."""
+    """Prepare PEFT's LoRA, rsLoRA, DoRA or SHiRA on every weight in scope, at the rank nearest to the budget.
+
+    With `policy`, the change of a few layers trains at a time.
+    """
     kind = options["kind"]
     weights = weights_in_scope(model, budget.scope)
     # LoRA adds r(m + n) elements per weight, SHiRA trains as many of the weight itself, DoRA adds m magnitudes more.
@@ -181,7 +184,18 @@ def prepare_peft(model: nn.Module, options: Mapping[str, Any], budget: Budgeted,
     for parameter in head:
         parameter.requires_grad_(True)
     make = optimizers.for_dense(model, options)
-    return Ready(wrapped, trained, lambda: _bytes([*trained, *head]), make)
+    schedules: list[lora_layers.LoraLayers] = []
+
+    def begin(batches: Sequence[Batch]) -> None:
+        # It leaves most of the change without a gradient, so it comes after the optimizer.
+        if "policy" in options:
+            schedules.append(lora_layers.LoraLayers(wrapped, options, seed, batches))
+
+    def after_step() -> None:
+        for schedule in schedules:
+            schedule.step()
+
+    return Ready(wrapped, trained, lambda: _bytes([*trained, *head]), make, begin=begin, after_step=after_step)
 
 
 class Adapter(nn.Module):
@@ -290,10 +304,10 @@ METHODS = {
     "badam": Method(prepare_layers, has_budget=False, options=layerwise.OPTIONS - {"layers"}),
     "lisa": Method(prepare_layers, has_budget=False, options=layerwise.OPTIONS),
     "head": Method(prepare_head, has_budget=False),
-    "lora": Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity"}),
-    "rslora": Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity"}),
-    "dora": Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity"}),
-    "shira": Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity"}),
+    **dict.fromkeys(
+        ("lora", "rslora", "dora", "shira"),
+        Method(prepare_peft, options=optimizers.OPTIONS | {"sparsity", *_OF_LAYERS}),
+    ),
     "adapter": Method(prepare_adapter),
     "blocks": Method(prepare_blocks, options=optimizers.OPTIONS | _OF_BLOCKS),
 }
@@ -311,8 +325,14 @@ def check_options(options: Mapping[str, Any]) -> str | None:
         return problem
     if kind in layerwise.KINDS and (problem := layerwise.check(options)):
         return problem
+    if problem := lora_layers.check(options):
+        return problem
     if not 0 < options.get("sparsity", 0.5) < 1:
         return f"sparsity={options['sparsity']}; use the share of the blocks that stay frozen, between 0 and 1"
+    if ("policy" in options) != ("fraction" in options):
+        return "policy and fraction belong together: which layers are drawn, and what share of them"
+    if "policy" in options and options["policy"] not in get_args(Policy):
+        return f"policy={options['policy']!r}; use one of {get_args(Policy)}"
     if kind == "blocks":
         allowed = {
             "trace": get_args(TraceMethod),
@@ -321,10 +341,7 @@ def check_options(options: Mapping[str, Any]) -> str | None:
             "allocation": get_args(Allocation),
             "choose": get_args(Choose),
             "carry": get_args(Carry),
-            "policy": get_args(Policy),
         }
-        if ("policy" in options) != ("fraction" in options):
-            return "policy and fraction belong together: which layers are drawn, and what share of them"
         if "every" not in options and (strange := {"choose", "temperature", "carry"} & options.keys()):
             return f"{min(strange)} is of blocks that move; give every, the number of steps between moves, too"
         if "trace" not in options:

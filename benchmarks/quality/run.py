@@ -36,7 +36,7 @@ from benchmarks.command import parser_of
 from benchmarks.peak import peak_above
 from benchmarks.quality.cost import beside_floor
 from benchmarks.quality.grid import Grid, Rowset, Run, Settings, best_learning_rate
-from benchmarks.quality.methods import METHODS, Budgeted
+from benchmarks.quality.methods import METHODS, Budgeted, Ready
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks import Batch, Data, Sizes, TaskError, head_of, on
 from benchmarks.quality.traces import Scores, block_scores
@@ -70,14 +70,10 @@ class Runner:
         torch.compiler.reset()
         data = self.data(run)
         model = self.model(run)
-        batches = [batch for epoch in range(settings.epochs) for batch in self.batches(run, 1000 * run.seed + epoch)]
+        batches = self.steps(run)
         floor = copy.deepcopy(model)
-        budget = Budgeted(settings.scope, run.options.get("sparsity", settings.sparsity), settings.block_size)
         weights = list(weights_in_scope(model, settings.scope).values())
-        torch.manual_seed(run.seed)
-        ready = METHODS[run.options["kind"]].prepare(
-            model, run.options, budget, lambda options: self.scores(run, options), run.seed
-        )
+        ready = self.prepare(run, model)
         if settings.compile != "none":
             backend: Any = (
                 sylva_compile.backend(ready.masks, inner=settings.compile)  # type: ignore[arg-type]
@@ -115,6 +111,18 @@ class Runner:
             "beside_floor": beside_floor(floor, ready, optimizer, few, warm_up)._asdict(),
             "seconds": time.perf_counter() - started,
         }
+
+    def prepare(self, run: Run, model: nn.Module) -> Ready:
+        """Prepare `model` for training by the method of `run`."""
+        settings = run.settings
+        budget = Budgeted(settings.scope, run.options.get("sparsity", settings.sparsity), settings.block_size)
+        torch.manual_seed(run.seed)
+        kind = METHODS[run.options["kind"]]
+        return kind.prepare(model, run.options, budget, lambda options: self.scores(run, options), run.seed)
+
+    def steps(self, run: Run) -> list[Batch]:
+        """Return the batch of every step of a run."""
+        return [batch for epoch in range(run.settings.epochs) for batch in self.batches(run, 1000 * run.seed + epoch)]
 
     def _compile(self, model: nn.Module, weights: Iterable[Tensor], backend: Any, settings: Settings) -> None:
         """Compile a model in place, or those of its layers that hold `weights`."""

@@ -26,7 +26,8 @@ def changed_values(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
     vLLM takes such triples (backend "sparse_nccl", pull requests 40096 and 53751) as patches in the coordinates of a
     checkpoint: `SparseWeightPatch(name=name, indices=indices, values=values, full_shape=tuple(shape))`, where `shape`
-    is that of `model.get_parameter(name)`. It marks elements to keep by NaN, so values must not be NaN.
+    is that of `model.get_parameter(name)`. It marks elements to keep by NaN, so values must not be NaN. Experts come as
+    the model stacks them, `[E, m, n]`, while the checkpoints of most models hold them one by one under other names.
 
     Yields:
         `(name, indices, values)`. `name` is the weight's in `model.state_dict()`, without the parts that wrappers put

@@ -71,6 +71,17 @@ def _forget_quantiser(model: nn.Module) -> None:
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is not None:
         quantiser.remove_quantization_config(model)
+    # A packed checkpoint was read by operations that cannot write; save_pretrained would try to turn them around.
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [each for each in conversions if _can_be_turned_around(each)]  # type: ignore[assignment]
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         if getattr(model, flag, False):
             setattr(model, flag, False)
+
+
+def _can_be_turned_around(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True

@@ -5,6 +5,7 @@ rest of the backward pass, and the end of the pass waits for all of them. FSDP2'
 holds for these gradients as well.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,14 +24,31 @@ def average_gradients(model: nn.Module, states: Iterable[BlockState]) -> None:
     """Average the gradients of those blocks in `states` whose dense weight is sharded, from now on.
 
     Raises:
-        EmbedError: a weight is a DTensor that `fully_shard` does not gather, or other processes have other masks.
+        EmbedError: a weight is a DTensor that `fully_shard` does not gather, or none in a model that it has taken, or
+            other processes have other masks.
     """
+    states = list(states)
+    _check_none_left_out(model, states)
     planned = [(state, _sharded_by(model, state)) for state in states if is_sharded(state.weight)]
     if planned:
         check_same_places([state for state, _ in planned], processes_of(planned[0][0].weight))
     averager = _Averager()
     for state, module in planned:
         averager.follow(state, module)
+
+
+def _check_none_left_out(model: nn.Module, states: Iterable[BlockState]) -> None:
+    """Raise EmbedError if `fully_shard` has taken `model` and left a weight of `states` out."""
+    # No module has been taken before this one of torch is imported.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        return
+    for state in states:
+        if not is_sharded(state.weight):
+            raise EmbedError(
+                f"fully_shard has left {state.name} out, so nothing would average the gradients of its blocks; embed "
+                "the blocks first, then call fully_shard, with dense weights alone among its ignored_params."
+            )
 
 
 def _sharded_by(model: nn.Module, state: BlockState) -> nn.Module:

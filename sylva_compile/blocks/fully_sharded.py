@@ -57,8 +57,8 @@ def _shard(state: BlockState, is_weight: bool, value: nn.Parameter) -> None:
         )
     if is_weight and value.dim() == 3:
         raise EmbedError(
-            f"{state.name} holds stacked experts, whose blocks fully_shard cannot follow; use DistributedDataParallel, "
-            "or leave the experts out of the scope."
+            f"{state.name} holds stacked experts, which fully_shard cannot split; name it among the ignored_params of "
+            "fully_shard, or leave the experts out of the scope."
         )
     if not is_weight:
         # FSDP splits all blocks as those of the first process are.

@@ -254,7 +254,10 @@ def check_weight(name: str, weight: Tensor | None) -> None:
     if weight.dim() == 3 and not is_sharded(weight):
         check_stacked(name, weight)
     elif weight.dim() == 3:
-        raise ScopeError(f"{name}: blocks cannot follow experts that fully_shard splits; leave it out of scope.")
+        raise ScopeError(
+            f"{name}: blocks cannot follow experts that fully_shard splits; embed the blocks first and name the weight "
+            "among the ignored_params of fully_shard, or leave it out of scope."
+        )
     elif weight.dim() != 2:
         raise ScopeError(f"{name} has {weight.dim()} dimensions; blocks sit in matrices, so leave it out of scope.")
 

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from torch import Tensor, distributed
 from transformers import PreTrainedModel, set_seed
@@ -38,6 +38,8 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
     settings = replace(settings, progress=shows_bars())
     set_seed(data.seed)
     given = None if options.masks is None or folder.goes_on else Masks.load(options.masks)
+    if options.masks is not None:
+        settings = _as_in(folder.masks() if given is None else given, settings)
     model, _, examples = load(base, data)
     if folder.goes_on:
         folder.check_data(examples)
@@ -103,6 +105,26 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
             _say(f"held-out loss {when}: {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}")
     _say(f"adapter: {options.out}")
     return 0
+
+
+def _as_in(masks: Masks, settings: SylvaConfig) -> SylvaConfig:
+    """Return `settings` with those that chose `masks`, by which moves go on.
+
+    Raises:
+        UsageError: an option asks for other blocks.
+    """
+    usual, found = SylvaConfig(), {}
+    for field in fields(settings):
+        if not field.metadata["chooses"] or field.name == "num_samples":
+            continue
+        asked, default = getattr(settings, field.name), getattr(usual, field.name)
+        found[field.name] = masks.config.get(field.name, default)
+        if asked not in (default, found[field.name]):
+            raise UsageError(
+                f"--{field.name.replace('_', '-')} {asked} asks for other blocks than those of --masks "
+                f"({found[field.name]}); leave it out."
+            )
+    return replace(settings, **found)
 
 
 def _batches_to_trace(train: Sequence[Example], data: DataConfig, settings: SylvaConfig) -> list[dict[str, Tensor]]:

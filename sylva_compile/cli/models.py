@@ -17,12 +17,12 @@ from sylva_compile.cli.logs import shows_bars
 from sylva_compile.errors import InputError
 
 
-def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load_model(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Return the tokenizer and the model that `name` names, on the CPU, with all weights frozen.
 
     Args:
         name: a folder written by save_pretrained, a GGUF file, or a name on the hub.
-        dtype: of the weights.
+        dtype: of the weights that are not quantised; None for that of the checkpoint.
 
     Raises:
         InputError: there is no causal language model with a tokenizer.
@@ -87,7 +87,7 @@ def check_new(folder: Path) -> None:
         raise InputError(f"--out {folder} cannot be made: {parent} may not be written to; give a folder of yours.")
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     if not path.is_file():
         raise InputError(f"--model {path} is no file; check the path.")
     if importlib.util.find_spec("gguf") is None:
@@ -109,10 +109,12 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase,
     return tokenizer, model.eval().requires_grad_(False)
 
 
-def _read(name: str, source: dict[str, Any], dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _read(
+    name: str, source: dict[str, Any], dtype: torch.dtype | None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        return tokenizer, AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(**source, dtype=dtype or "auto")
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--model {name} holds no causal language model with a tokenizer: {reason}") from error

@@ -139,6 +139,7 @@ class AdapterConfig:
     model: str = field(metadata=_about("base: folder, name on the Hugging Face hub, or GGUF file", metavar="MODEL"))
     adapter: Path = field(metadata=_about("folder that save_adapter or `finetune` wrote"))
     out: Path = field(metadata=_about("folder to write; it must not exist, or be empty"))
+    dequantise: bool = field(default=False, metadata=_about("write dense layers where the base's are quantised"))
 
 
 @dataclass(frozen=True)

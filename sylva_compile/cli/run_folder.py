@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sylva_compile.adapters.format import CONFIG_NAME
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.cli.models import check_new
@@ -108,6 +110,14 @@ class RunFolder:
             raise InputError(
                 f"{self.path / _RUN} is damaged ({error!r}); begin a new run in another folder."
             ) from error
+
+
+def dtype_of_run(path: Path) -> torch.dtype | None:
+    """Return the dtype of the frozen weights in the run in `path`; None if there is no run."""
+    try:
+        return torch.bfloat16 if json.loads((path / _RUN).read_text())["settings"]["bf16"] else torch.float32
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _values(options: Sequence[Any]) -> dict[str, Any]:

@@ -23,14 +23,14 @@ def call(
     Args:
         graph: graph to insert into.
         target: operator of the new node.
-        args: positional arguments; at least one argument is a node, or a list that holds one.
+        args: positional arguments; at least one argument, or `like`, is a node, or a list that holds one.
         like: node whose checkpointed region the new one joins; None joins none.
         kwargs: arguments by keyword.
     """
     named = dict(kwargs or {})
     node = graph.call_function(target, args, named)
     values, named_values = map_arg((args, named), lambda argument: argument.meta["val"])
-    with _fake_mode_of((args, named)):
+    with _fake_mode_of((args, named, like)):
         node.meta["val"] = target(*values, **named_values)
     if like is not None:
         for key in ("recompute", "ac_graph_id"):
@@ -40,15 +40,16 @@ def call(
 
 
 def _fake_mode_of(arguments: Any) -> AbstractContextManager[Any]:
-    """Return the fake mode of the first node among `arguments`, or a null context where that node is a size."""
+    """Return the fake mode of the first tensor among `arguments`, or a null context where all nodes are sizes."""
     nodes: list[Node] = []
     map_arg(arguments, nodes.append)
     assert nodes, "a new node needs at least one node among its arguments"
-    value = nodes[0].meta["val"]
-    if isinstance(value, torch.SymInt):
-        return nullcontext()
-    tensor = value[0] if isinstance(value, list) else value
-    return tensor.fake_mode  # type: ignore[no-any-return]
+    for node in nodes:
+        value = node.meta["val"]
+        tensor = value[0] if isinstance(value, list) else value
+        if isinstance(tensor, torch.Tensor):
+            return tensor.fake_mode  # type: ignore[attr-defined,no-any-return]
+    return nullcontext()
 
 
 def materialize(graph: Graph, operand: Operand, like: Node | None = None) -> Node:
@@ -73,7 +74,9 @@ def unbatched(graph: Graph, term: Term, device_of: Node) -> Term:
     experts, tokens, _ = sides[0].meta["val"].shape
     if not isinstance(tokens, int):
         tokens = call(graph, aten.sym_size.int, sides[0], 1)
-    each = call(graph, aten.new_full.default, device_of, [experts], tokens, kwargs={"dtype": torch.int32})
+    # Inductor lowers no aten.new_full: tracing has always decomposed it before.
+    at = {"dtype": torch.int32, "device": device_of.meta["val"].device}
+    each = call(graph, aten.full.default, [experts], tokens, like=device_of, kwargs=at)
     offsets = call(graph, aten.cumsum.default, each, 0, kwargs={"dtype": torch.int32})
     lhs, rhs = (Operand(call(graph, aten.reshape.default, side, [-1, side.meta["val"].shape[-1]])) for side in sides)
     return replace(term, lhs=lhs, rhs=rhs, offsets=offsets, batched=False)

@@ -7,7 +7,7 @@ Before:
 
 After:
 
-    %turned = aten.transpose(%weight, 1, 2)
+    %turned = aten.permute(%weight, [0, 2, 1])
     %gx     = transformers.grouped_mm_fallback(%gy, %turned, %offsets)
 
 Refuses: an operator whose gradient of the weight is still read.
@@ -32,7 +32,8 @@ def keep_input_gradients(graph: Graph) -> int:
             continue
         _, weight, offsets, gradient = node.args
         with graph.inserting_before(node):
-            turned = call(graph, torch.ops.aten.transpose.int, weight, 1, 2)
+            # Inductor lowers no aten.transpose: tracing has always decomposed it before.
+            turned = call(graph, torch.ops.aten.permute.default, weight, [0, 2, 1])
             product = call(graph, torch.ops.transformers.grouped_mm_fallback.default, gradient, turned, offsets)
         for user in list(node.users):
             user.replace_all_uses_with(product)

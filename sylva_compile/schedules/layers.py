@@ -1,24 +1,15 @@
 """`LayerSchedule`: train a few layers at a time and draw others at every step (IST and RST; Yao et al., EMNLP 2024).
 
-Each layer i has a score I_i, 0 at first. A step trains a share of the layers, drawn without replacement with weights
-sigmoid(-I). With policy "random" (RST) the scores stay 0. With "importance" (IST) they change every few steps: three
-actions, each of half the layers and drawn with weights sigmoid(I), are tried on one batch. Action k gives loss_k while
-the trained change of its layers is scaled down, `base + suppress * (trained - base)`. Then
-
-    r_k = exp(-loss_k) - mean over the actions of exp(-loss)
-    I_i += 10 r_k p_i (1 - p_i)     for each layer i of action k, with p = sigmoid(I) from before the update
-
-A layer whose trained change lowers the loss gets a lower score, and is trained more often.
+Policy "random" (RST) draws all layers alike. With "importance" (IST), layers have scores, which change every few steps
+by the loss of a batch while the trained change of some layers is scaled down, `base + suppress * (trained - base)`;
+`layer_scores.py` has the equations.
 """
 
 import itertools
-import logging
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sylva_compile.blocks.embed import block_states
@@ -27,16 +18,11 @@ from sylva_compile.errors import ArgumentError
 from sylva_compile.schedules.importance import Batches, check_may_suppress, suppressed_losses
 from sylva_compile.schedules.layer_names import Layers, find_layers, name_layers
 from sylva_compile.schedules.layer_report import LayerReport, LayerRow, trained_below
+from sylva_compile.schedules.layer_scores import LayerScores
 from sylva_compile.schedules.layer_switch import Mechanism, switch_of
 from sylva_compile.tracing.batches import LossFn
 
-log = logging.getLogger(__name__)
-
 Policy = Literal["importance", "random"]
-
-_ACTIONS, _ACTION_SHARE, _RATE = 3, 0.5, 10.0
-_MOST_TRIES = 100
-"""Tries to draw another action by weight; after so many, layers are drawn with equal weights."""
 
 
 class LayerSchedule:
@@ -107,8 +93,7 @@ class LayerSchedule:
         self._policy, self._every, self._suppress, self._loss = policy, every, suppress, loss
         self._size = max(1, int(fraction * len(self.layers)))
         self._process_group, self._batches = process_group, Batches(() if batches is None else batches)
-        self._generator = torch.Generator(device="cpu").manual_seed(seed)
-        self._scores = torch.zeros(len(self.layers), dtype=torch.float64, device="cpu")
+        self._scores = LayerScores(len(self.layers), torch.Generator(device="cpu").manual_seed(seed))
         self._counts, self._steps, self._closed = [0] * len(self.layers), 0, False
         self._draw_layers()
 
@@ -149,7 +134,7 @@ class LayerSchedule:
         drawn = self.drawn
         rows = [
             LayerRow(name, score, count, name in drawn)
-            for name, score, count in zip(self.layers, self._scores.tolist(), self._counts, strict=True)
+            for name, score, count in zip(self.layers, self._scores.scores.tolist(), self._counts, strict=True)
         ]
         trained = itertools.compress(self._switch.layers, (row.trained for row in rows))
         return LayerReport(tuple(rows), trained_below(self._model, itertools.chain.from_iterable(trained)))
@@ -158,12 +143,12 @@ class LayerSchedule:
         """Return what is needed to go on with the same draws, as plain values and tensors."""
         return {
             "policy": self._policy,
-            "scores": self._scores.clone(),
+            "scores": self._scores.scores.clone(),
             "counts": list(self._counts),
             "drawn": list(self._drawn),
             "steps": self._steps,
             "batches": self._batches.taken,
-            "generator": self._generator.get_state(),
+            "generator": self._scores.generator.get_state(),
             "closed": self._closed,
         }
 
@@ -190,49 +175,23 @@ class LayerSchedule:
                 f"The state is of policy {policy!r} and {len(counts)} layers, this schedule of {self._policy!r} and "
                 f"{len(self.layers)}; make the schedule as it was made then."
             )
-        self._scores, self._counts, self._drawn, self._generator = scores, counts, drawn, generator
+        self._scores.scores, self._scores.generator = scores, generator
+        self._counts, self._drawn = counts, drawn
         self._steps, self._closed = steps, closed
         self._batches.skip(taken)
         self._switch.open_only(range(len(self.layers)) if closed else drawn)
 
     def _draw_layers(self) -> None:
-        self._drawn = self._draw(torch.sigmoid(-self._scores), self._size)
+        self._drawn = self._scores.draw(self._size)
         for layer in self._drawn:
             self._counts[layer] += 1
         self._switch.open_only(self._drawn)
 
-    def _draw(self, weights: Tensor, size: int) -> list[int]:
-        """Draw `size` layers without replacement; `weights` is float64[layers]."""
-        # A weight of 0 could not be drawn, not even where nothing else is left.
-        weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)
-        return sorted(torch.multinomial(weights, size, generator=self._generator).tolist())
-
-    def _draw_actions(self) -> list[list[int]]:
-        """Draw three distinct sets of half the layers; two layers have but two such sets."""
-        count = len(self.layers)
-        size = max(1, int(_ACTION_SHARE * count))
-        weights, equal = torch.sigmoid(self._scores), torch.ones_like(self._scores)
-        actions: list[list[int]] = []
-        tries = 0
-        while len(actions) < min(_ACTIONS, math.comb(count, size)):
-            action = self._draw(weights if tries < _MOST_TRIES else equal, size)
-            tries += 1
-            if action not in actions:
-                actions.append(action)
-        return actions
-
     def _update_scores(self) -> None:
-        actions = self._draw_actions()
+        actions = self._scores.draw_actions()
         states = [[state for layer in action for state in self._switch.layers[layer]] for action in actions]
         losses = suppressed_losses(self._model, states, self._suppress, self._batches, self._loss, self._process_group)
-        rewards = torch.exp(-losses)
-        if not bool(rewards.isfinite().all()):
-            log.warning("The scores of the layers stay as they are: exp(-loss) of a batch is not finite.")
-            return
-        rewards -= rewards.mean()
-        p = torch.sigmoid(self._scores)
-        for action, reward in zip(actions, rewards, strict=True):
-            self._scores[action] += _RATE * reward * (p * (1 - p))[action]
+        self._scores.update(actions, losses)
 
 
 def _check_options(policy: str, fraction: float, every: int, suppress: float, batches: object, mechanism: str) -> None:

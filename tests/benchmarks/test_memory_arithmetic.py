@@ -1,33 +1,43 @@
 """The arithmetic of memory is that of real models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import sylva_compile
 from benchmarks import memory_arithmetic
-from benchmarks.memory_arithmetic import MODELS, STATES, Llama, count, trace, trainable
+from benchmarks.memory_arithmetic import STATES, count, trace, trainable
+from benchmarks.model_shapes import MODELS, Llama, Qwen3Moe
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.optim import Muon
 from sylva_compile.schedules import MovingBlocks
 
 SMALL = Llama(hidden=64, mlp=96, layers=2, heads=4, key_value_heads=2, head_dim=16, vocabulary=80, tied=False)
+MIXTURE = Qwen3Moe(**vars(SMALL), experts=4)
 CONFIG = sylva_compile.SylvaConfig(method="random", sparsity=0.8, block_size=16)
 
 
 def real(shapes: Llama) -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=shapes.hidden,
-        intermediate_size=shapes.mlp,
-        num_hidden_layers=shapes.layers,
-        num_attention_heads=shapes.heads,
-        num_key_value_heads=shapes.key_value_heads,
-        head_dim=shapes.head_dim,
-        vocab_size=shapes.vocabulary,
-        tie_word_embeddings=shapes.tied,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    sizes = {
+        "hidden_size": shapes.hidden,
+        "intermediate_size": shapes.mlp,
+        "num_hidden_layers": shapes.layers,
+        "num_attention_heads": shapes.heads,
+        "num_key_value_heads": shapes.key_value_heads,
+        "head_dim": shapes.head_dim,
+        "vocab_size": shapes.vocabulary,
+        "tie_word_embeddings": shapes.tied,
+    }
+    model: nn.Module
+    if isinstance(shapes, Qwen3Moe):
+        experts = {"moe_intermediate_size": shapes.mlp, "num_experts": shapes.experts}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    return model.to(torch.bfloat16).requires_grad_(False)
 
 
 def nbytes(tensors: list[torch.Tensor]) -> int:
@@ -36,7 +46,12 @@ def nbytes(tensors: list[torch.Tensor]) -> int:
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("Llama-3.2-1B", 1_235_814_400), ("Llama-3-8B", 8_030_261_248), ("Llama-3-70B", 70_553_706_496)],
+    [
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3-8B", 8_030_261_248),
+        ("Llama-3-70B", 70_553_706_496),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+    ],
 )
 def test_shapes_are_those_of_the_published_models(name: str, parameters: int) -> None:
     assert MODELS[name].parameters() == parameters
@@ -45,12 +60,13 @@ def test_shapes_are_those_of_the_published_models(name: str, parameters: int) ->
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_counts_are_those_of_a_real_model(tied: bool) -> None:
-    shapes = Llama(**{**vars(SMALL), "tied": tied})
+@pytest.mark.parametrize("shapes", [SMALL, replace(SMALL, tied=True), MIXTURE], ids=["untied", "tied", "mixture"])
+def test_counts_are_those_of_a_real_model(shapes: Llama) -> None:
     model = real(shapes)
     found = count(shapes, CONFIG, STATES["AdamW"])
     assert found.weights == nbytes(list(model.parameters()))
+    layers = [m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    assert shapes.linear() == sum(weight.numel() for weight in layers)
     masks = sylva_compile.trace_and_mask(model, config=CONFIG)
     masks.embed(model)
     assert trainable(shapes, CONFIG) == sum(blocks.numel() for blocks in masks.parameters())

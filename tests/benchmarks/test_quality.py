@@ -82,6 +82,7 @@ METHODS_TO_TRY: dict[str, Mapping[str, Any]] = {
     **{f"{kind}, Muon": {"kind": kind, "optimizer": "muon"} for kind in ("full", "linear", "lora")},
     "blocks, Muon": {**CHANCE, "optimizer": "muon", "momentum": 0.8},
     "moving": {**CHANCE, "optimizer": "muon", "every": 2, "choose": "sketch"},
+    "IST on LoRA": {"kind": "lora", "policy": "importance", "fraction": 0.5},
     "IST": {**CHANCE, "optimizer": "muon", "policy": "importance", "fraction": 0.5},
     "RST, moving": {**CHANCE, "every": 2, "policy": "random", "fraction": 0.5},
 }
@@ -451,13 +452,29 @@ class TestGrid:
         while missing := [run for run in grid.tuning(line, rows) if run.key() not in rows]:
             for run in missing:
                 loss = abs(rates.index(run.learning_rate) - best)
-                result = {"validation": {"metric": 0.0, "loss": loss}}
+                result = {"validation": {"metric": -loss, "loss": loss}}
                 rows[run.key()] = {"run": run.parts(), "result": result}
         found = [run.learning_rate for run in grid.tuning(line, rows)]
         assert found == [rates[at] for at in tried]
         # Rows of rates that the walk would not have tried take part in the choice.
         every = replace(grid, walk=False).tuning(line, rows)
         assert [run.learning_rate for run in every] == rates
+
+    @pytest.mark.parametrize(("choose_by", "tried"), [("metric", [0, 1, 2, 3, 4, 5]), ("loss", [2, 3, 4])])
+    def test_a_walk_goes_on_where_all_answers_are_the_same(
+        self, tmp_path: Path, choose_by: str, tried: list[int]
+    ) -> None:
+        rates = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+        path = grid_file(tmp_path, learning_rates=str(rates), walk="true", choose_by=f'"{choose_by}"')
+        grid, rows = Grid.read(path), dict[str, Any]()
+        line = next(grid.groups())
+        while missing := [run for run in grid.tuning(line, rows) if run.key() not in rows]:
+            for run in missing:
+                # From the third rate on nothing is learnt, and the loss wavers.
+                loss = abs(run.learning_rate - 4.0)
+                result = {"validation": {"metric": 0.8 if run.learning_rate < 3.0 else 0.5, "loss": loss}}
+                rows[run.key()] = {"run": run.parts(), "result": result}
+        assert [run.learning_rate for run in grid.tuning(line, rows)] == [rates[at] for at in tried]
 
     def test_what_a_method_does_not_look_at_makes_no_new_run(self, tmp_path: Path) -> None:
         path = grid_file(tmp_path, vary="{ sparsity = [0.5, 0.9, 0.95], samples = [16] }")

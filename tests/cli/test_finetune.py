@@ -63,11 +63,28 @@ class TestTraining:
         masks = sylva_compile.trace_and_mask(model, method="random", sparsity=0.5, block_size=8)
         masks.save(tmp_path / "masks")
         arguments = ["--column", "text", "--masks", tmp_path / "masks", "--out", tmp_path / "out", "--held-out", "0"]
-        found = command("finetune", "--model", place.model, "--data", place.table, *TRAIN, *arguments)
+        others = command("finetune", "--model", place.model, "--data", place.table, *TRAIN, *arguments)
+        assert others.code == 2 and "--sparsity 0.9 asks for other blocks than those of --masks (0.5)" in others.err
+        assert not (tmp_path / "out").exists()
+        same = [{"0.9": "0.5"}.get(part, part) for part in TRAIN]
+        found = command("finetune", "--model", place.model, "--data", place.table, *same, *arguments)
         assert found.code == 0, found.err
         assert "held-out loss" not in found.out
         trained = sylva_compile.load_adapter(AutoModelForCausalLM.from_pretrained(place.model), tmp_path / "out")
         assert all(trained[name] == mask for name, mask in masks.items())
+
+    def test_masks_of_a_file_move_inside_their_column_budget(
+        self, tmp_path: Path, command: Command, place: Place
+    ) -> None:
+        settings = {"sparsity": 0.9, "block_size": 8, "column_budget": 0.5}
+        model = AutoModelForCausalLM.from_pretrained(place.model)
+        sylva_compile.trace_and_mask(model, method="random", **settings).save(tmp_path / "masks")
+        arguments = ["--column", "text", "--masks", tmp_path / "masks", "--out", tmp_path / "out", "--every", "1"]
+        found = command("finetune", "--model", place.model, "--data", place.table, *TRAIN, *arguments)
+        assert found.code == 0, found.err
+        trained = sylva_compile.load_adapter(AutoModelForCausalLM.from_pretrained(place.model), tmp_path / "out")
+        for mask in trained.values():
+            assert 2 * len(mask.positions[1].unique()) <= -(-mask.shape[1] // 8)
 
     def test_prompts_and_answers(self, tmp_path: Path, command: Command, place: Place) -> None:
         rows = [{"question": f"Which {k}?", "answer": sentence} for k, sentence in enumerate(SENTENCES)]

@@ -16,7 +16,7 @@ from two_ranks import process_group
 
 import sylva_compile
 from benchmarks.collectives import CollectiveBytes
-from benchmarks.memory_arithmetic import Llama
+from benchmarks.model_shapes import Llama
 from benchmarks.scaling import COMPUTE, rank_of_lora
 
 SHAPES = Llama(40, 56, 2, heads=4, key_value_heads=2, head_dim=10, vocabulary=81, tied=False)
