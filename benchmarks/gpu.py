@@ -203,25 +203,23 @@ def check_products(
     """Check all products of a layer against float64, with and without CUDA graphs, and say which kernel ran."""
     layer = slope.Layer.random((outputs, inputs), n, m, dtype, device)
     x, gradient = (torch.randn(tokens, k, device=device).to(dtype) for k in (inputs, outputs))
-    second, weight = layer.second(), to_dense(layer.values, layer.columns, inputs).double()
-    twice = to_dense(second, layer.rows, outputs).double().t()
+    second, weight = layer.second(), layer.dense().double()
+    twice = to_dense(second, layer.second_codes, n, m).double().t()
     assert torch.equal(twice, weight.where(twice != 0, 0)) and bool(twice.any())
-    recorded = torch.compile(lambda x: nm_mm(x, layer.values, layer.columns, inputs, False), mode="reduce-overhead")
+    recorded = torch.compile(lambda x: nm_mm(x, layer.values, layer.codes, n, m, False), mode="reduce-overhead")
     slope.check(layer.forward(x), x.double() @ weight.t(), dtype)
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         slope.check(recorded(x), x.double() @ weight.t(), dtype)
     slope.check(layer.input_gradient(gradient, second), gradient.double() @ twice, dtype)
-    slope.check(nm_mm(gradient, layer.values, layer.columns, inputs, True), gradient.double() @ weight, dtype)
-    exact = (gradient.double().t() @ x.double()).gather(1, layer.columns.long())
+    slope.check(nm_mm(gradient, layer.values, layer.codes, n, m, True), gradient.double() @ weight, dtype)
+    exact = (gradient.double().t() @ x.double()).gather(1, layer.columns())
     slope.check(layer.weight_gradient(gradient, x), exact, dtype)
-    missing = cuda.missing(outputs, inputs, layer.values.shape[1], dtype, x.device)
-    if missing is None and cuda.is_two_of_four(layer.columns):
-        slope.check(cuda.packed_and_multiplied(x, layer.values, layer.columns, inputs), x.double() @ weight.t(), dtype)
-        slope.check(
-            nm_mm(x, *cuda.compress(layer.values, layer.columns, inputs), inputs, False), x.double() @ weight.t(), dtype
-        )
-    choice = choose_kernel(tokens, outputs, inputs, layer.values.shape[1], dtype, device)
+    if cuda.missing(outputs, inputs, n, m, dtype, x.device) is None:
+        operands = layer.values, layer.codes, n, m
+        slope.check(cuda.packed_and_multiplied(x, *operands), x.double() @ weight.t(), dtype)
+        slope.check(nm_mm(x, *cuda.compress(*operands), n, m, False), x.double() @ weight.t(), dtype)
+    choice = choose_kernel(tokens, outputs, inputs, n, m, dtype, device)
     print(f"nm: {n}:{m}, {dtype}, {tokens} x {inputs} x {outputs}: right; {choice.kernel}, {choice.why}")
 
 

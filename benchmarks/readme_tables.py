@@ -176,18 +176,17 @@ def scaling_table() -> str:
     return f"{markdown(columns, rows)}\n\nCompute: {row['settings']['origin']}."
 
 
-def slope_table() -> str:
+def slope_table(dtype: str = "float32", threads: Iterable[int] = (1, 2)) -> str:
     """Return the table of SLoPe's products and steps on the CPU, in multiples of the speed of dense ones."""
-    row = newest("slope", device="cpu", dtype="float32")
+    row = newest("slope", device="cpu", dtype=dtype, threads=[*threads])
     times = row["results"]["times"]
-    threads = sorted({found["threads"] for found in times})
     at: dict[tuple[str, str, int], list[str]] = {}
     for found in sorted(times, key=lambda found: int(found["threads"])):
         place = (f"{found['in']:,} × {found['out']:,}", found["pattern"], found["tokens"])
         at.setdefault(place, []).extend(f"{found['ratio'][name]:.2f}" for name in ("forward", "input", "step"))
     rows = [[shape, pattern, f"{tokens:,}", *ratios] for (shape, pattern, tokens), ratios in at.items()]
     columns = ["inputs × outputs", "pattern", "tokens"]
-    for count in threads:
+    for count in row["settings"]["threads"]:
         columns += [f"{count} thread{'s' if count > 1 else ''}: forward", "input gradient", "step"]
     return f"{markdown(columns, rows)}\n\n{_measured(row)}"
 
@@ -266,6 +265,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "moving": moving_table,
     "scaling": scaling_table,
     "slope": slope_table,
+    "slope in bfloat16": lambda: slope_table("bfloat16", [1]),
     "memory of N:M weights": slope_memory_table,
     "memory of a training": training_table,
     "memory of cards": card_table,

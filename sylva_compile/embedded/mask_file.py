@@ -22,14 +22,16 @@ class MaskFile:
     """One format of files.
 
     Attributes:
-        format: its name and version, which a file must have to be read.
+        format: its name and version.
         holds: the name of what it holds, for messages: "masks".
         written_by: the method that writes it, for messages: "Masks.save".
+        older: other versions that can be read.
     """
 
     format: str
     holds: str
     written_by: str
+    older: tuple[str, ...] = ()
 
     def write(self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Write `tensors`, by weight name, and `notes`, each as JSON; beside `path` first and then renamed onto it.
@@ -54,7 +56,7 @@ class MaskFile:
         try:
             with safe_open(path, "pt") as file:
                 metadata = dict(file.metadata() or {})
-                if metadata.pop("format", None) != self.format:
+                if metadata.pop("format", None) not in (self.format, *self.older):
                     raise MaskError(
                         f"{path} holds no {self.holds} of this version; give a file written by {self.written_by}."
                     )

@@ -82,7 +82,7 @@ def _add(
     drawn = torch.randn((layout.in_features, rank), generator=generator, device="cpu", dtype=values.dtype)
     low_rank = LowRank(name, rank, layout.n, layout.m, prune, None)
     if prune == "creation":
-        drawn, low_rank.columns = low_rank.pruned(drawn)
+        drawn, low_rank.codes = low_rank.pruned(drawn)
     left = nn.Parameter(drawn.to(values.device))
     right = nn.Parameter(values.new_zeros((rank, layout.out_features)))
     low_rank.to(values.device)
@@ -98,8 +98,8 @@ def _add(
 def _from_first_rank(modules: dict[str, Any], added: list[nn.Parameter], group: Any) -> None:
     average_here(added, group)
     for module in modules.values():
-        if (columns := module._nm_low_rank.columns) is not None:
-            broadcast_places(columns, group)
+        if (codes := module._nm_low_rank.codes) is not None:
+            broadcast_places(codes, group)
 
 
 def fold_low_rank(model: nn.Module) -> nn.Module:
@@ -124,13 +124,13 @@ def fold_low_rank(model: nn.Module) -> nn.Module:
     pruned_now = 0
     for module in modules.values():
         layout, low_rank = module._nm_layout, module._nm_low_rank
-        left, columns = module._parameters[LEFT].detach(), low_rank.columns
-        if columns is None:
+        left, codes = module._parameters[LEFT].detach(), low_rank.codes
+        if codes is None:
             pruned_now += 1
-            left, columns = low_rank.pruned(left)
+            left, codes = low_rank.pruned(left)
         both = nn.Parameter(torch.cat([values_of(module), left]).to(layout.dtype), requires_grad=False)
         right = nn.Parameter(module._parameters[RIGHT].detach().to(layout.dtype), requires_grad=False)
-        low_rank.folded = torch.cat([layout.columns, columns])
+        low_rank.folded = torch.cat([layout.codes, codes])
         layout.freeze()
         low_rank.share_with(layout)
         note_carried(both, layout.name)

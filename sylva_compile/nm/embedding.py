@@ -12,7 +12,7 @@ from sylva_compile.embedded.wrapping import check_not_wrapped
 from sylva_compile.errors import EmbedError, ScopeError
 from sylva_compile.kernels.blocks import block_dtype
 from sylva_compile.kernels.nm.last_choice import forget_choices
-from sylva_compile.kernels.nm_mm import column_dtype
+from sylva_compile.kernels.nm_codes import bytes_of
 from sylva_compile.nm.averaging import note_carried, note_replaced
 from sylva_compile.nm.layout import NMLayout
 from sylva_compile.nm.low_rank import LEFT, RIGHT
@@ -90,7 +90,7 @@ def embed(model: nn.Module, masks: Mapping[str, NMMask], *, double: bool) -> Non
 
 def _layout(name: str, weight: Tensor, mask: NMMask, *, double: bool) -> NMLayout:
     out, size = mask.matrix_shape
-    rows = mask.columns.new_zeros((size, out // mask.m * mask.n if double else 0))
+    second = mask.codes.new_zeros((size, bytes_of(out // mask.m * mask.n, mask.m) if double else 0))
     layout = NMLayout(
         name=name,
         n=mask.n,
@@ -100,12 +100,11 @@ def _layout(name: str, weight: Tensor, mask: NMMask, *, double: bool) -> NMLayou
         input_axis=mask.input_axis,
         double=double,
         dtype=weight.dtype,
-        columns=mask.columns,  # Shared on the CPU: R never changes.
-        rows=rows.to(column_dtype(out)),
-        slots=rows.to(torch.uint8),
+        codes=mask.codes,  # Shared on the CPU: R never changes.
+        second=second,
     )
     layout.to(weight.device)
-    for places in (layout.columns, layout.rows):
+    for places in (layout.codes, layout.second):
         forget_choices(places)
     return layout
 

@@ -81,9 +81,9 @@ def export_pruned(model: nn.Module, form: Form = "dense") -> dict[str, Any]:
 
 def _check_semi_structured(name: str, module: Any) -> None:
     layout = module._nm_layout
-    here = f"{name} ({layout.n}:{layout.m}, {layout.dtype}, {layout.columns.device.type})"
+    here = f"{name} ({layout.n}:{layout.m}, {layout.dtype}, {layout.codes.device.type})"
     fits = (layout.n, layout.m) in ((2, 4), (1, 2)) and layout.dtype in (torch.bfloat16, torch.float16)
-    if not fits or layout.columns.device.type != "cuda" or layout.input_axis != 1:
+    if not fits or layout.codes.device.type != "cuda" or layout.input_axis != 1:
         raise EmbedError(
             f"{here}: torch has semi-structured tensors of 2:4, in bfloat16 and float16, for Linear on a GPU; export "
             "form='dense'."

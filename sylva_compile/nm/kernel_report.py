@@ -19,9 +19,9 @@ def kernel_report(model: nn.Module) -> dict[str, str]:
 def _line(module: Any) -> str:
     layout, low_rank = module._nm_layout, module._nm_low_rank
     folded = None if low_rank is None else low_rank.folded
-    forward = last_choice(layout.columns if folded is None else folded)
+    forward = last_choice(layout.codes if folded is None else folded)
     if layout.double:
-        back = last_choice(layout.rows) if layout.rows.shape[1] else None
+        back = last_choice(layout.second) if layout.second.shape[1] else None
     else:
-        back = last_choice(layout.columns, transposed=True)
+        back = last_choice(layout.codes, transposed=True)
     return f"{layout.n}:{layout.m}, forward {forward or 'not run'}, input gradient {back or 'not run'}"

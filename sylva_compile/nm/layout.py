@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from sylva_compile.errors import MaskError
+from sylva_compile.kernels.nm_codes import columns_of
 from sylva_compile.kernels.nm_mm import to_dense
 from sylva_compile.nm.pattern import keep_again
+from sylva_compile.nm.pickled import HoldsCodes
 
 
 @dataclass(eq=False)
-class NMLayout:
+class NMLayout(HoldsCodes):
     """The places of the values of one weight. Its tensors are changed in place, so that compiled graphs stay.
 
     `W` is the weight as a matrix `[out, in]`, whatever way its module stores it.
@@ -25,9 +27,10 @@ class NMLayout:
         input_axis: the axis of the stored weight that inputs meet: 1 for `nn.Linear`, 0 for Conv1D.
         double: whether the input gradient uses W with the second mask; otherwise it uses W as the forward pass does.
         dtype: the dtype that the weight computes in; its values are float32 or wider.
-        columns: the columns of the values, int16 or int32 `[out, in // m * n]`: the mask R.
-        rows: the rows that the second mask keeps in each column, `[in, out // m * n]`: the mask C.
-        slots: uint8, as `rows`: the index of each value among those of its group, `OUTSIDE` where R keeps nothing.
+        codes: the codes of the columns that each row keeps (`sylva_compile.kernels.nm_codes`), uint8
+            `[out, bytes_of(in // m * n, m)]`: the mask R.
+        second: the codes of the rows that each column keeps, uint8 `[in, bytes_of(out // m * n, m)]`: the mask C;
+            `[in, 0]` where there is none.
         frozen: whether the weight is for inference alone: its values are of `dtype`, and its second mask is dropped.
         changes: how often the second mask has been chosen again.
     """
@@ -40,9 +43,8 @@ class NMLayout:
     input_axis: int
     double: bool
     dtype: torch.dtype
-    columns: Tensor
-    rows: Tensor
-    slots: Tensor
+    codes: Tensor
+    second: Tensor
     changes: int = 0
     frozen: bool = False
 
@@ -52,36 +54,39 @@ class NMLayout:
         size = (self.out_features, self.in_features)
         return size if self.input_axis == 1 else size[::-1]
 
+    @property
+    def per_row(self) -> int:
+        """The number of values in a row of W."""
+        return self.in_features // self.m * self.n
+
     @torch.no_grad()
     def change(self, values: Tensor) -> None:
         """Choose the second mask again, from `values [out, in // m * n]`, in place, unless it is dropped."""
-        if not self.double or not self.rows.shape[1]:
+        if not self.double or not self.second.shape[1]:
             return
-        rows, slots = keep_again(values, self.columns, self.in_features, self.n, self.m)
-        self.rows.copy_(rows)
-        self.slots.copy_(slots)
+        self.second.copy_(keep_again(values, self.codes, self.n, self.m))
         self.changes += 1
 
     def freeze(self) -> None:
         """Let go of the second mask, of a weight that is not trained any more."""
         self.frozen = True
-        self.rows, self.slots = (one.new_empty((self.in_features, 0)) for one in (self.rows, self.slots))
+        self.second = self.second.new_empty((self.in_features, 0))
 
     def to(self, device: torch.device) -> None:
         """Move the places to `device`."""
         if device.type != "meta":
-            self.columns, self.rows, self.slots = (one.to(device) for one in (self.columns, self.rows, self.slots))
+            self.codes, self.second = self.codes.to(device), self.second.to(device)
 
     @torch.no_grad()
     def read(self, weight: Tensor) -> Tensor:
         """Return the values that `weight`, as stored, has at the kept places: `[out, in // m * n]`."""
         matrix = weight.detach() if self.input_axis == 1 else weight.detach().t()
-        return matrix.gather(1, self.columns.to(weight.device).long())
+        return matrix.gather(1, columns_of(self.codes.to(weight.device), self.per_row, self.n, self.m).long())
 
     @torch.no_grad()
     def dense(self, values: Tensor) -> Tensor:
         """Return the dense weight as stored, in its dtype: zeros outside of the kept places."""
-        matrix = to_dense(values.detach().to(self.dtype), self.columns.to(values.device), self.in_features)
+        matrix = to_dense(values.detach().to(self.dtype), self.codes.to(values.device), self.n, self.m)
         return matrix if self.input_axis == 1 else matrix.t().contiguous()
 
     @torch.no_grad()

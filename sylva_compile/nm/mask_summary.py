@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from sylva_compile.kernels.nm.choice import choose_kernel
-from sylva_compile.kernels.nm_transpose import OUTSIDE
+from sylva_compile.kernels.nm_transpose import nm_transpose
 from sylva_compile.nm.layout import NMLayout
 from sylva_compile.nm.mask import NMMask
 
@@ -26,7 +28,7 @@ def summary_of(masks: Mapping[str, NMMask], double: bool, present: Mapping[str, 
         size = mask.shape[0] * mask.shape[1]
         total, kept = total + size, kept + mask.nnz
         share = f"{mask.nnz / size:.1%}"
-        has_second = name in present and present[name]._nm_layout.rows.shape[1] > 0
+        has_second = name in present and present[name]._nm_layout.second.shape[1] > 0
         second = share if not double else f"{_density(present[name]._nm_layout):.1%}" if has_second else ""
         shape, pattern = f"{mask.shape[0]} x {mask.shape[1]}", f"{mask.n}:{mask.m}"
         line = f"{name:<{width}}  {shape:>14}  {pattern:>7}  {share:>7}  {second:>14}"
@@ -38,15 +40,16 @@ def summary_of(masks: Mapping[str, NMMask], double: bool, present: Mapping[str, 
 
 
 def _density(layout: NMLayout) -> float:
-    return int((layout.slots != OUTSIDE).sum()) / (layout.out_features * layout.in_features)
+    ones = torch.ones((layout.out_features, layout.per_row), dtype=torch.int16, device=layout.codes.device)
+    inside = nm_transpose(ones, layout.codes, layout.second, layout.n, layout.m)
+    return int(inside.count_nonzero()) / (layout.out_features * layout.in_features)
 
 
 def _kernels(layout: NMLayout, tokens: int) -> tuple[str, str]:
     """Return the names of the kernels of the forward pass and of the input gradient."""
-    out, size, kind = layout.out_features, layout.in_features, (layout.dtype, layout.columns.device)
-    forward = choose_kernel(tokens, out, size, layout.columns.shape[1], *kind)
-    if layout.double and not layout.rows.shape[1]:
-        return forward.kernel, "none"
-    if layout.double:
-        return forward.kernel, choose_kernel(tokens, size, out, layout.rows.shape[1], *kind).kernel
-    return forward.kernel, choose_kernel(tokens, out, size, layout.columns.shape[1], *kind, transposed=True).kernel
+    out, size, pattern = layout.out_features, layout.in_features, (layout.n, layout.m)
+    kind = layout.dtype, layout.codes.device
+    forward = choose_kernel(tokens, out, size, *pattern, *kind).kernel
+    if not layout.double:
+        return forward, choose_kernel(tokens, out, size, *pattern, *kind, transposed=True).kernel
+    return forward, choose_kernel(tokens, size, out, *pattern, *kind).kernel if layout.second.shape[1] else "none"

@@ -20,6 +20,7 @@ from sylva_compile.nm.mask import NMMask
 from sylva_compile.nm.mask_file import read_masks, write_masks
 from sylva_compile.nm.mask_summary import summary_of
 from sylva_compile.nm.module import VALUES, values_of
+from sylva_compile.nm.second_mask import SECOND, read_second
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,7 @@ class NMMasks(BoundMasks[NMMask]):
 
     def _check_same(self, present: Mapping[str, Any]) -> None:
         same = present.keys() == self.keys() and all(
-            present[name]._nm_layout.double == self.double
-            and torch.equal(present[name]._nm_layout.columns.cpu(), mask.columns)
+            present[name]._nm_layout.double == self.double and mask.same_as(present[name]._nm_layout)
             for name, mask in self.items()
         )
         if not same:
@@ -150,7 +150,7 @@ class NMMasks(BoundMasks[NMMask]):
         found = {}
         for name, module in self.modules().items():
             layout = module._nm_layout
-            found[name] = {"rows": layout.rows.cpu().clone(), "slots": layout.slots.cpu().clone()}
+            found[name] = {SECOND: layout.second.cpu().clone()}
             for held in (VALUES, LEFT, RIGHT):
                 if held in module._parameters and module._parameters[held].dtype != layout.dtype:
                     found[name][held] = module._parameters[held].detach().cpu().clone()
@@ -160,26 +160,26 @@ class NMMasks(BoundMasks[NMMask]):
     def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on where `state_dict` was made; load the model's own state dict before.
 
+        States that have rows and slots in place of second masks are those of versions that kept them as numbers.
+
         Raises:
             MaskError: it is of other weights, or adapters are missing; nothing has changed then.
         """
         modules = self.modules()
         if modules.keys() != state_dict.keys():
             raise MaskError("The state is of other weights than these masks; give the one that was saved with them.")
+        copies: list[tuple[Tensor, Tensor]] = []
         for name, saved in state_dict.items():
             layout, parameters = modules[name]._nm_layout, modules[name]._parameters
-            places = {"rows": layout.rows, "slots": layout.slots}
-            for key, value in saved.items():
-                target = places[key] if key in places else parameters.get(key)
+            for key, value in read_second(saved, layout).items():
+                target = layout.second if key == SECOND else parameters.get(key)
                 if target is None or target.shape != value.shape:
                     raise MaskError(
                         f"{name} has no {key} of shape {tuple(value.shape)}; add its adapter before loading."
                     )
-        for name, saved in state_dict.items():
-            layout, parameters = modules[name]._nm_layout, modules[name]._parameters
-            places = {"rows": layout.rows, "slots": layout.slots}
-            for key, value in saved.items():
-                (places[key] if key in places else parameters[key]).copy_(value)
+                copies.append((target, value))
+        for target, value in copies:
+            target.copy_(value)
 
     def summary(self, tokens: int | None = None) -> str:
         """Return a table with a line for each weight, and the totals.

@@ -62,12 +62,12 @@ class NMModule:
             done = "frozen" if low_rank is None or low_rank.folded is None else "folded"
             raise EmbedError(f"{layout.name} is {done} for inference; run it under torch.no_grad().")
         if low_rank is not None and low_rank.folded is not None:
-            both = nm_linear(x, values, low_rank.folded)
+            both = nm_linear(x, values, low_rank.folded, (layout.n, layout.m))
             out = both[..., : layout.out_features]
             out = out + (both[..., layout.out_features :] @ module.weight_right.to(x.dtype)) / low_rank.rank
         else:
-            second = (layout.rows, layout.slots) if layout.double and not layout.frozen else None
-            out = nm_linear(x, values, layout.columns, second, (layout.n, layout.m))
+            second = layout.second if layout.double and not layout.frozen else None
+            out = nm_linear(x, values, layout.codes, (layout.n, layout.m), second)
             if low_rank is not None:
                 out = out + low_rank.output(x, module.weight_left, module.weight_right)
         return out if module.bias is None else out + module.bias.to(out.dtype)
@@ -143,8 +143,8 @@ class NMModule:
             # The second mask is that of the values. `NMMasks.load_state_dict`, called later, has one from further back.
             layout.change(module.weight_values)
         missing_keys += [prefix + "weight" if key == prefix + VALUES else key for key in missing]
-        if places is not None and low_rank is not None and low_rank.columns is not None:
-            low_rank.columns.copy_(places)
+        if places is not None and low_rank is not None and low_rank.codes is not None:
+            low_rank.codes.copy_(places)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -202,7 +202,7 @@ def dense_left(module: Any) -> Tensor:
     """Return L of a pruned module's adapter as `[in, r]`."""
     low_rank: LowRank = module._nm_low_rank
     if low_rank.folded is None:
-        return low_rank.dense_left(module._parameters[LEFT], low_rank.columns)
+        return low_rank.dense_left(module._parameters[LEFT], low_rank.codes)
     out = module._nm_layout.out_features
     return low_rank.dense_left(module._parameters[VALUES].detach()[out:], low_rank.folded[out:])
 

@@ -72,14 +72,14 @@ def _digest(modules: list[Any]) -> str:
     digest = hashlib.sha256()
     for module in modules:
         layout, low_rank = module._nm_layout, module._nm_low_rank
-        adapter = None if low_rank is None else (low_rank.rank, low_rank.columns is None, low_rank.folded is None)
+        adapter = None if low_rank is None else (low_rank.rank, low_rank.codes is None, low_rank.folded is None)
         digest.update(repr((layout.shape, layout.n, layout.m, layout.double, adapter)).encode())
-        digest.update(layout.columns.cpu().numpy().tobytes())
+        digest.update(layout.codes.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _chosen_from_values(module: Any) -> list[Tensor]:
     layout, low_rank = module._nm_layout, module._nm_low_rank
-    adapter = None if low_rank is None else low_rank.columns
-    places = [layout.rows, layout.slots, *([] if adapter is None else [adapter])]
+    adapter = None if low_rank is None else low_rank.codes
+    places = [layout.second, *([] if adapter is None else [adapter])]
     return [one for one in places if one.numel()]

@@ -68,7 +68,9 @@ def test_an_op_imports_torch_alone(name: str) -> None:
     loaded = run(IMPORT_AN_OP, str(ROOT), name).split()
     assert "torch" in loaded and name in loaded
     assert not [module for module in loaded if module.partition(".")[0] in ("triton", "sympy")]
-    torch_only = {f"sylva_compile.kernels.{module}" for module in ("blocks", "gate", "lazy")} | {"sylva_compile.errors"}
+    torch_only = {f"sylva_compile.kernels.{module}" for module in ("blocks", "gate", "lazy", "nm_codes")} | {
+        "sylva_compile.errors"
+    }
     assert {module for module in loaded if module.startswith("sylva_compile")} <= {*OPS, *torch_only}
 
 

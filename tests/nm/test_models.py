@@ -552,7 +552,7 @@ def test_folded_layers_hold_what_inference_reads() -> None:
     masks = sylva_compile.prune_masks(model)
     masks.embed()
     layout, mask = masks.modules()["0.weight"]._nm_layout, masks["0.weight"]
-    assert layout.columns.data_ptr() == mask.columns.data_ptr()
+    assert layout.codes.data_ptr() == mask.codes.data_ptr()
     sylva_compile.add_low_rank(model, 2)
     sylva_compile.fold_low_rank(model)
     x = torch.randn(3, 64)
@@ -562,9 +562,9 @@ def test_folded_layers_hold_what_inference_reads() -> None:
         layout, low_rank = each[0]._nm_layout, each[0]._nm_low_rank
         with torch.no_grad():
             torch.testing.assert_close(each(x.to(layout.dtype)).float(), wanted)
-        assert layout.rows.numel() == layout.slots.numel() == 0
-        assert layout.columns.data_ptr() == low_rank.folded.data_ptr()
-        assert low_rank.columns.data_ptr() == low_rank.folded[32:].data_ptr()
+        assert layout.second.numel() == 0
+        assert layout.codes.data_ptr() == low_rank.folded.data_ptr()
+        assert low_rank.codes.data_ptr() == low_rank.folded[32:].data_ptr()
     masks.change_masks()
     assert masks.summary(4).splitlines()[1].endswith("and none")
     sylva_compile.unprune(model)
@@ -645,7 +645,7 @@ def test_a_frozen_model_computes_the_same_without_what_training_needs(rank: int)
         assert torch.equal(case.model(**case.batch).logits, before)
     name, module = next(iter(masks.modules().items()))
     layout = module._nm_layout
-    assert layout.rows.numel() == layout.slots.numel() == 0
+    assert layout.second.numel() == 0
     assert {parameter.dtype for parameter in masks.parameters()} == {torch.bfloat16}
     with pytest.raises(EmbedError, match=f"{name} is frozen for inference; run it under torch.no_grad"):
         case.model(**case.batch)

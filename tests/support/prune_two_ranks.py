@@ -71,9 +71,9 @@ def train_unseeded(rank: int, directory: str, group: dist.ProcessGroup) -> None:
     places = masks.state_dict()
     torch.save([out.detach(), x.grad, model.state_dict(), places], f"{directory}/unseeded{rank}")
     for name, module in masks.modules().items():
-        before = places[name]["rows"]
+        before = places[name]["second"]
         module._nm_layout.change(module.weight_values)
-        assert torch.equal(before, module._nm_layout.rows.cpu()), "C is of other values"
+        assert torch.equal(before, module._nm_layout.second.cpu()), "C is of other values"
 
 
 class Either(nn.Module):

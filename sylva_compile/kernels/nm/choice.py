@@ -19,7 +19,8 @@ from torch import Tensor
 from sylva_compile.kernels.build.code_cache import cached
 from sylva_compile.kernels.build.native import processor
 from sylva_compile.kernels.nm import cpu, cuda, libraries
-from sylva_compile.kernels.nm_mm import column_dtype, nm_mm_reference
+from sylva_compile.kernels.nm_codes import pack
+from sylva_compile.kernels.nm_mm import nm_mm_reference
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,7 @@ class Choice:
     """The kernel of a product, and why.
 
     Attributes:
-        kernel: "sparse" (the compiled kernel of the CPU), "cusparselt" (where the columns are two of every four, which
-            a shape does not tell), or "dense": the product with the dense matrix.
+        kernel: "sparse" (the compiled kernel of the CPU), "cusparselt", or "dense": the product with the dense matrix.
         why: one line.
     """
 
@@ -47,14 +47,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Product:
-    """The shape of a product `x [tokens, in_features] · Wᵀ`, W `[rows, in_features]` with `per_row` values a row."""
+    """The shape of a product `x [tokens, in_features] · Wᵀ`, W `[rows, in_features]` with n of every m values."""
 
     tokens: int
     rows: int
     in_features: int
-    per_row: int
+    n: int
+    m: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def per_row(self) -> int:
+        """The number of values in a row of W."""
+        return self.in_features // self.m * self.n
 
     def class_of(self) -> "Product":
         """Return the product that is measured for this one: tokens rounded up to a power of two, sizes limited."""
@@ -67,7 +73,8 @@ def choose_kernel(
     tokens: int,
     rows: int,
     in_features: int,
-    per_row: int,
+    n: int,
+    m: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     *,
@@ -79,7 +86,8 @@ def choose_kernel(
         tokens: rows of `x`.
         rows: rows of W.
         in_features: columns of W.
-        per_row: values in each row of W, such as half of `in_features` at 2:4.
+        n: how many values of m neighbours W keeps.
+        m: out of how many.
         dtype: of `x` and of the values.
         device: where they lie.
         transposed: whether the product is `x · W`.
@@ -87,7 +95,7 @@ def choose_kernel(
     Returns:
         The choice. For a shape of a class that was never measured on this machine, this call measures it.
     """
-    product = Product(tokens, rows, in_features, per_row, dtype, torch.device(device))
+    product = Product(tokens, rows, in_features, n, m, dtype, torch.device(device))
     if product.device.type not in ("cpu", "cuda"):
         return Choice("dense", f"there is no kernel for {product.device.type}")
     if transposed:
@@ -96,8 +104,8 @@ def choose_kernel(
 
 
 def _on_cpu(product: Product) -> Choice:
-    if product.dtype != torch.float32:
-        return Choice("dense", f"{_name(product.dtype)} has no sparse kernel on the CPU, float32 has")
+    if product.dtype not in cpu.DTYPES:
+        return Choice("dense", f"{_name(product.dtype)} has no sparse kernel on the CPU, float32 and bfloat16 have")
     if not cpu.is_compiled():
         return Choice("dense", "there is no C++ compiler")
     if product.tokens * product.rows * product.per_row < _SMALL:
@@ -108,7 +116,7 @@ def _on_cpu(product: Product) -> Choice:
 
 
 def _on_cuda(product: Product) -> Choice:
-    missing = cuda.missing(product.rows, product.in_features, product.per_row, product.dtype, product.device)
+    missing = cuda.missing(product.rows, product.in_features, product.n, product.m, product.dtype, product.device)
     if missing is not None:
         return Choice("dense", missing)
     if torch.are_deterministic_algorithms_enabled():
@@ -151,11 +159,10 @@ def times(product: Product, threads: int) -> dict[str, float]:
 
 def measure(product: Product) -> dict[str, float]:
     """Return the seconds of the sparse and of the dense kernel for this very shape, the fastest of some rounds."""
-    x, values, columns = operands(product)
-    k, on_cpu = product.in_features, product.device.type == "cpu"
+    made, on_cpu = (*operands(product), product.n, product.m), product.device.type == "cpu"
     kernels: dict[str, Callable[[], Tensor]] = {
-        "sparse": lambda: (cpu.sparse_product if on_cpu else cuda.packed_and_multiplied)(x, values, columns, k),
-        "dense": lambda: (cpu.dense_product if on_cpu else nm_mm_reference)(x, values, columns, k, False),
+        "sparse": lambda: (cpu.sparse_product if on_cpu else cuda.packed_and_multiplied)(*made),
+        "dense": lambda: (cpu.dense_product if on_cpu else nm_mm_reference)(*made, False),
     }
     found = dict.fromkeys(kernels, float("inf"))
     # Autocast, which is on while a layer's forward pass runs, would time another product.
@@ -172,14 +179,13 @@ def measure(product: Product) -> dict[str, float]:
 
 
 def operands(product: Product) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x, values and columns of this shape; the columns of a row are spread evenly, shifted from row to row."""
-    device, dtype = product.device, product.dtype
+    """Return x, values and codes of this shape; the places in a group are neighbours, shifted from group to group."""
+    device, dtype, (n, m) = product.device, product.dtype, (product.n, product.m)
     x = torch.ones((product.tokens, product.in_features), dtype=dtype, device=device)
     values = torch.ones((product.rows, product.per_row), dtype=dtype, device=device)
-    spacing = product.in_features // product.per_row
-    first = torch.arange(product.per_row, device=device) * product.in_features // product.per_row
-    shift = torch.arange(product.rows, device=device)[:, None] % spacing
-    return x, values, (first + shift).to(column_dtype(product.in_features))
+    k = torch.arange(product.per_row, device=device)
+    shift = (torch.arange(product.rows, device=device)[:, None] + k // n) % (m - n + 1)
+    return x, values, pack(k % n + shift, m)
 
 
 def _machine(device: torch.device) -> str:

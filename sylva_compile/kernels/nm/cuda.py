@@ -16,11 +16,12 @@ from sylva_compile.kernels.nm_mm import to_dense
 _DTYPES = (torch.float16, torch.bfloat16)
 _WEIGHT_STEP, _TOKEN_STEP = 16, 8
 _CAPABILITY = (8, 0)
+_PATTERNS = ((2, 4), (1, 2))
+"""Patterns that keep at most 2 of every 4 values."""
 
 DEFAULT_ALGORITHM = (0, 1, -1)
 """The algorithm that torch takes by itself, and no splitting of the sum."""
 
-_patterns: dict[tuple[int, torch.Size, torch.dtype, torch.device], bool] = {}
 _algorithms: dict[tuple[torch.Size, int, torch.dtype, torch.device], tuple[int, int, int]] = {}
 
 
@@ -29,10 +30,10 @@ def version() -> int | None:
     return torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
 
 
-def missing(rows: int, in_features: int, per_row: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def missing(rows: int, in_features: int, n: int, m: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why cuSPARSELt cannot multiply by a matrix of this shape on this GPU, in one line; None if it can."""
-    if 2 * per_row != in_features:
-        return "cuSPARSELt needs 2 of every 4 values"
+    if (n, m) not in _PATTERNS:
+        return f"cuSPARSELt needs 2 of every 4 values, not {n} of {m}"
     if dtype not in _DTYPES:
         return f"cuSPARSELt needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
     if rows % _WEIGHT_STEP or in_features % _WEIGHT_STEP or 0 in (rows, in_features):
@@ -45,52 +46,34 @@ def missing(rows: int, in_features: int, per_row: int, dtype: torch.dtype, devic
     return None
 
 
-def compress(values: Tensor, columns: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+def compress(values: Tensor, codes: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     """Return a 2:4 matrix in cuSPARSELt's format, as the two operands of `sylva::nm_mm`.
 
     It pays to keep them for a weight that is read more often than it changes. Call it outside of compiled code.
 
     Args:
         values: `[rows, in_features / 2]`, float16 or bfloat16, on a GPU.
-        columns: their columns, two in every group of four.
-        in_features: the number of columns of W.
+        codes: their codes (`sylva_compile.kernels.nm_codes`).
+        n: 2, or 1.
+        m: 4, or 2.
 
     Returns:
-        The compressed matrix, `[rows, ...]`, and columns `[rows, 0]`.
+        The compressed matrix, `[rows, ...]`, and codes `[rows, 0]`.
 
     Raises:
-        ArgumentError: the columns are not two in every group of four.
+        ArgumentError: the pattern is not 2:4 or 1:2.
     """
-    if not is_two_of_four(columns):
-        raise ArgumentError("cuSPARSELt keeps 2 of every 4 values and would drop others; prune with n=2, m=4.")
-    return _compressed(values, columns, in_features), columns[:, :0]
+    if (n, m) not in _PATTERNS:
+        raise ArgumentError(
+            f"cuSPARSELt keeps 2 of every 4 values and would drop some of {n}:{m}; prune with n=2, m=4."
+        )
+    return _compressed(values, codes, n, m), codes[:, :0]
 
 
-def is_two_of_four(columns: Tensor) -> bool:
-    """Return whether `columns [rows, p]` are two in every group of four, looked at once for each place in memory.
-
-    It waits for the GPU. While a CUDA graph is captured, which forbids that, columns not seen before count as others.
-    """
-    key = (columns.data_ptr(), columns.shape, columns.dtype, columns.device)
-    if key not in _patterns:
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        _patterns[key] = bool(_in_their_groups(columns).all())
-    return _patterns[key]
-
-
-def _compressed(values: Tensor, columns: Tensor, in_features: int) -> Tensor:
-    # Memory that was looked at may hold columns of another pattern by now. NaN shows what would be dropped.
-    values = torch.where(_in_their_groups(columns), values, torch.nan)
+def _compressed(values: Tensor, codes: Tensor, n: int, m: int) -> Tensor:
     with current(values.device):
-        compressed: Tensor = _torch.cslt_compress(to_dense(values, columns, in_features))
+        compressed: Tensor = _torch.cslt_compress(to_dense(values, codes, n, m))
     return compressed
-
-
-def _in_their_groups(columns: Tensor) -> Tensor:
-    """Return, bool `[rows, 1]`, whether the columns of a row are two in every group of four."""
-    group = torch.arange(columns.shape[1], device=columns.device) // 2
-    return (torch.div(columns, 4, rounding_mode="floor") == group).all(dim=1, keepdim=True)
 
 
 def compressed_product(x: Tensor, compressed: Tensor) -> Tensor:
@@ -107,9 +90,9 @@ def compressed_product(x: Tensor, compressed: Tensor) -> Tensor:
     return product[:tokens]
 
 
-def packed_and_multiplied(x: Tensor, values: Tensor, columns: Tensor, in_features: int) -> Tensor:
+def packed_and_multiplied(x: Tensor, values: Tensor, codes: Tensor, n: int, m: int) -> Tensor:
     """Return `x · Wᵀ`, compressing W on the way; shapes as in `sylva_compile.kernels.nm_mm`."""
-    return compressed_product(x, _compressed(values, columns, in_features))
+    return compressed_product(x, _compressed(values, codes, n, m))
 
 
 def _algorithm(compressed: Tensor, x: Tensor) -> tuple[int, int, int]:

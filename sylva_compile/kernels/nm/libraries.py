@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sylva_compile.errors import NativeCompilerError
 from sylva_compile.kernels.build.native import load
@@ -16,6 +15,9 @@ log = logging.getLogger(__name__)
 
 PRODUCTS_PER_THREAD, MOVES_PER_THREAD = 1 << 20, 1 << 16
 """Products of two elements, and elements that are moved, that are worth waking up a thread."""
+
+_PARTS = {"nm_mm.cpp": ("codes.cpp", "vectors.cpp"), "places.cpp": ("codes.cpp",)}
+"""What stands before a library's own source."""
 
 _SIZE, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 
@@ -26,8 +28,8 @@ def products() -> ctypes.CDLL | None:
     library = _load("nm_mm.cpp")
     if library is not None:
         library.sylva_nm_mm.argtypes = [
-            *(_POINTER, _SIZE, _SIZE, _SIZE, _SIZE),
-            *(_POINTER, _POINTER, _INT, _SIZE, _SIZE),
+            *(_INT, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE),
+            *(_POINTER, _POINTER, _INT, _INT, _SIZE, _SIZE),
             *(_INT, _POINTER),
         ]
         library.sylva_nm_mm.restype = _INT
@@ -39,11 +41,11 @@ def places() -> ctypes.CDLL | None:
     """Return the library of `places.cpp`; log a warning and return None where it cannot be compiled."""
     library = _load("places.cpp")
     if library is not None:
-        moves: list[Any] = [_INT, _INT, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER]
+        moves: list[Any] = [_INT, _INT, _INT, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER]
         library.sylva_nm_dense.argtypes = library.sylva_nm_gather.argtypes = moves
         library.sylva_nm_transpose.argtypes = [
-            *(_INT, _INT, _POINTER, _POINTER, _POINTER),
-            *(_SIZE, _SIZE, _SIZE, _SIZE, _INT, _INT),
+            *(_INT, _INT, _INT, _POINTER, _POINTER, _POINTER),
+            *(_SIZE, _SIZE, _SIZE, _SIZE),
             *(_INT, _POINTER),
         ]
         for function in (library.sylva_nm_dense, library.sylva_nm_gather, library.sylva_nm_transpose):
@@ -52,13 +54,8 @@ def places() -> ctypes.CDLL | None:
 
 
 def source(name: str) -> str:
-    """Return the source of a library."""
-    return Path(__file__).with_name(name).read_text()
-
-
-def kind(values: Tensor, columns: Tensor) -> tuple[int, int]:
-    """Return how the libraries are told the types of values and columns."""
-    return values.element_size(), int(columns.dtype == torch.int32)
+    """Return the source of a library, with the parts that it begins with."""
+    return "".join(Path(__file__).with_name(part).read_text() for part in (*_PARTS[name], name))
 
 
 def threads_for_products(count: int) -> int:
@@ -71,10 +68,10 @@ def threads_for_moves(count: int) -> int:
     return max(1, min(torch.get_num_threads(), count // MOVES_PER_THREAD))
 
 
-def check(failed: int, size: int) -> None:
-    """Raise the error that a function of a library has returned, for places among `size` of them."""
+def check(failed: int, m: int) -> None:
+    """Raise the error that a function of a library has returned, for groups of m places."""
     if failed == 1:
-        raise IndexError(f"A place of the N:M matrix lies outside of the {size} that there are.")
+        raise IndexError(f"A place of the N:M matrix lies outside of the {m} of its group.")
     if failed:
         raise MemoryError("No memory for a panel of an N:M sparse matrix.")
 

@@ -3,8 +3,11 @@
 // A task multiplies a run of rows by a panel of tokens. The panel is a copy of x in which the tokens of one column lie
 // side by side, so that an element of W multiplies whole vectors of tokens: one load a vector, no gather. Several rows
 // are multiplied at a time: with that many sums on their way, a load from the second-level cache is not waited for.
-// N:M sparsity spreads the columns of a row evenly, so a run of a row's elements reads a run of the panel's columns.
-// Long rows are cut into such runs, which stay in the second-level cache.
+// Long rows are cut into runs, whose columns of the panel stay in the second-level cache. The codes of a few rows are
+// unpacked into the first-level cache right before those rows are multiplied, and serve all tokens of a panel.
+//
+// bfloat16 becomes float in panels, and in the copies of values that are made as codes are unpacked. Sums are of float,
+// and are rounded once.
 //
 // One token alone has no panel: rows are multiplied by x as it is.
 //
@@ -13,33 +16,31 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <new>
 #include <type_traits>
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, SUMS = 24;  // lanes of a vector; vectors of sums that the registers hold
-#else
-constexpr int LANES = 8, SUMS = 12;
-#endif
 constexpr int WIDEST = 4;   // vectors of tokens of a panel
 constexpr int HIGHEST = 8;  // rows multiplied at a time
 constexpr int CHUNK = 96;   // rows whose sums stay in the first-level cache until they are stored
-constexpr int RUN = 1024;   // columns of a panel that stay in the second-level cache
 constexpr int SHARE = 4;    // tasks for each thread, where the tokens alone do not give as many
 
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
-typedef int32_t Order __attribute__((vector_size(LANES * sizeof(int32_t))));
-
+// `Element` is float or BFloat16.
+template <typename Element>
 struct Problem {
-    const float* x;
+    const Element* x;
     int64_t tokens, in_features, token_stride, column_stride;
-    const float* values;  // [rows, per_row]
-    int64_t rows, per_row;
-    float* out;  // [tokens, rows]
+    const Element* values;  // [rows, per_row]
+    const uint8_t* codes;   // [rows, bytes_per_row]
+    int64_t rows, per_row, bytes_per_row;
+    const Pattern& pattern;
+    Element* out;  // [tokens, rows]
+
+    const uint8_t* codes_at(int64_t row, int64_t run) const {
+        return codes + row * bytes_per_row + run * pattern.bytes(pattern.values_of_run());
+    }
 };
 
 struct Release {
@@ -51,49 +52,19 @@ Memory allocate(int64_t count) {
     return Memory(static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64), std::nothrow)));
 }
 
-// Returns a0 b0 a1 b1 ... from the lower halves of both vectors (`upper`: from their upper halves).
-inline Vector zip(Vector a, Vector b, bool upper) {
-    Order order;
-    for (int i = 0; i < LANES; ++i) order[i] = i / 2 + (i % 2) * LANES + (upper ? LANES / 2 : 0);
-#if defined(__clang__)
-    Vector zipped;
-    for (int i = 0; i < LANES; ++i) zipped[i] = order[i] < LANES ? a[order[i]] : b[order[i] - LANES];
-    return zipped;
-#else
-    return __builtin_shuffle(a, b, order);
-#endif
-}
-
-// Writes the transpose of a tile of LANES x LANES.
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-    Vector tile[LANES], zipped[LANES];
-    for (int i = 0; i < LANES; ++i) tile[i] = *reinterpret_cast<const Vector*>(from + i * from_stride);
-#pragma GCC unroll 4
-    for (int round = 1; round < LANES; round *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; ++i) {
-            zipped[2 * i] = zip(tile[i], tile[i + LANES / 2], false);
-            zipped[2 * i + 1] = zip(tile[i], tile[i + LANES / 2], true);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) tile[i] = zipped[i];
-    }
-    for (int i = 0; i < LANES; ++i) *reinterpret_cast<Vector*>(to + i * to_stride) = tile[i];
-}
-
 // Returns the number of vectors of a panel for so many tokens.
 int vectors_of(int64_t tokens) { return tokens <= LANES ? 1 : tokens <= 2 * LANES ? 2 : WIDEST; }
 
 // Copies `used` tokens of x, from `token` on, into panel [in_features][VECTORS * LANES]; the other tokens become zero.
-template <int VECTORS>
-void load_panel(const Problem& p, int64_t token, int64_t used, float* panel) {
+template <int VECTORS, typename Element>
+void load_panel(const Problem<Element>& p, int64_t token, int64_t used, float* panel) {
     constexpr int WIDTH = VECTORS * LANES;
-    const float* x = p.x + token * p.token_stride;
+    const Element* x = p.x + token * p.token_stride;
     for (int64_t column = 0; column < p.in_features; column += LANES) {
         const int64_t columns = std::min<int64_t>(LANES, p.in_features - column);
         for (int64_t first = 0; first < WIDTH; first += LANES) {
             const int64_t tokens = std::max<int64_t>(0, std::min<int64_t>(LANES, used - first));
-            const float* from = x + first * p.token_stride + column * p.column_stride;
+            const Element* from = x + first * p.token_stride + column * p.column_stride;
             float* to = panel + column * WIDTH + first;
             if (columns == LANES && tokens == LANES && p.column_stride == 1) {
                 transpose(from, p.token_stride, to, WIDTH);
@@ -101,29 +72,58 @@ void load_panel(const Problem& p, int64_t token, int64_t used, float* panel) {
             }
             for (int64_t i = 0; i < columns; ++i) {
                 for (int64_t j = 0; j < tokens; ++j)
-                    to[i * WIDTH + j] = from[j * p.token_stride + i * p.column_stride];
+                    to[i * WIDTH + j] = widen(from[j * p.token_stride + i * p.column_stride]);
                 for (int64_t j = tokens; j < LANES; ++j) to[i * WIDTH + j] = 0.0f;
             }
         }
     }
 }
 
-// sums[ROWS][VECTORS * LANES] (+)= `count` elements of ROWS rows of W times the panel.
+// A run of some rows: their codes, a byte each, and their values. The distance of the codes of two rows is known to the
+// compiler, which then needs one address for all of them, and is no power of two.
+struct Run {
+    static constexpr int64_t STRIDE = RUN + 64;
+    uint8_t codes[HIGHEST * STRIDE];
+    float room[HIGHEST * STRIDE];
+    const float* values;
+    int64_t stride;  // from the values of one row to those of the next one
+
+    template <int ROWS, typename Element>
+    void load_rows(const Problem<Element>& p, int64_t row, int64_t run, int64_t count) {
+        const uint8_t* packed = p.codes_at(row, run);
+        for (int r = 0; r < ROWS; ++r) p.pattern.unpack(packed + r * p.bytes_per_row, count, codes + r * STRIDE);
+        const Element* from = p.values + row * p.per_row + run * p.pattern.values_of_run();
+        if constexpr (std::is_same<Element, float>::value) {
+            values = from;
+            stride = p.per_row;
+        } else {
+            values = room;
+            stride = STRIDE;
+            for (int r = 0; r < ROWS; ++r)
+                for (int64_t e = 0; e < count; ++e) room[r * STRIDE + e] = widen(from[r * p.per_row + e]);
+        }
+    }
+};
+
+// sums[ROWS][VECTORS * LANES] (+)= `count` elements of ROWS rows of W times a run of the panel.
 // Inlined into the loops around it, it would lose its addresses to the stack.
-template <int VECTORS, int ROWS, typename C>
-__attribute__((noinline)) void multiply(const float* panel, const float* values, const C* columns, int64_t per_row, int64_t count, float* sums,
-              bool add) {
+template <int VECTORS, int ROWS>
+__attribute__((noinline)) void multiply(const float* panel, const uint16_t* first, const Run& run, int64_t count,
+                                        float* sums, bool add) {
     constexpr int WIDTH = VECTORS * LANES;
+    const float* values = run.values;
+    const int64_t stride = run.stride;
     Vector total[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) total[r][v] = Vector{};
-    for (int64_t e = 0; e < count; ++e)
+    for (int64_t e = 0; e < count; ++e) {
+        const float* group = panel + first[e] * WIDTH;
         for (int r = 0; r < ROWS; ++r) {
-            const int64_t column = columns[r * per_row + e];
-            const Vector* x = reinterpret_cast<const Vector*>(panel + column * WIDTH);
-            const float value = values[r * per_row + e];
+            const Vector* x = reinterpret_cast<const Vector*>(group + run.codes[r * Run::STRIDE + e] * WIDTH);
+            const float value = values[r * stride + e];
             for (int v = 0; v < VECTORS; ++v) total[r][v] += value * x[v];
         }
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -133,8 +133,8 @@ __attribute__((noinline)) void multiply(const float* panel, const float* values,
         }
 }
 
-// Returns total + value * x, rounded once where there is such an instruction: compilers use it in `multiply`, but left to
-// themselves not in every loop over single numbers.
+// Returns total + value * x, rounded once where there is such an instruction: compilers use it in `multiply`, but left
+// to themselves not in every loop over single numbers.
 inline float add_product(float total, float value, float x) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fmaf(value, x, total);
@@ -143,26 +143,30 @@ inline float add_product(float total, float value, float x) {
 #endif
 }
 
-// out[ROWS] (+)= `count` elements of ROWS rows of W times the one token x. A vector of tokens would be empty but for one.
-// Elements are added in the order in which `multiply` adds them, so the result has the same bits.
-template <int ROWS, typename C>
-__attribute__((noinline)) void multiply_one(const float* x, const float* values, const C* columns, int64_t per_row,
-                                            int64_t count, float* out, bool add) {
+// sums[ROWS] (+)= `count` elements of ROWS rows of W times the one token x. A vector of tokens would be empty but for
+// one. Elements are added in the order in which `multiply` adds them, so the result has the same bits.
+template <int ROWS>
+__attribute__((noinline)) void multiply_one(const float* x, const uint16_t* first, const Run& run, int64_t count,
+                                            float* sums, bool add) {
+    const float* values = run.values;
+    const int64_t stride = run.stride;
     float total[ROWS] = {};
-    for (int64_t e = 0; e < count; ++e)
+    for (int64_t e = 0; e < count; ++e) {
+        const float* group = x + first[e];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
-            total[r] = add_product(total[r], values[r * per_row + e], x[columns[r * per_row + e]]);
-    for (int r = 0; r < ROWS; ++r) out[r] = add ? out[r] + total[r] : total[r];
+            total[r] = add_product(total[r], values[r * stride + e], group[run.codes[r * Run::STRIDE + e]]);
+    }
+    for (int r = 0; r < ROWS; ++r) sums[r] = add ? sums[r] + total[r] : total[r];
 }
 
 // Writes sums [rows][VECTORS * LANES] to the columns `row`.. of the result.
-template <int VECTORS>
-void store(const Problem& p, const float* sums, int64_t row, int64_t rows, int64_t token, int64_t used) {
+template <int VECTORS, typename Element>
+void store_sums(const Problem<Element>& p, const float* sums, int64_t row, int64_t rows, int64_t token, int64_t used) {
     constexpr int WIDTH = VECTORS * LANES;
     for (int64_t t = 0; t < used; t += LANES)
         for (int64_t r = 0; r < rows; r += LANES) {
-            float* to = p.out + (token + t) * p.rows + row + r;
+            Element* to = p.out + (token + t) * p.rows + row + r;
             const float* from = sums + r * WIDTH + t;
             if (r + LANES <= rows && t + LANES <= used) {
                 transpose(from, WIDTH, to, p.rows);
@@ -170,90 +174,80 @@ void store(const Problem& p, const float* sums, int64_t row, int64_t rows, int64
             }
             for (int64_t i = 0; i < std::min<int64_t>(LANES, used - t); ++i)
                 for (int64_t j = 0; j < std::min<int64_t>(LANES, rows - r); ++j)
-                    to[i * p.rows + j] = from[j * WIDTH + i];
+                    narrow(from[j * WIDTH + i], to + i * p.rows + j);
         }
 }
 
-template <typename C>
-bool any_outside(const C* columns, int64_t count, int64_t in_features) {
-    // Compared in the type of the columns, many at a time.
-    const C last = static_cast<C>(std::min<int64_t>(in_features - 1, std::numeric_limits<C>::max()));
-    C outside = 0;
-    for (int64_t e = 0; e < count; ++e) outside |= (columns[e] < 0) | (columns[e] > last);
-    return outside != 0;
-}
-
-// Returns the number of elements of a row that are multiplied at a time.
-int64_t length_of_run(const Problem& p) {
-    const int64_t runs = (p.in_features + RUN - 1) / RUN;
-    return (p.per_row + runs - 1) / runs;
-}
-
-// Computes rows first..last of W for `used` tokens from `token` on. Returns false if a column lies outside of W.
-template <int VECTORS, typename C>
-bool multiply_rows(const Problem& p, const C* columns, const float* panel, int64_t token, int64_t used, int64_t first,
+// Computes rows first..last of W for `used` tokens from `token` on. Returns false if a code is m or more.
+template <int VECTORS, typename Element>
+bool multiply_rows(const Problem<Element>& p, const float* panel, int64_t token, int64_t used, int64_t first,
                    int64_t last, float* sums) {
     constexpr int WIDTH = VECTORS * LANES, ROWS = std::min(SUMS / VECTORS, HIGHEST);
-    const int64_t length = length_of_run(p);
+    const int64_t length = p.pattern.values_of_run(), width = p.pattern.columns_of_run() * WIDTH;
+    Run loaded;
     for (int64_t row = first; row < last; row += CHUNK) {
         const int64_t rows = std::min<int64_t>(CHUNK, last - row);
         // Checked here, and not before, so that threads wait for each other once alone.
-        if (any_outside(columns + row * p.per_row, rows * p.per_row, p.in_features)) return false;
-        for (int64_t e = 0; e < p.per_row; e += length) {
-            const int64_t count = std::min(length, p.per_row - e);
-            const float* values = p.values + row * p.per_row + e;
-            const C* at = columns + row * p.per_row + e;
+        if (p.pattern.any_outside(p.codes_at(row, 0), rows * p.bytes_per_row)) return false;
+        for (int64_t run = 0; run * length < p.per_row; ++run) {
+            const int64_t count = std::min(length, p.per_row - run * length);
+            const auto multiply_some = [&](auto some, int64_t r) {
+                loaded.load_rows<some()>(p, row + r, run, count);
+                multiply<VECTORS, some()>(panel + run * width, p.pattern.first, loaded, count, sums + r * WIDTH,
+                                          run > 0);
+            };
             int64_t r = 0;
-            for (; r + ROWS <= rows; r += ROWS)
-                multiply<VECTORS, ROWS>(panel, values + r * p.per_row, at + r * p.per_row, p.per_row, count,
-                                        sums + r * WIDTH, e > 0);
-            for (; r < rows; ++r)
-                multiply<VECTORS, 1>(panel, values + r * p.per_row, at + r * p.per_row, p.per_row, count,
-                                     sums + r * WIDTH, e > 0);
+            for (; r + ROWS <= rows; r += ROWS) multiply_some(std::integral_constant<int, ROWS>(), r);
+            for (; r < rows; ++r) multiply_some(std::integral_constant<int, 1>(), r);
         }
-        store<VECTORS>(p, sums, row, rows, token, used);
+        store_sums<VECTORS>(p, sums, row, rows, token, used);
     }
     return true;
 }
 
-template <typename C>
-int compute_one(const Problem& p, const C* columns, int threads) {
+template <typename Element>
+int compute_one(const Problem<Element>& p, int threads) {
     constexpr int ROWS = HIGHEST;
-    const Memory copy = p.column_stride == 1 ? Memory() : allocate(p.in_features);
-    if (p.column_stride != 1) {
+    const float* x = nullptr;
+    if constexpr (std::is_same<Element, float>::value)
+        if (p.column_stride == 1) x = p.x;
+    const Memory copy = x ? Memory() : allocate(p.in_features);
+    if (!x) {
         if (!copy) return 2;
-        for (int64_t i = 0; i < p.in_features; ++i) copy[i] = p.x[i * p.column_stride];
+        for (int64_t i = 0; i < p.in_features; ++i) copy[i] = widen(p.x[i * p.column_stride]);
+        x = copy.get();
     }
-    const float* x = p.column_stride == 1 ? p.x : copy.get();
-    const int64_t chunks = (p.rows + CHUNK - 1) / CHUNK, length = length_of_run(p);
+    const int64_t blocks = (p.rows + ROWS - 1) / ROWS, length = p.pattern.values_of_run();
     int failed = 0;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t first = chunk * CHUNK, last = std::min(first + CHUNK, p.rows);
-        if (any_outside(columns + first * p.per_row, (last - first) * p.per_row, p.in_features)) {
-#pragma omp atomic write
+#pragma omp parallel for num_threads(threads) reduction(| : failed) schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = block * ROWS, last = std::min(first + ROWS, p.rows);
+        if (p.pattern.any_outside(p.codes_at(first, 0), (last - first) * p.bytes_per_row)) {
             failed = 1;
             continue;
         }
-        for (int64_t row = first; row < last; row += ROWS)
-            for (int64_t e = 0; e < p.per_row; e += length) {
-                const int64_t count = std::min(length, p.per_row - e), at = row * p.per_row + e;
-                const bool add = e > 0;
-                if (row + ROWS <= last) {
-                    multiply_one<ROWS>(x, p.values + at, columns + at, p.per_row, count, p.out + row, add);
-                    continue;
-                }
-                for (int64_t r = 0; r < last - row; ++r)
-                    multiply_one<1>(x, p.values + at + r * p.per_row, columns + at + r * p.per_row, p.per_row, count,
-                                    p.out + row + r, add);
-            }
+        Run loaded;
+        float sums[ROWS] = {};
+        for (int64_t run = 0; run * length < p.per_row; ++run) {
+            const int64_t count = std::min(length, p.per_row - run * length);
+            const auto multiply_some = [&](auto some, int64_t row) {
+                loaded.load_rows<some()>(p, row, run, count);
+                multiply_one<some()>(x + run * p.pattern.columns_of_run(), p.pattern.first, loaded, count,
+                                     sums + row - first, run > 0);
+            };
+            if (last - first == ROWS)
+                multiply_some(std::integral_constant<int, ROWS>(), first);
+            else
+                for (int64_t row = first; row < last; ++row) multiply_some(std::integral_constant<int, 1>(), row);
+        }
+        for (int64_t row = first; row < last; ++row) narrow(sums[row - first], p.out + row);
     }
     return failed;
 }
 
-template <typename C>
-int compute(const Problem& p, const C* columns, int threads) {
-    if (p.tokens == 1) return compute_one(p, columns, threads);
+template <typename Element>
+int compute(const Problem<Element>& p, int threads) {
+    if (p.tokens == 1) return compute_one(p, threads);
     constexpr int64_t WIDTH = WIDEST * LANES;
     int failed = 0;
     const int64_t panels = (p.tokens + WIDTH - 1) / WIDTH, chunks = (p.rows + CHUNK - 1) / CHUNK;
@@ -280,7 +274,7 @@ int compute(const Problem& p, const C* columns, int threads) {
             const auto run = [&](auto vectors) {
                 if (loaded != token) load_panel<vectors()>(p, token, used, panel.get());
                 loaded = token;
-                if (!multiply_rows<vectors()>(p, columns, panel.get(), token, used, first, last, sums.get())) {
+                if (!multiply_rows<vectors()>(p, panel.get(), token, used, first, last, sums.get())) {
 #pragma omp atomic write
                     failed = 1;
                 }
@@ -297,13 +291,20 @@ int compute(const Problem& p, const C* columns, int threads) {
 
 }  // namespace
 
-// out [tokens, rows] = x [tokens, in_features] * W^T. values and columns: [rows, per_row], contiguous; columns are
-// int16, or int32 if `wide`, each once in a row. No size is zero.
-// Returns 0; 1 if a column lies outside of W; 2 if there is not enough memory.
-extern "C" int sylva_nm_mm(const float* x, int64_t tokens, int64_t in_features, int64_t token_stride,
-                           int64_t column_stride, const float* values, const void* columns, int wide, int64_t rows,
-                           int64_t per_row, int threads, float* out) {
-    const Problem p{x, tokens, in_features, token_stride, column_stride, values, rows, per_row, out};
-    return wide ? compute(p, static_cast<const int32_t*>(columns), threads)
-                : compute(p, static_cast<const int16_t*>(columns), threads);
+// out [tokens, rows] = x [tokens, in_features] * W^T, all of float (`bytes` is 4) or of bfloat16 (2). values
+// [rows, per_row] and codes [rows, bytes of per_row codes] are contiguous. No size is zero.
+// Returns 0; 1 if a column lies outside of its group; 2 if there is not enough memory.
+extern "C" int sylva_nm_mm(int bytes, const void* x, int64_t tokens, int64_t in_features, int64_t token_stride,
+                           int64_t column_stride, const void* values, const uint8_t* codes, int n, int m,
+                           int64_t rows, int64_t per_row, int threads, void* out) {
+    const Pattern pattern(n, m);
+    const auto run = [&](auto* element) {
+        typedef decltype(element) Elements;
+        typedef std::remove_pointer_t<Elements> Element;
+        return compute<Element>({static_cast<const Element*>(x), tokens, in_features, token_stride, column_stride,
+                                 static_cast<const Element*>(values), codes, rows, per_row, pattern.bytes(per_row),
+                                 pattern, static_cast<Elements>(out)},
+                                threads);
+    };
+    return bytes == 4 ? run(static_cast<float*>(nullptr)) : run(static_cast<BFloat16*>(nullptr));
 }

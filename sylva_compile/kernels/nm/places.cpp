@@ -1,111 +1,150 @@
-// Moves values between the places of N:M sparse matrices and dense ones, on the CPU. No number is computed: elements are
-// bits, 2, 4 or 8 bytes wide.
+// Moves values between the places of N:M sparse matrices and dense ones, on the CPU. No number is computed: elements
+// are bits, 2, 4 or 8 bytes wide.
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 namespace {
 
-constexpr int OUTSIDE = 255;  // the slot of a place that carries no value
-constexpr int LINE = 128;     // bytes of a row that are read at once
-constexpr int TILE = 64;      // places of a row that are read before those of the next row
+// A tile of the dense matrix stays in the first-level cache.
+constexpr int LINE = 128;  // bytes of its rows
+constexpr int TILE = 128;  // its rows
+constexpr int AHEAD = 4;   // columns ahead of which memory is fetched: no processor guesses this order
 
 struct Sizes {
     int64_t rows, per_row, in_features;
     int threads;
 };
 
-// Writes the dense matrix [rows, in_features] of values and columns [rows, per_row].
-template <typename T, typename C>
-int fill(const T* values, const C* columns, const Sizes& s, T* out) {
+// Calls `act(e, column)` for `count` values of a row, whose first code begins a byte. Codes are below m. N is n, or 0
+// where it is not known when this is compiled, or groups do not fill a byte.
+template <int BITS, int N, typename F>
+inline void each_column(const Pattern& pattern, const uint8_t* codes, int64_t count, F act) {
+    constexpr int EACH = 8 / BITS, MASK = (1 << BITS) - 1;
+    const int64_t n = pattern.n, m = pattern.m;
+    int64_t k = 0, group = 0;  // `group` is its first column
+    if constexpr (N > 0)
+        for (; k + EACH <= count; k += EACH, group += EACH / N * m) {
+            const int byte = *codes++;
+#pragma GCC unroll 4
+            for (int i = 0; i < EACH; ++i) act(k + i, group + i / N * m + (byte >> i * BITS & MASK));
+        }
+    const int64_t start = k;
+    for (int64_t place = 0; k < count; ++k, ++place) {
+        if (place == n) {
+            place = 0;
+            group += m;
+        }
+        act(k, group + (codes[(k - start) / EACH] >> k % EACH * BITS & MASK));
+    }
+}
+
+// Writes the dense matrix [rows, in_features] of values [rows, per_row].
+template <int BITS, int N, typename T>
+int fill(const Pattern& pattern, const T* values, const uint8_t* codes, const Sizes& s, T* out) {
+    const int64_t bytes = pattern.bytes(s.per_row);
     int outside = 0;
 #pragma omp parallel for num_threads(s.threads) reduction(| : outside) schedule(static)
     for (int64_t row = 0; row < s.rows; ++row) {
+        const uint8_t* places = codes + row * bytes;
+        const T* from = values + row * s.per_row;
         T* to = out + row * s.in_features;
         std::fill(to, to + s.in_features, T(0));
-        for (int64_t e = row * s.per_row; e < (row + 1) * s.per_row; ++e) {
-            if (columns[e] < 0 || columns[e] >= s.in_features)
-                outside = 1;
-            else
-                to[columns[e]] = values[e];
-        }
+        if (pattern.any_outside(places, bytes))
+            outside = 1;
+        else
+            each_column<BITS, N>(pattern, places, s.per_row, [=](int64_t e, int64_t column) { to[column] = from[e]; });
     }
     return outside;
 }
 
-// Reads the elements of a dense matrix [rows, in_features] at columns [rows, per_row].
-template <typename T, typename C>
-int gather(const T* matrix, const C* columns, const Sizes& s, T* out) {
+// Reads the values [rows, per_row] of a dense matrix [rows, in_features].
+template <int BITS, int N, typename T>
+int gather(const Pattern& pattern, const T* matrix, const uint8_t* codes, const Sizes& s, T* out) {
+    const int64_t bytes = pattern.bytes(s.per_row);
     int outside = 0;
 #pragma omp parallel for num_threads(s.threads) reduction(| : outside) schedule(static)
     for (int64_t row = 0; row < s.rows; ++row) {
+        const uint8_t* places = codes + row * bytes;
         const T* from = matrix + row * s.in_features;
-        for (int64_t e = row * s.per_row; e < (row + 1) * s.per_row; ++e) {
-            if (columns[e] < 0 || columns[e] >= s.in_features)
-                outside = 1;
-            else
-                out[e] = from[columns[e]];
-        }
+        T* to = out + row * s.per_row;
+        if (pattern.any_outside(places, bytes))
+            outside = 1;
+        else
+            each_column<BITS, N>(pattern, places, s.per_row, [=](int64_t e, int64_t column) { to[e] = from[column]; });
     }
     return outside;
 }
 
-// Writes elements first..last of `out` from rows of `from` that lie `width` apart. Returns 1 if one lies outside.
-template <typename T, typename C>
-int move(const T* from, int64_t width, const C* places, const uint8_t* slots, int64_t first, int64_t last, int n,
-         int64_t rows, T* out) {
-    int outside = 0;
-    for (int64_t e = first; e < last; ++e)
-        outside |= (places[e] < 0) | (places[e] >= rows) | ((slots[e] >= n) & (slots[e] != OUTSIDE));
-    if (outside) return 1;
-    // Slots outside come without order, and a branch would be guessed wrongly.
-    for (int64_t e = first; e < last; ++e) {
-        const bool inside = slots[e] != OUTSIDE;
-        const T value = from[places[e] * width + (inside ? slots[e] : 0)];
-        out[e] = inside ? value : T(0);
-    }
-    return 0;
-}
-
-// Writes values of the transposed matrix, [in_features, kept], from values [rows, per_row]: the element at `places`
-// [in_features, kept], a row, comes from slot `slots` of its column's group of m. Columns whose values share a line of
-// memory are taken together. Their values are copied first: rows often lie a power of two apart, and their lines would
-// share a few sets of the cache.
-template <typename T, typename C>
-int transpose(const T* values, const C* places, const uint8_t* slots, int64_t kept, int n, int m, const Sizes& s,
-              T* out) {
-    const int64_t groups = std::max<int64_t>(1, LINE / (n * static_cast<int64_t>(sizeof(T))));
-    const int64_t together = groups * m, width = groups * n, blocks = (s.in_features + together - 1) / together;
+// Writes values of the transposed matrix, [in_features, kept], whose places are `second`, from values [rows, per_row];
+// zero where the first mask keeps nothing. A tile of the dense matrix is written out at a time, and read by columns.
+template <int BITS, int N, typename T>
+int transpose(const Pattern& pattern, const T* values, const uint8_t* codes, const uint8_t* second, int64_t kept,
+              const Sizes& s, T* out) {
+    const int64_t bytes = pattern.bytes(s.per_row), second_bytes = pattern.bytes(kept);
+    if (pattern.any_outside(codes, s.rows * bytes)) return 1;
+    if (pattern.any_outside(second, s.in_features * second_bytes)) return 1;
+    const int64_t groups = pattern.groups_of(LINE / sizeof(T)), width = groups * pattern.m, across = groups * pattern.n;
+    const int64_t tall = pattern.groups_of(TILE), height = tall * pattern.m, down = tall * pattern.n;
+    const int64_t tiles = (s.rows + height - 1) / height;
     int failed = 0;
 #pragma omp parallel num_threads(s.threads) reduction(| : failed)
     {
-        const std::unique_ptr<T[]> panel(new (std::nothrow) T[s.rows * width]);
+        const std::unique_ptr<T[]> tile(new (std::nothrow) T[height * width]);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t block = 0; block < blocks; ++block) {
-            if (!panel) {
+        for (int64_t at = 0; at < tiles; ++at) {
+            if (!tile) {
                 failed |= 2;
                 continue;
             }
-            const int64_t first = block * together, last = std::min(first + together, s.in_features);
-            const int64_t used = std::min(width, s.per_row - block * width);
-            for (int64_t row = 0; row < s.rows; ++row)
-                std::copy_n(values + row * s.per_row + block * width, used, panel.get() + row * width);
-            for (int64_t start = 0; start < kept; start += TILE)
-                for (int64_t column = first; column < last; ++column)
-                    failed |= move(panel.get() + (column - first) / m * n, width, places, slots, column * kept + start,
-                                   column * kept + std::min(start + TILE, kept), n, s.rows, out);
+            const int64_t top = at * height, rows = std::min(height, s.rows - top);
+            const int64_t place = at * down, places = std::min(down, kept - place);
+            for (int64_t left = 0, start = 0; left < s.in_features; left += width, start += across) {
+                const int64_t used = std::min(across, s.per_row - start);
+                const int64_t columns = std::min(width, s.in_features - left);
+                std::fill_n(tile.get(), rows * width, T(0));
+                for (int64_t row = 0; row < rows; ++row) {
+                    const T* from = values + (top + row) * s.per_row + start;
+                    T* to = tile.get() + row * width;
+                    __builtin_prefetch(from + across);
+                    each_column<BITS, N>(pattern, codes + (top + row) * bytes + pattern.bytes(start), used,
+                                         [=](int64_t e, int64_t column) { to[column] = from[e]; });
+                }
+                for (int64_t column = 0; column < columns; ++column) {
+                    const T* from = tile.get() + column;
+                    T* to = out + (left + column) * kept + place;
+                    const uint8_t* at = second + (left + column) * second_bytes + pattern.bytes(place);
+                    __builtin_prefetch(to + AHEAD * kept, 1);
+                    __builtin_prefetch(at + AHEAD * second_bytes);
+                    each_column<BITS, N>(pattern, at, places,
+                                         [=](int64_t e, int64_t row) { to[e] = from[row * width]; });
+                }
+            }
         }
     }
     return failed;
 }
 
-// Calls `run` with null pointers to the type of an element and to that of a column.
+// Calls `run` with a null pointer to the type of an element, the number of bits of a code, and n (see `each_column`).
 template <typename F>
-int by_type(int bytes, int wide, F run) {
+int by_type(int bytes, int n, int m, F run) {
+    const Pattern pattern(n, m);
+    const auto with_n = [&](auto* element, auto bits) {
+        if constexpr (bits() < 8) {
+            if (n == 1) return run(pattern, element, bits, std::integral_constant<int, 1>());
+            if (n == 2) return run(pattern, element, bits, std::integral_constant<int, 2>());
+        }
+        return run(pattern, element, bits, std::integral_constant<int, 0>());
+    };
     const auto with = [&](auto* element) {
-        return wide ? run(element, static_cast<int32_t*>(nullptr)) : run(element, static_cast<int16_t*>(nullptr));
+        switch (pattern.bits) {
+            case 2: return with_n(element, std::integral_constant<int, 2>());
+            case 4: return with_n(element, std::integral_constant<int, 4>());
+            default: return with_n(element, std::integral_constant<int, 8>());
+        }
     };
     switch (bytes) {
         case 2: return with(static_cast<uint16_t*>(nullptr));
@@ -116,33 +155,33 @@ int by_type(int bytes, int wide, F run) {
 
 }  // namespace
 
-// All matrices are contiguous; elements are `bytes` wide, columns are int16, or int32 if `wide`. Each function returns 0;
-// 1 if a place lies outside of its matrix, where nothing is read or written; 2 or more if there is not enough memory.
+// All matrices are contiguous; elements are `bytes` wide; codes are n for each group of m. Each function returns 0; 1
+// if a code is m or more, where nothing is read or written; 2 or more if there is not enough memory.
 
-extern "C" int sylva_nm_dense(int bytes, int wide, const void* values, const void* columns, int64_t rows,
+extern "C" int sylva_nm_dense(int bytes, int n, int m, const void* values, const uint8_t* codes, int64_t rows,
                               int64_t per_row, int64_t in_features, int threads, void* out) {
-    return by_type(bytes, wide, [&](auto* element, auto* column) {
-        return fill(static_cast<decltype(element)>(const_cast<void*>(values)),
-                    static_cast<decltype(column)>(const_cast<void*>(columns)), {rows, per_row, in_features, threads},
-                    static_cast<decltype(element)>(out));
+    return by_type(bytes, n, m, [&](const Pattern& pattern, auto* element, auto bits, auto known) {
+        typedef decltype(element) Elements;
+        return fill<bits(), known()>(pattern, static_cast<Elements>(const_cast<void*>(values)), codes,
+                                     {rows, per_row, in_features, threads}, static_cast<Elements>(out));
     });
 }
 
-extern "C" int sylva_nm_gather(int bytes, int wide, const void* matrix, const void* columns, int64_t rows,
+extern "C" int sylva_nm_gather(int bytes, int n, int m, const void* matrix, const uint8_t* codes, int64_t rows,
                                int64_t per_row, int64_t in_features, int threads, void* out) {
-    return by_type(bytes, wide, [&](auto* element, auto* column) {
-        return gather(static_cast<decltype(element)>(const_cast<void*>(matrix)),
-                      static_cast<decltype(column)>(const_cast<void*>(columns)), {rows, per_row, in_features, threads},
-                      static_cast<decltype(element)>(out));
+    return by_type(bytes, n, m, [&](const Pattern& pattern, auto* element, auto bits, auto known) {
+        typedef decltype(element) Elements;
+        return gather<bits(), known()>(pattern, static_cast<Elements>(const_cast<void*>(matrix)), codes,
+                                       {rows, per_row, in_features, threads}, static_cast<Elements>(out));
     });
 }
 
-extern "C" int sylva_nm_transpose(int bytes, int wide, const void* values, const void* places, const uint8_t* slots,
-                                  int64_t rows, int64_t per_row, int64_t in_features, int64_t kept, int n, int m,
-                                  int threads, void* out) {
-    return by_type(bytes, wide, [&](auto* element, auto* place) {
-        return transpose(static_cast<decltype(element)>(const_cast<void*>(values)),
-                         static_cast<decltype(place)>(const_cast<void*>(places)), slots, kept, n, m,
-                         {rows, per_row, in_features, threads}, static_cast<decltype(element)>(out));
+extern "C" int sylva_nm_transpose(int bytes, int n, int m, const void* values, const uint8_t* codes,
+                                  const uint8_t* second, int64_t rows, int64_t per_row, int64_t in_features,
+                                  int64_t kept, int threads, void* out) {
+    return by_type(bytes, n, m, [&](const Pattern& pattern, auto* element, auto bits, auto known) {
+        typedef decltype(element) Elements;
+        return transpose<bits(), known()>(pattern, static_cast<Elements>(const_cast<void*>(values)), codes, second,
+                                          kept, {rows, per_row, in_features, threads}, static_cast<Elements>(out));
     });
 }

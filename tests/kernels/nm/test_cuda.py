@@ -15,7 +15,7 @@ from sylva_compile.kernels.nm import choice, cuda, products
 from sylva_compile.kernels.nm_mm import nm_mm_reference
 
 GPU = torch.device("cuda")
-SHAPE = (64, 128, 64)  # rows, in_features, per_row
+SHAPE = (64, 128, 2, 4)  # rows, in_features, n, m
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +27,14 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     cuda._algorithms.clear()
-    cuda._patterns.clear()
     choice.times.cache_clear()
     yield
     cuda._algorithms.clear()
-    cuda._patterns.clear()
     choice.times.cache_clear()
 
 
 class StandIn:
-    """cuSPARSELt's operations on the CPU: a compressed matrix is the dense one with its metadata's columns appended."""
+    """cuSPARSELt's operations on the CPU: a compressed matrix is the dense one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.searched: list[tuple[int, ...]] = []
@@ -81,15 +79,18 @@ class TestSupport:
     @pytest.mark.parametrize(
         ("shape", "dtype", "why"),
         [
-            ((64, 128, 32), torch.bfloat16, "2 of every 4"),
+            ((64, 128, 1, 4), torch.bfloat16, "2 of every 4"),
+            ((64, 128, 4, 8), torch.bfloat16, "not 4 of 8"),
             (SHAPE, torch.float32, "not float32"),
             (SHAPE, torch.float64, "not float64"),
-            ((72, 128, 64), torch.float16, "multiples of 16, not 72 x 128"),
-            ((64, 136, 68), torch.float16, "multiples of 16, not 64 x 136"),
-            ((0, 128, 64), torch.float16, "multiples of 16"),
+            ((72, 128, 2, 4), torch.float16, "multiples of 16, not 72 x 128"),
+            ((64, 136, 2, 4), torch.float16, "multiples of 16, not 64 x 136"),
+            ((0, 128, 2, 4), torch.float16, "multiples of 16"),
         ],
     )
-    def test_shapes_and_dtypes_that_it_lacks(self, shape: tuple[int, int, int], dtype: torch.dtype, why: str) -> None:
+    def test_shapes_and_dtypes_that_it_lacks(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, why: str
+    ) -> None:
         said = cuda.missing(*shape, dtype, GPU)
         assert said is not None and why in said
 
@@ -118,7 +119,7 @@ class TestChoice:
         assert choice.choose_kernel(4096, *SHAPE, torch.bfloat16, GPU).kernel == "dense"
 
     def test_the_class_of_a_large_product_is_large(self) -> None:
-        product = choice.Product(5000, 11008, 4096, 2048, torch.bfloat16, GPU).class_of()
+        product = choice.Product(5000, 11008, 4096, 2, 4, torch.bfloat16, GPU).class_of()
         assert (product.tokens, product.rows) == (8192, 11008)
 
 
@@ -128,56 +129,38 @@ class TestProducts:
     @pytest.mark.parametrize("tokens", [0, 1, 7, 8, 13])
     @pytest.mark.parametrize("pattern", [(2, 4), (1, 2)])
     def test_equals_the_dense_product(self, stand_in: StandIn, tokens: int, pattern: tuple[int, int]) -> None:
-        values, columns = matrix(torch.float16, *pattern)
+        values, codes = matrix(torch.float16, *pattern)
         x = torch.randn(128, tokens, generator=torch.Generator().manual_seed(1)).half().t()
-        packed, no_columns = cuda.compress(values, columns, 128)
-        assert packed.shape[0] == 64 and no_columns.shape == (64, 0)
-        exact = x.double() @ dense_twin(values, columns, 128).t()
+        packed, no_codes = cuda.compress(values, codes, *pattern)
+        assert packed.shape[0] == 64 and no_codes.shape == (64, 0)
+        exact = x.double() @ dense_twin(values, codes, *pattern).t()
         for found in (
-            cuda.packed_and_multiplied(x, values, columns, 128),
-            products.nm_mm_cuda(x, packed, no_columns, 128, False),
+            cuda.packed_and_multiplied(x, values, codes, *pattern),
+            products.nm_mm_cuda(x, packed, no_codes, *pattern, False),
         ):
             assert found.shape == (tokens, 64) and found.is_contiguous()
             torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-2)
 
-    def test_columns_of_another_pattern_are_multiplied_as_a_dense_matrix(
-        self, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_another_pattern_is_multiplied_as_a_dense_matrix(self, stand_in: StandIn) -> None:
         # As many values as at 2:4, but 4 of 8: cuSPARSELt would drop some of them.
-        values, columns = matrix(n=4, m=8)
-        monkeypatch.setattr(products, "choose_kernel", lambda *shape, transposed: choice.Choice("cusparselt", ""))
+        values, codes = matrix(n=4, m=8)
         x = torch.ones(8, 128, dtype=torch.bfloat16)
-        found = products.nm_mm_cuda(x, values, columns, 128, False)
-        torch.testing.assert_close(found, nm_mm_reference(x, values, columns, 128, False))
+        found = products.nm_mm_cuda(x, values, codes, 4, 8, False)
+        torch.testing.assert_close(found, nm_mm_reference(x, values, codes, 4, 8, False))
+        assert not stand_in.options
         with pytest.raises(ArgumentError, match="n=2, m=4"):
-            cuda.compress(values, columns, 128)
-
-    def test_memory_that_holds_another_pattern_now_gives_nan(self, stand_in: StandIn) -> None:
-        values, columns = matrix()
-        x = torch.ones(8, 128, dtype=torch.bfloat16)
-        assert cuda.is_two_of_four(columns)
-        columns[5, :4] = torch.arange(4)
-        assert cuda.is_two_of_four(columns), "it looks once"
-        found = cuda.packed_and_multiplied(x, values, columns, 128)
-        assert found[:, 5].isnan().all() and not found[:, torch.arange(64) != 5].isnan().any()
-
-    def test_nothing_is_looked_at_while_a_graph_is_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        _, columns = matrix()
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert not cuda.is_two_of_four(columns)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        assert cuda.is_two_of_four(columns)
+            cuda.compress(values, codes, 4, 8)
 
     def test_an_algorithm_is_searched_once_for_each_class_of_shapes(self, stand_in: StandIn) -> None:
-        values, columns = matrix()
+        values, codes = matrix()
         for tokens in (13, 16, 24, 9, 32):
-            cuda.packed_and_multiplied(torch.ones(tokens, 128, dtype=torch.bfloat16), values, columns, 128)
+            cuda.packed_and_multiplied(torch.ones(tokens, 128, dtype=torch.bfloat16), values, codes, 2, 4)
         assert stand_in.searched == [(128, 16), (128, 24)]
         assert stand_in.options == [(7, 2, 1)] * 5
 
     def test_no_search_while_a_graph_is_captured(self, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        cuda.packed_and_multiplied(torch.ones(8, 128, dtype=torch.bfloat16), *matrix(), 128)
+        cuda.packed_and_multiplied(torch.ones(8, 128, dtype=torch.bfloat16), *matrix(), 2, 4)
         assert stand_in.options == [cuda.DEFAULT_ALGORITHM] and not stand_in.searched
 
     @pytest.mark.parametrize("kernel", ["cusparselt", "dense"])
@@ -189,15 +172,20 @@ class TestProducts:
             return choice.Choice("dense" if transposed else kernel, "")
 
         monkeypatch.setattr(products, "choose_kernel", chosen)
-        values, columns = matrix()
+        values, codes = matrix()
         x = torch.ones(8, 64 if transposed else 128, dtype=torch.bfloat16)
-        found = products.nm_mm_cuda(x, values, columns, 128, transposed)
-        torch.testing.assert_close(found, nm_mm_reference(x, values, columns, 128, transposed))
+        found = products.nm_mm_cuda(x, values, codes, 2, 4, transposed)
+        torch.testing.assert_close(found, nm_mm_reference(x, values, codes, 2, 4, transposed))
         assert bool(stand_in.options) == (kernel == "cusparselt" and not transposed)
 
+    def test_an_input_of_another_dtype_is_refused(self, stand_in: StandIn) -> None:
+        packed = cuda.compress(*matrix(), 2, 4)
+        with pytest.raises(ArgumentError, match=r"give x \[tokens, columns\] of torch.bfloat16"):
+            products.nm_mm_cuda(torch.ones(8, 128), *packed, 2, 4, False)
+
     def test_a_compressed_matrix_has_no_transposed_product(self, stand_in: StandIn) -> None:
-        packed = cuda.compress(*matrix(), 128)
-        with pytest.raises(ArgumentError, match="give its values and columns"):
-            products.nm_mm_cuda(torch.ones(8, 64, dtype=torch.bfloat16), *packed, 128, True)
+        packed = cuda.compress(*matrix(), 2, 4)
+        with pytest.raises(ArgumentError, match="give its values and codes"):
+            products.nm_mm_cuda(torch.ones(8, 64, dtype=torch.bfloat16), *packed, 2, 4, True)
         with pytest.raises(ArgumentError, match="give x"):
-            products.nm_mm_cpu(torch.ones(8, 128, dtype=torch.bfloat16), *packed, 128, False)
+            products.nm_mm_cpu(torch.ones(8, 128, dtype=torch.bfloat16), *packed, 2, 4, False)
