@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.command import parser_of
-from benchmarks.model_shapes import DENSE, MODELS, Llama
+from benchmarks.model_shapes import MODELS, Llama
 from benchmarks.report import markdown
 from sylva_compile.config import SylvaConfig
 from sylva_compile.curvature.weight_spec import WeightSpec
@@ -74,7 +74,8 @@ def count(model: Llama, config: SylvaConfig, moments: int) -> Bytes:
 
 def trace(model: Llama, config: SylvaConfig) -> TraceEstimate:
     """Return what `sylva_compile.estimate` says of a model of these shapes in bfloat16."""
-    specs = {name: WeightSpec(name, shape, torch.bfloat16, torch.device("cuda")) for name, shape in model.weights()}
+    kind = torch.bfloat16, torch.device("cuda")
+    specs = {name: WeightSpec(name, shape, *kind, experts=model.experts_in(name)) for name, shape in model.weights()}
     return estimate_bytes(specs, config)
 
 
@@ -145,7 +146,7 @@ def quantised_table() -> str:
 def trace_table() -> str:
     """Return the table of bytes of a trace, by model and score."""
     rows = []
-    for name, model in DENSE.items():
+    for name, model in MODELS.items():
         for score in ("greedy", "gain", "paper"):
             held = trace(model, SylvaConfig(score=score, gradient_device="cpu"))
             device = torch.device("cuda")

@@ -52,7 +52,12 @@ class Llama:
         """Yield the name and shape of every weight in the default scope."""
         for number in range(self.layers):
             for name, shape in self.layer().items():
-                yield f"model.layers.{number}.{name}.weight", shape
+                stacked = self.experts_in(name) > 1
+                yield f"model.layers.{number}.{name}{'' if stacked else '.weight'}", shape
+
+    def experts_in(self, name: str) -> int:
+        """Return how many experts stand below each other in the weight `name`."""
+        return 1
 
     def masked(self) -> int:
         """Return the number of values in these weights."""
@@ -84,6 +89,10 @@ class Qwen3Moe(Llama):
             "mlp.experts.gate_up_proj": (self.experts * 2 * self.mlp, self.hidden),
             "mlp.experts.down_proj": (self.experts * self.hidden, self.mlp),
         }
+
+    def experts_in(self, name: str) -> int:
+        """Return how many experts stand below each other in the weight `name`."""
+        return self.experts if ".experts." in name else 1
 
     def frozen(self) -> int:
         """Return the number of a layer's values outside the default scope: norms, and the layer that routes."""

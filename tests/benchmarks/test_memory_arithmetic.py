@@ -103,10 +103,10 @@ def test_originals_of_blocks_that_were_everywhere() -> None:
     assert nbytes(values) == count(SMALL, CONFIG, 0).originals_moving
 
 
-def test_a_trace_is_what_estimate_says() -> None:
+@pytest.mark.parametrize("shapes", [SMALL, MIXTURE], ids=["dense", "mixture"])
+def test_a_trace_is_what_estimate_says(shapes: Llama) -> None:
     config = sylva_compile.SylvaConfig(block_size=16)
-    said = sylva_compile.estimate(real(SMALL), config)
-    ours = trace(SMALL, config)
+    said, ours = sylva_compile.estimate(real(shapes), config), trace(shapes, config)
     assert {name: weight.memory for name, weight in ours.weights.items()} == {
         name: weight.memory for name, weight in said.weights.items()
     }
