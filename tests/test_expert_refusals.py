@@ -152,6 +152,6 @@ class TestFullyShard:
         masks.embed()
         (experts,) = experts_of(model).values()
         before = snapshot(experts)
-        with pytest.raises(EmbedError, match="fully_shard cannot follow"):
+        with pytest.raises(EmbedError, match="fully_shard cannot split"):
             fully_shard(model.model.layers[0])
         assert_same(experts, before)
