@@ -91,7 +91,9 @@ def plot(curves: Sequence[Curve], title: str, path: Path) -> None:
     axes[0].set(title=title, xlabel="steps", ylabel="loss of training batches, running mean", yscale="log")
     axes[1].set(title="at equal time", xlabel="time, in passes of the frozen model")
     for axis in axes:
-        axis.grid(alpha=0.3)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.grid(alpha=0.3, which="both")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.command import parser_of
 from benchmarks.quality.grid import Grid, Run
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     options = parser.parse_args(argv)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     grid = Grid.read(options.grid)
     task = options.task or next(iter(grid.tasks))
     lines = lines_of(grid, Rows(options.results / f"{grid.name}.jsonl"))
