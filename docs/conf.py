@@ -46,8 +46,8 @@ nitpick_ignore_regex = [
         "py:.*",
         r"(torch|transformers|accelerate|collections|typing|numpy|matplotlib|sympy|huggingface_hub|os|pathlib|nn)\b.*",
     ),
-    # A base that classes of users share and no user names.
-    ("py:class", r"sylva_compile\.embedded\..*"),
+    # Bases that classes of users share, and the layout of values, which no user names.
+    ("py:class", r"sylva_compile\.(embedded|nm\.(pickled|layout))\..*"),
 ]
 
 
