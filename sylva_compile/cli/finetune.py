@@ -37,9 +37,10 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
         return 0
     settings = replace(settings, progress=shows_bars())
     set_seed(data.seed)
-    given = None if options.masks is None or folder.goes_on else Masks.load(options.masks)
+    masks = folder.masks() if folder.goes_on else None
     if options.masks is not None:
-        settings = _as_in(folder.masks() if given is None else given, settings)
+        masks = Masks.load(options.masks) if masks is None else masks
+        settings = _as_in(masks, settings)
     model, _, examples = load(base, data)
     if folder.goes_on:
         folder.check_data(examples)
@@ -49,7 +50,6 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
     arguments = training_arguments(options.out, data, options)
     model.to(arguments.device)  # type: ignore[arg-type]
     batches = _batches_to_trace(train, data, settings)
-    masks = folder.masks() if folder.goes_on else given
     if masks is None:
         group = distributed.group.WORLD if _is_distributed() else None
         masks = trace_and_mask(model, batches if settings.needs_data else None, settings, process_group=group)

@@ -5,22 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_grid import grid_of_two
 
 from benchmarks.quality import over_time
 from benchmarks.quality.grid import Grid, Run, Settings
 from benchmarks.quality.over_time import Curve, curve_of
 from benchmarks.quality.tables import Line
 
-GRID = """
-learning_rates = [1e-3]
-choose_by = "loss"
-seeds = [0, 1]
-[tasks]
-sst2 = {}
-[methods]
-"full" = { kind = "full" }
-"linear" = { kind = "linear" }
-"""
+GRID = grid_of_two([1e-3])
 
 
 def row(run: Run, losses: list[float], step: float) -> dict[str, Any]:

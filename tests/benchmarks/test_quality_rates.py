@@ -5,20 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
+from small_grid import grid_of_two
 
 from benchmarks.quality import rates
 from benchmarks.quality.grid import Grid
 
-GRID = """
-learning_rates = [1e-3, 1e-2, 1e-1]
-choose_by = "loss"
-seeds = [0, 1]
-[tasks]
-sst2 = {}
-[methods]
-"full" = { kind = "full" }
-"linear" = { kind = "linear" }
-"""
+GRID = grid_of_two([1e-3, 1e-2, 1e-1])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ PRODUCTS_PER_THREAD, MOVES_PER_THREAD = 1 << 20, 1 << 16
 """Products of two elements, and elements that are moved, that are worth waking up a thread."""
 
 _PARTS = {"nm_mm.cpp": ("codes.cpp", "vectors.cpp"), "places.cpp": ("codes.cpp",)}
-"""What stands before a library's own source."""
+"""Sources that are compiled into a library before its own."""
 
 _SIZE, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 
