@@ -32,6 +32,7 @@ class Settings:
         samples, partitions, rank: the settings of the trace.
         compile: "none", or the `inner` of the backend that compiles every model for training.
         layerwise: whether a model is compiled layer by layer, as a deep one has to be.
+        cost_batches: the most batches, spread over the training, on which a step is timed beside the frozen floor.
     """
 
     model: str = "minilm"
@@ -51,6 +52,7 @@ class Settings:
     rank: int = 8
     compile: str = "none"
     layerwise: bool = False
+    cost_batches: int = 12
 
     def trace_config(self, options: Mapping[str, Any]) -> SylvaConfig:
         """Return the settings of a trace for a method with `options`, without its sparsity."""
@@ -68,7 +70,7 @@ class Settings:
 
 _BUDGET = frozenset({"sparsity", "block_size", "scope"})
 _TRACE = frozenset({"samples", "partitions"})
-_LATER = {"layerwise": False}
+_LATER = {"layerwise": False, "cost_batches": 12}
 """Settings that came after the first rows, which have the value here and do not name it."""
 
 
@@ -155,6 +157,7 @@ class Grid:
             too much on few examples to choose by.
         walk: whether a line tries the middle three of them first and goes on past the best one until that has tried
             neighbours, and on both sides while all give one metric; otherwise every line tries all.
+        walk_from: for single methods, the learning rate to begin with, and its neighbours, instead of the middle three.
         seeds: runs with the first seed choose each method's learning rate; all seeds are then reported at that rate.
     """
 
@@ -168,15 +171,16 @@ class Grid:
     seeds: Sequence[int]
     walk: bool = False
     choose_by: str = "metric"
+    walk_from: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Grid":
         """Read and check a TOML file. Raises GridError for unknown or missing names."""
         with path.open("rb") as file:
             said = tomllib.load(file)
-        known = {"tasks", "methods", "settings", "vary", "learning_rates", "seeds", "walk", "choose_by"}
+        known = {"tasks", "methods", "settings", "vary", "learning_rates", "seeds", "walk", "choose_by", "walk_from"}
         _check(path, set(said) <= known, f"unknown keys {sorted(set(said) - known)}; use {sorted(known)}")
-        missing = known - {"settings", "vary", "walk", "choose_by"} - set(said)
+        missing = known - {"settings", "vary", "walk", "choose_by", "walk_from"} - set(said)
         _check(path, not missing, f"{sorted(missing)} missing; add them")
         choose_by = said.get("choose_by", "metric")
         _check(path, choose_by in ("metric", "loss"), f"choose_by={choose_by!r}; use 'metric' or 'loss'")
@@ -194,6 +198,11 @@ class Grid:
         for name, options in said["methods"].items():
             problem = check_options(options)
             _check(path, problem is None, f"method {name!r}: {problem}")
+        walk_from = said.get("walk_from", {})
+        for name, rate in walk_from.items():
+            _check(path, said.get("walk", False), "walk_from without walk = true; add it")
+            _check(path, name in said["methods"], f"walk_from names {name!r}; use names of [methods]")
+            _check(path, rate in said["learning_rates"], f"walk_from {name!r}: {rate} is not one of learning_rates")
         return cls(
             name=path.stem,
             tasks=said["tasks"],
@@ -205,6 +214,7 @@ class Grid:
             seeds=said["seeds"],
             walk=said.get("walk", False),
             choose_by=choose_by,
+            walk_from=walk_from,
         )
 
     def about(self, task: str) -> Task:
@@ -237,7 +247,8 @@ class Grid:
         runs = [replace(group, learning_rate=rate, seed=self.seeds[0]) for rate in sorted(self.learning_rates)]
         if not self.walk:
             return runs
-        middle = len(runs) // 2
+        rates = sorted(self.learning_rates)
+        middle = rates.index(self.walk_from[group.method]) if group.method in self.walk_from else len(runs) // 2
         wanted = set(range(max(0, middle - 1), min(middle + 2, len(runs))))
         tried = {at for at, run in enumerate(runs) if run.key() in rows}
         if wanted <= tried:

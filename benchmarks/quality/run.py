@@ -4,9 +4,9 @@
 
 Rows go to benchmarks/results/quality/<grid>.jsonl. A run that has a row is skipped, so an interrupted grid continues
 where it stopped. At the first seed, each method runs with every learning rate of the grid; with `walk = true` it starts
-with the middle ones and goes on until the best has tried neighbours. At the other seeds, it runs with the learning rate
-of the best validation result. `benchmarks.quality.tables` prints the tables. `--processes 2` does two runs at a time,
-each with half of the threads.
+with the middle ones, or around its rate in `[walk_from]`, and goes on until the best has tried neighbours. At the other
+seeds, it runs with the learning rate of the best validation result. `benchmarks.quality.tables` prints the tables.
+`--processes 2` does two runs at a time, each with half of the threads.
 
 SST-2, CoLA, E2E, GSM8K, ARC-Easy and OpenBookQA are read from --data. Tasks that a grid describes by a table
 `[tasks.NAME.hub]` take data and models from huggingface.co, or from folders. The model "small-gpt2" is pre-trained
@@ -48,8 +48,6 @@ from sylva_compile.blocks.scope import weights_in_scope
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 FOLDER = RESULTS / "quality"
-COST_BATCHES = 12
-"""The most batches, spread over the training, on which a step is timed beside the frozen floor."""
 
 
 class Runner:
@@ -94,7 +92,7 @@ class Runner:
             further = {"further": dict.fromkeys(task.further, math.nan)} if task.further else {}
             return {"metric": math.nan, "loss": math.nan, **further}
 
-        few = batches[:: -(-len(batches) // COST_BATCHES)]
+        few = batches[:: -(-len(batches) // settings.cost_batches)]
         warm_up = 1 if settings.compile == "none" else len(few)
         return {
             **task.provenance(self.folder, settings.model),

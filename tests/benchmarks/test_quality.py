@@ -460,6 +460,30 @@ class TestGrid:
         every = replace(grid, walk=False).tuning(line, rows)
         assert [run.learning_rate for run in every] == rates
 
+    def test_a_walk_begins_around_the_rate_that_a_method_names(self, tmp_path: Path) -> None:
+        path = grid_file(
+            tmp_path, learning_rates="[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]", walk="true", walk_from="{ head = 2.0 }"
+        )
+        tried = {
+            line.method: [run.learning_rate for run in grid.tuning(line, {})]
+            for grid in [Grid.read(path)]
+            for line in grid.groups()
+        }
+        assert tried.pop("head") == [1.0, 2.0, 3.0]
+        assert all(rates == [3.0, 4.0, 5.0] for rates in tried.values())
+
+    @pytest.mark.parametrize(
+        ("said", "problem"),
+        [
+            ({"walk_from": "{ head = 1.0 }"}, "walk_from without walk = true"),
+            ({"walk": "true", "walk_from": "{ nobody = 1.0 }"}, "walk_from names 'nobody'"),
+            ({"walk": "true", "walk_from": "{ head = 7.0 }"}, "7.0 is not one of learning_rates"),
+        ],
+    )
+    def test_a_walk_begins_at_no_unknown_place(self, tmp_path: Path, said: dict[str, str], problem: str) -> None:
+        with pytest.raises(GridError, match=problem):
+            Grid.read(grid_file(tmp_path, learning_rates="[1.0, 2.0]", **said))
+
     @pytest.mark.parametrize(("choose_by", "tried"), [("metric", [0, 1, 2, 3, 4, 5]), ("loss", [2, 3, 4])])
     def test_a_walk_goes_on_where_all_answers_are_the_same(
         self, tmp_path: Path, choose_by: str, tried: list[int]

@@ -28,7 +28,7 @@ class Solutions(Task):
     """
 
     file: str = "gsm8k/train.jsonl"
-    tested: int = 200
+    tested: int = 64
     metric: str = "token accuracy"
     further: Sequence[str] = ()
 
