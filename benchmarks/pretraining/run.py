@@ -3,11 +3,17 @@
     python -m benchmarks.pretraining.run  # goes on if interrupted
 
 The text is the one of the quality harness: the documentation of Python's standard library, and the sentences of SST-2
-and CoLA from --data. Every method takes the same steps. At the first seed it tries the middle learning rates of one
-list and goes on until the best one has tried neighbours; the other seeds use that one. Adapters take the rate of SLoPe,
-which their training is until the last steps. The rate is chosen by the loss on a validation part, and the table has the
-loss on a test part. Rows go to benchmarks/results/pretraining/rows.jsonl, and
-a run that has a row is skipped. `python -m benchmarks.pretraining.table` prints the table and draws the curves.
+and CoLA from --data. Every method takes the same steps. At the first seed it begins at one learning rate of a list and
+goes on until the best one has tried neighbours; the other seeds use that one. Adapters take the rate of SLoPe, which
+their training is until the last steps. The rate is chosen by the loss on a validation part, and the table has the loss
+on a test part.
+
+Embeddings, norms and biases, which no method prunes, have one learning rate for all methods. A pruned weight wants a
+higher rate than a dense one, and if embeddings took that of the weights, the table would compare embeddings. With
+`--others 0` they take it.
+
+Rows go to benchmarks/results/pretraining/rows.jsonl, and a run that has a row is skipped.
+`python -m benchmarks.pretraining.table` prints the table and draws the curves.
 """
 
 import math
@@ -26,7 +32,9 @@ from benchmarks.report import RESULTS, machine
 
 PATH = RESULTS / "pretraining" / "rows.jsonl"
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+START = 1e-3
+OTHERS = 4e-3
 SEEDS = (0, 1, 2)
 SLOPE = "SLoPe 2:4"
 
@@ -38,7 +46,8 @@ def key_of(method: str, learning_rate: float, seed: int, sizes: Sizes) -> dict[s
         **asdict(METHODS[method]),
         "learning_rate": learning_rate,
         "seed": seed,
-        "sizes": asdict(sizes),
+        # Rows from before `others` had one learning rate for all parameters.
+        "sizes": {name: value for name, value in asdict(sizes).items() if (name, value) != ("others", None)},
     }
 
 
@@ -53,10 +62,9 @@ def losses_of(rows: Mapping[str, Any], method: str, seed: int, sizes: Sizes) -> 
 
 
 def next_rates(losses: Mapping[float, float]) -> list[float]:
-    """Return the learning rates to try next: the middle three, then the untried neighbours of the best."""
-    middle = RATES[len(RATES) // 2 - 1 : len(RATES) // 2 + 2]
-    if missing := [rate for rate in middle if rate not in losses]:
-        return missing
+    """Return the learning rates to try next: the first one, then the untried neighbours of the best."""
+    if not losses:
+        return [START]
     at = RATES.index(best_rate(losses))
     return [RATES[near] for near in (at - 1, at + 1) if 0 <= near < len(RATES) and RATES[near] not in losses]
 
@@ -89,10 +97,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder with sst2/ and cola/ (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="lines to train")
     parser.add_argument("--steps", type=int, default=Sizes().steps, help="of the optimizer (%(default)s)")
+    parser.add_argument(
+        "--others", type=float, default=OTHERS, help="rate of embeddings, norms, biases; 0: the weights' (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    sizes, rows = Sizes(steps=options.steps), Rows(PATH)
+    sizes, rows = Sizes(steps=options.steps, others=options.others or None), Rows(PATH)
     text = read_text(options.data, sizes)
     for method in options.methods:
         for learning_rate, seed in runs_to_do(rows, method, sizes):

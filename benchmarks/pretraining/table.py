@@ -2,7 +2,8 @@
 
     python -m benchmarks.pretraining.table  # from the rows of benchmarks.pretraining.run
 
-Both are written beside the rows, as benchmarks/results/pretraining/600-steps.md and .png. The share of the gap is what
+Both are written beside the rows, as benchmarks/results/pretraining/600-steps.md and .png; with `--others 0`, of runs
+with one learning rate for all parameters, as 600-steps-one-rate. The share of the gap is what
 adapters win back of the loss between SLoPe and dense training, seed by seed, where dense training is ahead.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.command import parser_of
-from benchmarks.pretraining.run import PATH, SEEDS, best_rate, losses_of
+from benchmarks.pretraining.run import OTHERS, PATH, SEEDS, best_rate, losses_of
 from benchmarks.pretraining.training import METHODS, Sizes
 from benchmarks.quality.rows import Rows
 
@@ -92,13 +93,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the table and the picture."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--steps", type=int, default=Sizes().steps, help="of the trainings to show (%(default)s)")
-    steps = parser.parse_args(argv).steps
-    rows, sizes = Rows(PATH).read(), Sizes(steps=steps)
+    parser.add_argument("--others", type=float, default=OTHERS, help="as of benchmarks.pretraining.run (%(default)s)")
+    options = parser.parse_args(argv)
+    rows, sizes = Rows(PATH).read(), Sizes(steps=options.steps, others=options.others or None)
     lines = {method: chosen(rows, method, sizes) for method in METHODS}
     text = table_of(lines)
     print(text)
-    (PATH.parent / f"{steps}-steps.md").write_text(text)
-    curves_of(lines).savefig(PATH.parent / f"{steps}-steps.png", dpi=150)
+    name = f"{options.steps}-steps" + ("" if options.others else "-one-rate")
+    (PATH.parent / f"{name}.md").write_text(text)
+    curves_of(lines).savefig(PATH.parent / f"{name}.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """The model's sizes, as a recipe, and how long it trains.
+    """The model's sizes, as a recipe, and how it trains.
 
     Attributes:
         recipe: the sizes of the model and of its text.
@@ -54,6 +54,7 @@ class Sizes:
         held_out: sequences of the validation part, and as many of the test part.
         change: steps from one choice of the second masks to the next.
         evaluate: steps from one held-out loss of the curve to the next.
+        others: the learning rate of embeddings, norms and biases, which no method prunes; None: that of the weights.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -62,6 +63,7 @@ class Sizes:
     held_out: int = 128
     change: int = 50
     evaluate: int = 50
+    others: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,21 @@ def held_out_loss(model: GPT2LMHeadModel, sequences: Tensor) -> float:
     return sum(losses) / len(sequences)
 
 
+def groups_of(model: GPT2LMHeadModel, learning_rate: float, others: float | None) -> list[dict[str, Any]]:
+    """Divide parameters into the layers' weights, and embeddings, norms and biases.
+
+    As `peak` the groups have the learning rates `learning_rate` and `others`; None: both the first.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    weights = [each for each in model.parameters() if each.dim() == 2 and id(each) not in embeddings]
+    ids = {id(each) for each in weights}
+    rest = [each for each in model.parameters() if id(each) not in ids]
+    return [
+        {"params": weights, "peak": learning_rate},
+        {"params": rest, "peak": learning_rate if others is None else others},
+    ]
+
+
 def pretrain(
     text: Text, sizes: Sizes, method: Method, learning_rate: float, seed: int, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
@@ -127,21 +144,22 @@ def pretrain(
         masks = sylva_compile.prune_masks(model, method.n, method.m, double=method.double)
         masks.embed()
         schedule = MaskChange(masks, every=sizes.change)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups_of(model, learning_rate, sizes.others), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     begin_adapters = sizes.steps - round(method.adapters * sizes.steps)
     curve, started, order = [], time.perf_counter(), torch.empty(0, dtype=torch.int64)
     for at in range(sizes.steps):
         if method.adapters and at == begin_adapters:
             added = sylva_compile.add_low_rank(model, method.rank, generator=generator)
-            optimizer.add_param_group({"params": added})
+            optimizer.add_param_group({"params": added, "peak": learning_rate})
         if len(order) < sizes.recipe.batch:
             order = torch.randperm(len(text.train), generator=generator)
         batch, order = text.train[order[: sizes.recipe.batch]], order[sizes.recipe.batch :]
-        of_model, *of_adapters = optimizer.param_groups
-        of_model["lr"] = learning_rate * warm_and_cool(at, sizes.steps)
+        of_weights, of_others, *of_adapters = optimizer.param_groups
+        for group in (of_weights, of_others):
+            group["lr"] = group["peak"] * warm_and_cool(at, sizes.steps)
         for group in of_adapters:
-            group["lr"] = learning_rate * (sizes.steps - at) / (sizes.steps - begin_adapters)
+            group["lr"] = group["peak"] * (sizes.steps - at) / (sizes.steps - begin_adapters)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         if at == 0:

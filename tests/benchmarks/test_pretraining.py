@@ -1,13 +1,15 @@
 """The pre-trainings of `benchmarks.pretraining`, in sizes that take seconds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import sylva_compile
 from benchmarks.pretraining import run, table
-from benchmarks.pretraining.training import METHODS, Method, Sizes, Text, new_model, pretrain
+from benchmarks.pretraining.training import METHODS, Method, Sizes, Text, groups_of, new_model, pretrain
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks.small_gpt2 import Recipe
 
@@ -39,6 +41,23 @@ def test_a_run_is_the_same_again(text: Text) -> None:
     assert one["curve"] == other["curve"] and one["test"] == other["test"]
 
 
+def test_embeddings_have_a_rate_of_their_own(text: Text) -> None:
+    model = new_model(text, SIZES, 0)
+    sylva_compile.prune_masks(model, 2, 4).embed()
+    weights, others = groups_of(model, 1e-3, 4e-3)
+    assert (weights["peak"], others["peak"]) == (1e-3, 4e-3)
+    names = {id(each): name for name, each in model.named_parameters()}
+    assert all(names.pop(id(each)).endswith("weight_values") for each in weights["params"])
+    assert {id(each) for each in others["params"]} == set(names)
+    assert groups_of(model, 1e-3, None)[1]["peak"] == 1e-3
+    # They change the loss, and the keys of rows from before they existed stay.
+    of_old, of_new = SIZES, replace(SIZES, others=1e-2)
+    old, new = (pretrain(text, sizes, Method(), 1e-3, 0, lambda line: None)["test"] for sizes in (of_old, of_new))
+    assert new < old
+    assert "others" not in run.key_of("dense", 1e-3, 0, of_old)["sizes"]
+    assert run.key_of("dense", 1e-3, 0, of_new)["sizes"]["others"] == 1e-2
+
+
 def row(method: str, rate: float, seed: int, loss: float) -> dict[str, Any]:
     result = {"curve": [[50, loss + 1], [100, loss]], "validation": loss, "test": loss}
     return {"run": run.key_of(method, rate, seed, SIZES), "result": result}
@@ -49,8 +68,8 @@ def test_rates_walk_until_the_best_has_tried_neighbours(tmp_path: Path) -> None:
     tried = []
     for rate, seed in run.runs_to_do(rows, "dense", SIZES):
         tried.append((rate, seed))
-        rows.append(**row("dense", rate, seed, abs(rate - 1e-3)))
-    assert tried == [(2e-3, 0), (4e-3, 0), (8e-3, 0), (1e-3, 0), (5e-4, 0), (1e-3, 1), (1e-3, 2)]
+        rows.append(**row("dense", rate, seed, abs(rate - 5e-4)))
+    assert tried == [(1e-3, 0), (5e-4, 0), (2.5e-4, 0), (5e-4, 1), (5e-4, 2)]
     with pytest.raises(ValueError, match="train that first"):
         list(run.runs_to_do(rows, "SLoPe 2:4, adapters in the last 1%", SIZES))
     for rate, _ in run.runs_to_do(rows, "SLoPe 2:4", SIZES):
