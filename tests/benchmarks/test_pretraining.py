@@ -74,7 +74,7 @@ def test_rates_walk_until_the_best_has_tried_neighbours(tmp_path: Path) -> None:
         list(run.runs_to_do(rows, "SLoPe 2:4, adapters in the last 1%", SIZES))
     for rate, _ in run.runs_to_do(rows, "SLoPe 2:4", SIZES):
         rows.append(**row("SLoPe 2:4", rate, 0, abs(rate - 1e-3)))
-        if rate == 5e-4:
+        if rate == 2e-3:
             break
     late = list(run.runs_to_do(rows, "SLoPe 2:4, adapters in the last 1%", SIZES))
     assert late == [(1e-3, 0), (1e-3, 1), (1e-3, 2)]
