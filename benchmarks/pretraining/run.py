@@ -10,15 +10,17 @@ on a test part.
 
 Embeddings, norms and biases, which no method prunes, have one learning rate for all methods. A pruned weight wants a
 higher rate than a dense one, and if embeddings took that of the weights, the table would compare embeddings. With
-`--others 0` they take it.
+`--others 0` they take it. `--width 64` makes a smaller model, which sees more text for each of its weights in the same
+time. Adapters have a twelfth of the width as their rank.
 
 Rows go to benchmarks/results/pretraining/rows.jsonl, and a run that has a row is skipped.
 `python -m benchmarks.pretraining.table` prints the table and draws the curves.
 """
 
 import math
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from typing import Any
 import torch
 
 from benchmarks.command import parser_of
-from benchmarks.pretraining.training import METHODS, Sizes, pretrain, read_text
+from benchmarks.pretraining.training import METHODS, Method, Sizes, pretrain, read_text
 from benchmarks.quality.rows import Rows
+from benchmarks.quality.tasks.small_gpt2 import Recipe
 from benchmarks.report import RESULTS, machine
 
 PATH = RESULTS / "pretraining" / "rows.jsonl"
@@ -39,11 +42,31 @@ SEEDS = (0, 1, 2)
 SLOPE = "SLoPe 2:4"
 
 
+def method_of(name: str, sizes: Sizes) -> Method:
+    """Return how a line trains a model of these sizes."""
+    method = METHODS[name]
+    return replace(method, rank=round(sizes.recipe.width / 12)) if method.adapters else method
+
+
+def add_sizes(parser: ArgumentParser) -> None:
+    """Add the options of `sizes_of`."""
+    of = "rate of embeddings, norms, biases; 0: the weights' (%(default)s)"
+    parser.add_argument("--steps", type=int, default=Sizes().steps, help="of the optimizer (%(default)s)")
+    parser.add_argument("--width", type=int, default=Recipe().width, help="of the model (%(default)s)")
+    parser.add_argument("--others", type=float, default=OTHERS, help=of)
+
+
+def sizes_of(options: Namespace) -> Sizes:
+    """Return the sizes that the options of a command ask for."""
+    recipe = replace(Recipe(), width=options.width)
+    return Sizes(recipe, steps=options.steps, others=options.others or None)
+
+
 def key_of(method: str, learning_rate: float, seed: int, sizes: Sizes) -> dict[str, Any]:
     """Return what a row is known by."""
     return {
         "method": method,
-        **asdict(METHODS[method]),
+        **asdict(method_of(method, sizes)),
         "learning_rate": learning_rate,
         "seed": seed,
         # Rows from before `others` had one learning rate for all parameters.
@@ -96,19 +119,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with sst2/ and cola/ (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="lines to train")
-    parser.add_argument("--steps", type=int, default=Sizes().steps, help="of the optimizer (%(default)s)")
-    parser.add_argument(
-        "--others", type=float, default=OTHERS, help="rate of embeddings, norms, biases; 0: the weights' (%(default)s)"
-    )
+    add_sizes(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    sizes, rows = Sizes(steps=options.steps, others=options.others or None), Rows(PATH)
+    sizes, rows = sizes_of(options), Rows(PATH)
     text = read_text(options.data, sizes)
     for method in options.methods:
         for learning_rate, seed in runs_to_do(rows, method, sizes):
             print(f"{method}, learning rate {learning_rate:g}, seed {seed}", flush=True)
-            result = pretrain(text, sizes, METHODS[method], learning_rate, seed, lambda line: print(line, flush=True))
+            way = method_of(method, sizes)
+            result = pretrain(text, sizes, way, learning_rate, seed, lambda line: print(line, flush=True))
             date = datetime.now(UTC).isoformat(timespec="seconds")
             rows.append(key_of(method, learning_rate, seed, sizes), result=result, date=date, machine=machine())
 

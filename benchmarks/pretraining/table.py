@@ -2,8 +2,8 @@
 
     python -m benchmarks.pretraining.table  # from the rows of benchmarks.pretraining.run
 
-Both are written beside the rows, as benchmarks/results/pretraining/600-steps.md and .png; with `--others 0`, of runs
-with one learning rate for all parameters, as 600-steps-one-rate. The share of the gap is what
+Both are written beside the rows, as benchmarks/results/pretraining/600-steps.md and .png, with a width that is not the
+usual one in the name, and "one-rate" for `--others 0`. The share of the gap is what
 adapters win back of the loss between SLoPe and dense training, seed by seed, where dense training is ahead.
 """
 
@@ -14,9 +14,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.command import parser_of
-from benchmarks.pretraining.run import OTHERS, PATH, SEEDS, best_rate, losses_of
+from benchmarks.pretraining.run import PATH, SEEDS, add_sizes, best_rate, losses_of, sizes_of
 from benchmarks.pretraining.training import METHODS, Sizes
 from benchmarks.quality.rows import Rows
+from benchmarks.quality.tasks.small_gpt2 import Recipe
 
 
 def chosen(rows: Mapping[str, Any], method: str, sizes: Sizes) -> list[dict[str, Any]]:
@@ -92,14 +93,15 @@ def curves_of(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the table and the picture."""
     parser = parser_of(__spec__, __doc__)
-    parser.add_argument("--steps", type=int, default=Sizes().steps, help="of the trainings to show (%(default)s)")
-    parser.add_argument("--others", type=float, default=OTHERS, help="as of benchmarks.pretraining.run (%(default)s)")
-    options = parser.parse_args(argv)
-    rows, sizes = Rows(PATH).read(), Sizes(steps=options.steps, others=options.others or None)
+    add_sizes(parser)
+    rows, sizes = Rows(PATH).read(), sizes_of(parser.parse_args(argv))
     lines = {method: chosen(rows, method, sizes) for method in METHODS}
     text = table_of(lines)
     print(text)
-    name = f"{options.steps}-steps" + ("" if options.others else "-one-rate")
+    parts = [f"{sizes.steps}-steps"]
+    parts += [f"width-{sizes.recipe.width}"] if sizes.recipe.width != Recipe().width else []
+    parts += ["one-rate"] if sizes.others is None else []
+    name = "-".join(parts)
     (PATH.parent / f"{name}.md").write_text(text)
     curves_of(lines).savefig(PATH.parent / f"{name}.png", dpi=150)
 
