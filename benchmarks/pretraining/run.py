@@ -97,8 +97,10 @@ def best_rate(losses: Mapping[float, float]) -> float:
     return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
 
 
-def runs_to_do(rows: Rows, method: str, sizes: Sizes) -> Iterator[tuple[float, int]]:
+def runs_to_do(rows: Rows, method: str, sizes: Sizes, seeds: int = len(SEEDS)) -> Iterator[tuple[float, int]]:
     """Yield the learning rate and seed of each run of a method that has no row; read the rows anew for each.
+
+    `seeds` is how many of SEEDS to do.
 
     Raises:
         ValueError: the method has adapters, and the learning rate of SLoPe is not chosen yet.
@@ -109,7 +111,7 @@ def runs_to_do(rows: Rows, method: str, sizes: Sizes) -> Iterator[tuple[float, i
             raise ValueError(f"{method} takes the learning rate of {tuned}; train that first")
         yield missing[0], SEEDS[0]
     rate = best_rate(losses_of(rows.read(), tuned, SEEDS[0], sizes))
-    for seed in SEEDS:
+    for seed in SEEDS[:seeds]:
         if rate not in losses_of(rows.read(), method, seed, sizes):
             yield rate, seed
 
@@ -120,13 +122,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder with sst2/ and cola/ (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="lines to train")
     add_sizes(parser)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many, from the first (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     sizes, rows = sizes_of(options), Rows(PATH)
     text = read_text(options.data, sizes)
     for method in options.methods:
-        for learning_rate, seed in runs_to_do(rows, method, sizes):
+        for learning_rate, seed in runs_to_do(rows, method, sizes, options.seeds):
             print(f"{method}, learning rate {learning_rate:g}, seed {seed}", flush=True)
             way = method_of(method, sizes)
             result = pretrain(text, sizes, way, learning_rate, seed, lambda line: print(line, flush=True))
