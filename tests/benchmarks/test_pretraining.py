@@ -1,5 +1,6 @@
 """The pre-trainings of `benchmarks.pretraining`, in sizes that take seconds."""
 
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,32 @@ def test_the_table_has_the_share_of_the_gap() -> None:
     assert "| SLoPe 2:4 | 0.001 | 3.100 ± 0.141 |  | 1.000 ± 0.000 |  | 2 |" in text
     assert f"| {late} | 0.001 | 2.500 |  | 0.500 | 50% | 1 |" in text
     assert len(table.curves_of(lines).axes[0].lines) == 3
+
+
+def test_single_seeds_can_come_first(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "rows.jsonl")
+    for rate in (5e-4, 1e-3, 2e-3):
+        rows.append(**row("dense", rate, 0, abs(rate - 1e-3)))
+    assert list(run.runs_to_do(rows, "dense", SIZES, 1)) == []
+    assert list(run.runs_to_do(rows, "dense", SIZES)) == [(1e-3, 1), (1e-3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [([], "600-steps"), (["--width", "48", "--steps", "50", "--others", "0"], "50-steps-width-48-one-rate")],
+)
+def test_tables_have_a_file_for_each_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], name: str
+) -> None:
+    parser = ArgumentParser()
+    run.add_sizes(parser)
+    sizes = run.sizes_of(parser.parse_args(options))
+    late = "SLoPe 2:4, adapters in the last 10%"
+    key = run.key_of(late, 1e-3, 0, sizes)
+    assert key["rank"] == sizes.recipe.width // 12
+    rows = Rows(tmp_path / "rows.jsonl")
+    rows.append(run.key_of("dense", 1e-3, 0, sizes), result={"curve": [[1, 3.0]], "validation": 3.0, "test": 3.0})
+    monkeypatch.setattr(table, "PATH", rows.path)
+    table.main(options)
+    assert "| dense | 0.001 | 3.000 |" in (tmp_path / f"{name}.md").read_text()
+    assert (tmp_path / f"{name}.png").exists()
