@@ -8,7 +8,8 @@ the frozen model, beside which every run has timed its steps: a method at 1.5 of
 tenth of the steps, averaged over seeds. Learning rates fall to zero over the steps of a run, so a method whose steps
 take longer is further from the end of its fall at an equal time.
 
-`--methods` chooses lines. Rows of before losses were kept have none, and are left out.
+`--methods` chooses lines. Rows of before losses were kept have none, and are left out. Where a grid trains uncompiled
+models, `--costs GRID` takes the time of a step from a grid of the same methods that compiles them.
 """
 
 import statistics
@@ -54,8 +55,17 @@ class Curve:
         return self.losses[done - 1] if done else None
 
 
-def curve_of(line: Line) -> Curve | None:
-    """Return the curve of a line; None where a row has no losses or no time beside the floor, or has diverged."""
+def step_of(line: Line) -> float:
+    """Return the median time of a step of a line, in passes of the frozen model; all rows have been timed beside it."""
+    times = [row["result"]["beside_floor"] for row in line.rows]
+    return statistics.median(each["step_ms"] / each["floor_ms"] for each in times)
+
+
+def curve_of(line: Line, step: float | None = None) -> Curve | None:
+    """Return the curve of a line; None where a row has no losses or no time beside the floor, or has diverged.
+
+    `step` is the time of a step; None: that of the line.
+    """
     results = [row["result"] for row in line.rows]
     if not results or any(not each.get("losses") or not each.get("beside_floor") for each in results):
         return None
@@ -64,8 +74,7 @@ def curve_of(line: Line) -> Curve | None:
     width = max(1, len(results[0]["losses"]) // 10)
     means = [statistics.mean(losses) for losses in zip(*(each["losses"] for each in results), strict=True)]
     smooth = [statistics.mean(means[max(0, at + 1 - width) : at + 1]) for at in range(len(means))]
-    floors = [each["beside_floor"]["step_ms"] / each["beside_floor"]["floor_ms"] for each in results]
-    return Curve(line.run.method, statistics.median(floors), smooth)
+    return Curve(line.run.method, step_of(line) if step is None else step, smooth)
 
 
 def table(curves: Sequence[Curve]) -> str:
@@ -104,13 +113,23 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--grid", type=Path, required=True, help="the file that benchmarks.quality.run was given")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
     parser.add_argument("--methods", nargs="+", help="methods of the grid (all)")
+    parser.add_argument("--costs", type=Path, help="a grid to take the time of a step from (the same)")
     options = parser.parse_args(argv)
     grid = Grid.read(options.grid)
     if unknown := set(options.methods or ()) - set(grid.methods):
         parser.error(f"--methods {min(unknown)!r} is none of the grid's: {', '.join(grid.methods)}")
     lines = lines_of(grid, Rows(options.results / f"{grid.name}.jsonl"))
     chosen = [line for line in lines if not options.methods or line.run.method in options.methods]
-    curves = [curve for curve in map(curve_of, chosen) if curve is not None]
+    costs = {}
+    if options.costs:
+        compiled = Grid.read(options.costs)
+        costs = {
+            line.run.method: step_of(line)
+            for line in lines_of(compiled, Rows(options.results / f"{compiled.name}.jsonl"))
+        }
+        if missing := {line.run.method for line in chosen} - set(costs):
+            parser.error(f"{compiled.name} has no row of {min(missing)!r}; choose others by --methods, or run it")
+    curves = [curve for line in chosen if (curve := curve_of(line, costs.get(line.run.method))) is not None]
     if not curves:
         parser.error(f"no line of {grid.name} has kept losses; run benchmarks.quality.run first")
     if len({line.run.task for line in chosen}) > 1 or grid.vary:

@@ -68,3 +68,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "two_time.png").stat().st_size > 0
     with pytest.raises(SystemExit):
         over_time.main([*command, "--methods", "moving"])
+
+
+def test_times_of_steps_come_from_another_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, settings, step in (("two", "", 2.0), ("compiled", '[settings]\ncompile = "aot_eager"\n', 1.1)):
+        path = tmp_path / f"{name}.toml"
+        path.write_text(GRID + settings)
+        grid = Grid.read(path)
+        runs = [run for group in grid.groups() for run in grid.reported(group, 1e-3)]
+        rows = [row(run, [1.0 / (1 + at) for at in range(20)], step) for run in runs]
+        path.with_suffix(".jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    command = ["--grid", str(tmp_path / "two.toml"), "--results", str(tmp_path)]
+    command += ["--costs", str(tmp_path / "compiled.toml")]
+    assert over_time.main(command).count("| 1.10 |") == 2
+    # Of the compiled runs only the first is left.
+    (tmp_path / "compiled.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(SystemExit):
+        over_time.main(command)
+    assert "compiled has no row of 'linear'" in capsys.readouterr().err
