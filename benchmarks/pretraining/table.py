@@ -3,7 +3,7 @@
     python -m benchmarks.pretraining.table  # from the rows of benchmarks.pretraining.run
 
 Both are written beside the rows, as benchmarks/results/pretraining/600-steps.md and .png, with a width that is not the
-usual one in the name, and "one-rate" for `--others 0`. The share of the gap is what
+usual one in the name, and another rate of embeddings, or "one-rate" for `--others 0`. The share of the gap is what
 adapters win back of the loss between SLoPe and dense training, seed by seed, where dense training is ahead.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.command import parser_of
-from benchmarks.pretraining.run import PATH, SEEDS, add_sizes, best_rate, losses_of, sizes_of
+from benchmarks.pretraining.run import OTHERS, PATH, SEEDS, add_sizes, best_rate, losses_of, sizes_of
 from benchmarks.pretraining.training import METHODS, Sizes
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks.small_gpt2 import Recipe
@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
     parts = [f"{sizes.steps}-steps"]
     parts += [f"width-{sizes.recipe.width}"] if sizes.recipe.width != Recipe().width else []
-    parts += ["one-rate"] if sizes.others is None else []
+    if sizes.others != OTHERS:
+        parts.append("one-rate" if sizes.others is None else f"others-{sizes.others:g}")
     name = "-".join(parts)
     (PATH.parent / f"{name}.md").write_text(text)
     curves_of(lines).savefig(PATH.parent / f"{name}.png", dpi=150)

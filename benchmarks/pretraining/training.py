@@ -25,7 +25,7 @@ class Method:
         n, m: the pattern of the weights; m = 0: dense.
         double: whether the input gradient has a second mask, as SLoPe does it.
         adapters: the share of the steps, at the end, in which low-rank adapters train as well; 0: none.
-        rank: of the adapters.
+        rank: of the adapters; those of METHODS get theirs by the width of the model.
     """
 
     n: int = 0
@@ -39,8 +39,8 @@ METHODS = {
     "dense": Method(),
     "static 2:4": Method(2, 4, double=False),
     "SLoPe 2:4": Method(2, 4),
-    "SLoPe 2:4, adapters in the last 1%": Method(2, 4, adapters=0.01, rank=16),
-    "SLoPe 2:4, adapters in the last 10%": Method(2, 4, adapters=0.1, rank=16),
+    "SLoPe 2:4, adapters in the last 1%": Method(2, 4, adapters=0.01),
+    "SLoPe 2:4, adapters in the last 10%": Method(2, 4, adapters=0.1),
 }
 
 

@@ -109,7 +109,11 @@ def test_single_seeds_can_come_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [([], "600-steps"), (["--width", "48", "--steps", "50", "--others", "0"], "50-steps-width-48-one-rate")],
+    [
+        ([], "600-steps"),
+        (["--others", "8e-3"], "600-steps-others-0.008"),
+        (["--width", "48", "--steps", "50", "--others", "0"], "50-steps-width-48-one-rate"),
+    ],
 )
 def test_tables_have_a_file_for_each_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], name: str
