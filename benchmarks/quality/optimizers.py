@@ -8,17 +8,19 @@ from pytorch_optimizer import GaLore
 from torch import nn
 
 import sylva_compile
+from benchmarks.quality.float32_muon import Float32Muon
 from benchmarks.quality.tasks import head_of
 from sylva_compile.optim import Muon
 
 OPTIMIZERS = ("adamw", "muon", "galore")
 """The values of a method's option `optimizer`; "adamw" where it has none."""
 
-OPTIONS = frozenset({"optimizer", "momentum", "rank", "refresh"})
+OPTIONS = frozenset({"optimizer", "momentum", "precision", "rank", "refresh"})
 """The options of a method that choose its optimizer.
 
-`momentum` is Muon's, or the first of AdamW's betas. GaLore alone has `rank`, that of the space of its moments, and
-`refresh`, the number of steps after which it chooses another space.
+`momentum` is Muon's, or the first of AdamW's betas. `precision` is "float32" where torch's Muon is to multiply in it;
+ours always does. GaLore alone has `rank`, that of the space of its moments, and `refresh`, the number of steps after
+which it chooses another space.
 """
 
 Groups = list[dict[str, Any]]
@@ -33,7 +35,8 @@ def for_dense(model: nn.Module, options: Mapping[str, Any]) -> MakeOptimizer:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     others = embeddings | {id(parameter) for parameter in head_of(model)}
     if options["optimizer"] == "muon":
-        return lambda groups: MuonAndAdamW(groups, others, options.get("momentum", 0.95))
+        muon = Float32Muon if options.get("precision") == "float32" else _torch_muon
+        return lambda groups: MuonAndAdamW(groups, others, options.get("momentum", 0.95), muon)
     return lambda groups: _galore(groups, others, options, betas)
 
 
@@ -72,14 +75,31 @@ def _divided(parameters: Sequence[nn.Parameter], elementwise: set[int]) -> Itera
             yield matrices, chosen
 
 
+def _torch_muon(groups: Groups, momentum: float) -> torch.optim.Muon:
+    return torch.optim.Muon(groups, weight_decay=0.0, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` for matrices, and `torch.optim.AdamW` for embeddings, heads, norms and biases.
 
     This division is Muon's own (Jordan et al., 2024). Both step with the learning rate of their group.
     """
 
-    def __init__(self, groups: Groups, elementwise: set[int], momentum: float = 0.95) -> None:
-        """Divide each group; `elementwise` holds the ids of the matrices that AdamW steps; `momentum` is Muon's."""
+    def __init__(
+        self,
+        groups: Groups,
+        elementwise: set[int],
+        momentum: float = 0.95,
+        muon: Callable[..., torch.optim.Optimizer] = _torch_muon,
+    ) -> None:
+        """Divide each group.
+
+        Args:
+            groups: parameter groups.
+            elementwise: the ids of the matrices that AdamW steps.
+            momentum: Muon's.
+            muon: makes Muon of the groups of matrices and of `momentum=`.
+        """
         divided: Groups = []
         for group in groups:
             for matrices, chosen in _divided(group["params"], elementwise):
@@ -92,9 +112,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 continue
             copies = [dict(group) for group in own]
             inner: torch.optim.Optimizer = (
-                torch.optim.Muon(copies, weight_decay=0.0, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-                if matrices
-                else torch.optim.AdamW(copies, weight_decay=0.0, fused=True)
+                muon(copies, momentum=momentum) if matrices else torch.optim.AdamW(copies, weight_decay=0.0, fused=True)
             )
             for group, filled in zip(own, inner.param_groups, strict=True):
                 group.update(filled)
@@ -119,6 +137,8 @@ def check(options: Mapping[str, Any]) -> str | None:
     for each in ("rank", "refresh"):
         if (each in options) != (name == "galore"):
             return f"{each} {'given' if each in options else 'missing'}; optimizer='galore' takes it, and no other"
+    if "precision" in options and (options["precision"] != "float32" or name != "muon" or options["kind"] == "blocks"):
+        return f"precision={options['precision']!r}; torch's Muon alone takes it, and only 'float32'"
     if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
         return f"momentum={momentum!r}; use a number from 0 to 1, without 1"
     return None

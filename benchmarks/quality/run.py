@@ -198,6 +198,7 @@ def run_grid(
     rows: Rows,
     data: Path,
     only: Sequence[str] = (),
+    methods: Sequence[str] = (),
     seconds: float = float("inf"),
     part: tuple[int, int] = (1, 1),
     device: str = "cpu",
@@ -209,6 +210,7 @@ def run_grid(
         rows: the existing rows; the rows of new runs are appended.
         data: the folder of the data sets.
         only: the tasks to run; empty: all tasks.
+        methods: the methods to run; empty: all methods.
         seconds: the seconds after which no run begins.
         part: the part of the grid to run; two processes can do its halves `(1, 2)` and `(2, 2)` at the same time.
         device: the device that trains the models.
@@ -218,7 +220,12 @@ def run_grid(
         TaskError: the rows are of another pre-trained model.
     """
     runner = Runner(data, time.monotonic() + seconds, device)
-    lines = [group for group in grid.groups() if not only or group.task in only][part[0] - 1 :: part[1]]
+    wanted = [
+        group
+        for group in grid.groups()
+        if (not only or group.task in only) and (not methods or group.method in methods)
+    ]
+    lines = wanted[part[0] - 1 :: part[1]]
     for group in lines:
         while not _is_tuned(grid, group, rows.read()):
             _do(runner, grid.tuning(group, rows.read()), rows)
@@ -295,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of data sets in files (%(default)s)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
     parser.add_argument("--task", action="append", default=[], help="only this task; may be given several times")
+    parser.add_argument("--method", action="append", default=[], help="only this method; may be given several times")
     parser.add_argument("--part", type=_part, default=(1, 1), help="such as 1/2 and 2/2, for two processes at once")
     parser.add_argument("--processes", type=int, default=1, help="that each do a part of it, at the same time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
@@ -313,8 +321,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     grid = Grid.read(options.grid)
+    for asked, known in ((options.task, grid.tasks), (options.method, grid.methods)):
+        if unknown := sorted(set(asked) - set(known)):
+            parser.error(f"{options.grid} has no {', '.join(unknown)}; it has {', '.join(known)}")
     try:
-        run_grid(grid, rows, options.data, options.task, 60 * options.minutes, options.part, options.device)
+        run_grid(
+            grid,
+            rows,
+            options.data,
+            options.task,
+            options.method,
+            60 * options.minutes,
+            options.part,
+            options.device,
+        )
     except TaskError as error:
         sys.exit(f"{grid.name}: {error}")
     except TimeIsUpError:

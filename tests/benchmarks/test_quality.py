@@ -20,7 +20,7 @@ from benchmarks.quality import cost, tables
 from benchmarks.quality import run as quality
 from benchmarks.quality.grid import Grid, GridError, Run, Settings, best_learning_rate
 from benchmarks.quality.methods import METHODS, Adapter, Budgeted, check_options
-from benchmarks.quality.optimizers import MuonAndAdamW
+from benchmarks.quality.optimizers import MuonAndAdamW, for_dense
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks import Sizes
 from benchmarks.quality.tasks.base import HEAD
@@ -31,6 +31,7 @@ from sylva_compile import BlockMask
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.scope import weights_in_scope
 from sylva_compile.config import SylvaConfig
+from sylva_compile.optim import Muon
 from sylva_compile.tracing.selection import ChooseBlocks
 
 GRIDS = Path(tables.__file__).parent / "grids"
@@ -150,6 +151,32 @@ class TestMethods:
             if p.dim() == 2 and not re.search("embeddings|classifier", name)
         }
 
+    @pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24)])
+    def test_float32_muon_is_torchs_but_for_rounding(self, shape: tuple[int, int]) -> None:
+        torch.manual_seed(0)
+        start = torch.randn(shape)
+        mine, torchs = (nn.Parameter(start.clone()) for _ in range(2))
+        block = nn.Parameter(start.clone()[None])
+        options: Any = {"optimizer": "muon", "precision": "float32", "momentum": 0.8}
+        model = nn.Module()
+        model.weight = mine
+        optimizers = [
+            for_dense(model, options)([{"params": [mine], "lr": 0.1}]),
+            torch.optim.Muon([torchs], lr=0.1, weight_decay=0.0, momentum=0.8, adjust_lr_fn="match_rms_adamw"),
+        ]
+        if shape[0] == shape[1]:
+            optimizers.append(Muon([block], lr=0.1, momentum=0.8))
+        for _ in range(3):
+            # Singular values over three decades, as gradients have them.
+            gradient = torch.randn(shape) @ torch.diag(torch.logspace(0, -3, shape[1]))
+            mine.grad, torchs.grad, block.grad = gradient.clone(), gradient.clone(), gradient[None].clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        # Of the change, torch's is off by the rounding of its bfloat16 products.
+        assert (mine - torchs).norm() < 0.02 * (torchs - start).norm()
+        if shape[0] == shape[1]:
+            assert (mine - block[0]).norm() < 1e-3 * (mine - start).norm()
+
     def test_muon_follows_the_schedule_and_is_torchs(self) -> None:
         torch.manual_seed(0)
         layer = nn.Linear(6, 4)
@@ -208,6 +235,10 @@ class TestMethods:
         assert check_options({**CHANCE, "optimizer": "lion"}) is not None
         assert check_options({**CHANCE, "optimizer": "muon", "momentum": 1.0}) is not None
         assert check_options({"kind": "full", "optimizer": "muon", "momentum": 0.8}) is None
+        assert check_options({"kind": "full", "optimizer": "muon", "precision": "float32"}) is None
+        assert check_options({"kind": "full", "optimizer": "muon", "precision": "float16"}) is not None
+        assert check_options({"kind": "full", "precision": "float32"}) is not None
+        assert check_options({**CHANCE, "optimizer": "muon", "precision": "float32"}) is not None
         assert check_options({"kind": "lora", "optimizer": "galore", "rank": 4, "refresh": 10}) is not None
         assert check_options({"kind": "full", "optimizer": "galore", "rank": 4}) is not None
         assert check_options({"kind": "full", "rank": 4}) is not None
@@ -395,6 +426,18 @@ class TestRows:
         assert counts == [6, 12, 12]
         with pytest.raises(SystemExit):
             quality.main([*command, "--part", "3/2"])
+
+    def test_a_method_can_be_run_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run))
+        command = ["--grid", str(grid_file(tmp_path)), "--data", str(data), "--results", str(tmp_path / "rows")]
+        rows = Rows(quality.main([*command, "--method", "head", "--task", "sst2"])).read().values()
+        assert {(row["run"]["method"], row["run"]["task"]) for row in rows} == {("head", "sst2")}
+        assert len(rows) == 3
+        with pytest.raises(SystemExit):
+            quality.main([*command, "--method", "LoRA"])
+        assert "has no LoRA; it has head, random" in capsys.readouterr().err
 
     def test_processes_share_a_grid(self, tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]) -> None:
         methods = '{ head = { kind = "head" }, random = { kind = "blocks", trace = "random" } }'
