@@ -4,9 +4,9 @@
 
 The text is the one of the quality harness: the documentation of Python's standard library, and the sentences of SST-2
 and CoLA from --data. Every method takes the same steps. At the first seed it begins at one learning rate of a list and
-goes on until the best one has tried neighbours; the other seeds use that one. Adapters take the rate of SLoPe, which
-their training is until the last steps. The rate is chosen by the loss on a validation part, and the table has the loss
-on a test part.
+goes on until the best one has tried neighbours; the other seeds use that one. The rate is chosen by the loss on a
+validation part, and the table has the loss on a test part. Adapters take the rate of SLoPe, which their training is
+until the last steps: they go on from a state that SLoPe's run left in out/pretraining.
 
 Embeddings, norms and biases, which no method prunes, have one learning rate for all methods. A pruned weight wants a
 higher rate than a dense one, and if embeddings took that of the weights, the table would compare embeddings. With
@@ -36,10 +36,10 @@ from benchmarks.report import RESULTS, machine
 PATH = RESULTS / "pretraining" / "rows.jsonl"
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-START = 1e-3
+START, START_SPARSE = 1e-3, 4e-3
 OTHERS = 4e-3
 SEEDS = (0, 1, 2)
-SLOPE = "SLoPe 2:4"
+STATES = Path(__file__).resolve().parents[2] / "out" / "pretraining"
 
 
 def method_of(name: str, sizes: Sizes) -> Method:
@@ -84,10 +84,15 @@ def losses_of(rows: Mapping[str, Any], method: str, seed: int, sizes: Sizes) -> 
     return found
 
 
-def next_rates(losses: Mapping[float, float]) -> list[float]:
+def without_adapters(method: str) -> str:
+    """Return the line whose training that of `method` is until its adapters come."""
+    return method.split(",")[0]
+
+
+def next_rates(losses: Mapping[float, float], start: float = START) -> list[float]:
     """Return the learning rates to try next: the first one, then the untried neighbours of the best."""
-    if not losses:
-        return [START]
+    if start not in losses:
+        return [start]
     at = RATES.index(best_rate(losses))
     return [RATES[near] for near in (at - 1, at + 1) if 0 <= near < len(RATES) and RATES[near] not in losses]
 
@@ -105,8 +110,10 @@ def runs_to_do(rows: Rows, method: str, sizes: Sizes, seeds: int = len(SEEDS)) -
     Raises:
         ValueError: the method has adapters, and the learning rate of SLoPe is not chosen yet.
     """
-    tuned = SLOPE if METHODS[method].adapters else method
-    while missing := next_rates(losses_of(rows.read(), tuned, SEEDS[0], sizes)):
+    tuned = without_adapters(method)
+    # A pruned weight wants a higher rate than a dense one.
+    start = START_SPARSE if METHODS[method].m else START
+    while missing := next_rates(losses_of(rows.read(), tuned, SEEDS[0], sizes), start):
         if tuned != method:
             raise ValueError(f"{method} takes the learning rate of {tuned}; train that first")
         yield missing[0], SEEDS[0]
@@ -120,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Do all runs that have no row yet."""
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with sst2/ and cola/ (%(default)s)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="lines to train")
+    of = f"lines to train: {', '.join(map(repr, METHODS))} (all)".replace("%", "%%")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD", help=of)
     add_sizes(parser)
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many, from the first (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
@@ -132,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for learning_rate, seed in runs_to_do(rows, method, sizes, options.seeds):
             print(f"{method}, learning rate {learning_rate:g}, seed {seed}", flush=True)
             way = method_of(method, sizes)
-            result = pretrain(text, sizes, way, learning_rate, seed, lambda line: print(line, flush=True))
+            result = pretrain(text, sizes, way, learning_rate, seed, lambda line: print(line, flush=True), STATES)
             date = datetime.now(UTC).isoformat(timespec="seconds")
             rows.append(key_of(method, learning_rate, seed, sizes), result=result, date=date, machine=machine())
 

@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.command import parser_of
-from benchmarks.pretraining.run import OTHERS, PATH, SEEDS, add_sizes, best_rate, losses_of, sizes_of
+from benchmarks.pretraining.run import OTHERS, PATH, SEEDS, add_sizes, best_rate, losses_of, sizes_of, without_adapters
 from benchmarks.pretraining.training import METHODS, Sizes
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks.small_gpt2 import Recipe
@@ -38,14 +38,14 @@ def chosen(rows: Mapping[str, Any], method: str, sizes: Sizes) -> list[dict[str,
 
 def table_of(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return the table as Markdown."""
-    dense = {row["run"]["seed"]: row["result"]["test"] for row in lines.get("dense", [])}
-    sparse = {row["run"]["seed"]: row["result"]["test"] for row in lines.get("SLoPe 2:4", [])}
+    losses = {method: {row["run"]["seed"]: row["result"]["test"] for row in rows} for method, rows in lines.items()}
+    dense = losses.get("dense", {})
     text = ["| method | learning rate | test loss | folded | behind dense | of the gap | seeds |"]
     text.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for method, rows in lines.items():
         if not rows:
             continue
-        test = {row["run"]["seed"]: row["result"]["test"] for row in rows}
+        test, sparse = losses[method], losses.get(without_adapters(method), {})
         folded = [row["result"]["test, folded"] for row in rows if "test, folded" in row["result"]]
         behind = [test[seed] - dense[seed] for seed in test if seed in dense]
         gained = [

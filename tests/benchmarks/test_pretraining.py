@@ -29,7 +29,7 @@ def test_all_methods_learn(text: Text, name: str) -> None:
     before = new_model(text, SIZES, 0)(input_ids=text.test, labels=text.test).loss.item()
     method = METHODS[name]
     if method.adapters:
-        method = Method(2, 4, adapters=0.5, rank=4)
+        method = replace(method, adapters=0.5, rank=4)
     found = pretrain(text, SIZES, method, 1e-2, 0, lambda line: None)
     assert [at for at, _ in found["curve"]] == [10, 20]
     assert found["test"] < before - 0.1
@@ -40,6 +40,29 @@ def test_all_methods_learn(text: Text, name: str) -> None:
 def test_a_run_is_the_same_again(text: Text) -> None:
     one, other = (pretrain(text, SIZES, METHODS["SLoPe 2:4"], 1e-2, 1, lambda line: None) for _ in range(2))
     assert one["curve"] == other["curve"] and one["test"] == other["test"]
+
+
+def test_adapters_go_on_from_the_state_that_slope_left(text: Text, tmp_path: Path) -> None:
+    said: list[str] = []
+    late = {"sooner": Method(2, 4, adapters=0.1, rank=4), "later": Method(2, 4, adapters=0.05, rank=4)}
+    sizes = replace(SIZES, steps=100, change=7)
+    wanted = {name: pretrain(text, sizes, each, 1e-2, 1, said.append) for name, each in late.items()}
+    alone = pretrain(text, sizes, METHODS["SLoPe 2:4"], 1e-2, 1, said.append, tmp_path)
+    assert len(list(tmp_path.glob("*/90.pt"))) == len(list(tmp_path.glob("*/99.pt"))) == 1
+    assert not any(line.startswith("on from") for line in said)
+    said.clear()
+    for name, each in late.items():
+        found = pretrain(text, sizes, each, 1e-2, 1, said.append, tmp_path)
+        del found["seconds"], wanted[name]["seconds"]
+        assert found == wanted[name]
+    assert [line for line in said if line.startswith("on from")] == ["on from step 90"] * 2
+    assert alone["test"] != wanted["sooner"]["test"]
+    # Neither another seed or rate nor a model without second masks goes on from these.
+    said.clear()
+    pretrain(text, sizes, late["sooner"], 1e-2, 2, said.append, tmp_path)
+    pretrain(text, sizes, late["sooner"], 2e-2, 1, said.append, tmp_path)
+    pretrain(text, sizes, replace(late["sooner"], double=False), 1e-2, 1, said.append, tmp_path)
+    assert not any(line.startswith("on from") for line in said)
 
 
 def test_embeddings_have_a_rate_of_their_own(text: Text) -> None:
@@ -73,12 +96,13 @@ def test_rates_walk_until_the_best_has_tried_neighbours(tmp_path: Path) -> None:
     assert tried == [(1e-3, 0), (5e-4, 0), (2.5e-4, 0), (5e-4, 1), (5e-4, 2)]
     with pytest.raises(ValueError, match="train that first"):
         list(run.runs_to_do(rows, "SLoPe 2:4, adapters in the last 1%", SIZES))
-    for rate, _ in run.runs_to_do(rows, "SLoPe 2:4", SIZES):
-        rows.append(**row("SLoPe 2:4", rate, 0, abs(rate - 1e-3)))
-        if rate == 2e-3:
-            break
+    for rate, _ in run.runs_to_do(rows, "SLoPe 2:4", SIZES, 1):
+        rows.append(**row("SLoPe 2:4", rate, 0, abs(rate - 2e-3)))
+    assert list(run.losses_of(rows.read(), "SLoPe 2:4", 0, SIZES)) == [4e-3, 2e-3, 1e-3]
     late = list(run.runs_to_do(rows, "SLoPe 2:4, adapters in the last 1%", SIZES))
-    assert late == [(1e-3, 0), (1e-3, 1), (1e-3, 2)]
+    assert late == [(2e-3, 0), (2e-3, 1), (2e-3, 2)]
+    with pytest.raises(ValueError, match="takes the learning rate of SLoPe 1:4"):
+        list(run.runs_to_do(rows, "SLoPe 1:4, adapters in the last 1%", SIZES))
     # A training that diverged is never the best.
     assert run.best_rate({1e-3: float("nan"), 2e-3: 3.0}) == 2e-3
 
