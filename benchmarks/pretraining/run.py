@@ -32,6 +32,7 @@ from benchmarks.pretraining.training import METHODS, Method, Sizes, pretrain, re
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks.small_gpt2 import Recipe
 from benchmarks.report import RESULTS, machine
+from benchmarks.walk import next_rate
 
 PATH = RESULTS / "pretraining" / "rows.jsonl"
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -89,14 +90,6 @@ def without_adapters(method: str) -> str:
     return method.split(",")[0]
 
 
-def next_rates(losses: Mapping[float, float], start: float = START) -> list[float]:
-    """Return the learning rates to try next: the first one, then the untried neighbours of the best."""
-    if start not in losses:
-        return [start]
-    at = RATES.index(best_rate(losses))
-    return [RATES[near] for near in (at - 1, at + 1) if 0 <= near < len(RATES) and RATES[near] not in losses]
-
-
 def best_rate(losses: Mapping[float, float]) -> float:
     """Return the learning rate of the lowest finite loss."""
     return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
@@ -113,11 +106,16 @@ def runs_to_do(rows: Rows, method: str, sizes: Sizes, seeds: int = len(SEEDS)) -
     tuned = without_adapters(method)
     # A pruned weight wants a higher rate than a dense one.
     start = START_SPARSE if METHODS[method].m else START
-    while missing := next_rates(losses_of(rows.read(), tuned, SEEDS[0], sizes), start):
+    while True:
+        losses = losses_of(rows.read(), tuned, SEEDS[0], sizes)
+        best = [best_rate(losses)] if losses else []
+        rate = next_rate(RATES, start, losses, best)
+        if rate is None:
+            break
         if tuned != method:
             raise ValueError(f"{method} takes the learning rate of {tuned}; train that first")
-        yield missing[0], SEEDS[0]
-    rate = best_rate(losses_of(rows.read(), tuned, SEEDS[0], sizes))
+        yield rate, SEEDS[0]
+    [rate] = best
     for seed in SEEDS[:seeds]:
         if rate not in losses_of(rows.read(), method, seed, sizes):
             yield rate, seed

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.quality.methods import METHODS, check_options
 from benchmarks.quality.tasks import Task, TaskError, find_task
+from benchmarks.walk import next_rate
 from sylva_compile.config import SylvaConfig
 
 
@@ -155,9 +156,9 @@ class Grid:
         learning_rates: the learning rates that every method chooses from.
         choose_by: "metric" or "loss", the validation result that chooses among them. Metrics of generated text waver
             too much on few examples to choose by.
-        walk: whether a line tries the middle three of them first and goes on past the best one until that has tried
+        walk: whether a line tries the middle one of them first and goes on past the best one until that has tried
             neighbours, and on both sides while all give one metric; otherwise every line tries all.
-        walk_from: for single methods, the learning rate to begin with, and its neighbours, instead of the middle three.
+        walk_from: for single methods, the learning rate to begin with, instead of the middle one.
         seeds: runs with the first seed choose each method's learning rate; all seeds are then reported at that rate.
     """
 
@@ -247,18 +248,16 @@ class Grid:
         runs = [replace(group, learning_rate=rate, seed=self.seeds[0]) for rate in sorted(self.learning_rates)]
         if not self.walk:
             return runs
-        rates = sorted(self.learning_rates)
-        middle = rates.index(self.walk_from[group.method]) if group.method in self.walk_from else len(runs) // 2
-        wanted = set(range(max(0, middle - 1), min(middle + 2, len(runs))))
-        tried = {at for at, run in enumerate(runs) if run.key() in rows}
-        if wanted <= tried:
-            rate = best_learning_rate([rows[runs[at].key()] for at in tried], self.choose_by)
-            best = next(at for at in tried if runs[at].learning_rate == rate)
-            metrics = {rows[runs[at].key()]["result"]["validation"]["metric"] for at in tried}
-            # Where all rates give the same constant answer, none is the best, and others are on either side.
-            low, high = (min(tried), max(tried)) if self.choose_by == "metric" and len(metrics) == 1 else (best, best)
-            wanted |= {low - 1, high + 1} & set(range(len(runs)))
-        return [runs[at] for at in sorted(wanted | tried)]
+        rates = [run.learning_rate for run in runs]
+        tried = {run.learning_rate: rows[run.key()] for run in runs if run.key() in rows}
+        metrics = {row["result"]["validation"]["metric"] for row in tried.values()}
+        if self.choose_by == "metric" and len(metrics) == 1:
+            # Where all rates give the same constant answer, none is the best.
+            best = list(tried)
+        else:
+            best = [best_learning_rate(list(tried.values()), self.choose_by)] if tried else []
+        following = next_rate(rates, self.walk_from.get(group.method, rates[len(rates) // 2]), tried, best)
+        return [run for run in runs if run.learning_rate in tried or run.learning_rate == following]
 
     def reported(self, group: Run, learning_rate: float) -> list[Run]:
         """Return the runs that a line reports."""

@@ -4,7 +4,7 @@
 
 Rows go to benchmarks/results/quality/<grid>.jsonl. A run that has a row is skipped, so an interrupted grid continues
 where it stopped. At the first seed, each method runs with every learning rate of the grid; with `walk = true` it starts
-with the middle ones, or around its rate in `[walk_from]`, and goes on until the best has tried neighbours. At the other
+with the middle one, or with its rate in `[walk_from]`, and goes on until the best has tried neighbours. At the other
 seeds, it runs with the learning rate of the best validation result. `benchmarks.quality.tables` prints the tables.
 `--processes 2` does two runs at a time, each with half of the threads.
 

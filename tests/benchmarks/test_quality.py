@@ -483,7 +483,7 @@ class TestGrid:
         assert best_learning_rate(rows, "loss") == 3
 
     @pytest.mark.parametrize(
-        ("best", "tried"), [(3, [2, 3, 4]), (5, [2, 3, 4, 5, 6]), (0, [0, 1, 2, 3, 4]), (6, [2, 3, 4, 5, 6])]
+        ("best", "tried"), [(3, [2, 3, 4]), (5, [2, 3, 4, 5, 6]), (0, [0, 1, 2, 3]), (6, [2, 3, 4, 5, 6])]
     )
     def test_a_walk_ends_where_the_best_learning_rate_has_tried_neighbours(
         self, tmp_path: Path, best: int, tried: list[int]
@@ -512,8 +512,8 @@ class TestGrid:
             for grid in [Grid.read(path)]
             for line in grid.groups()
         }
-        assert tried.pop("head") == [1.0, 2.0, 3.0]
-        assert all(rates == [3.0, 4.0, 5.0] for rates in tried.values())
+        assert tried.pop("head") == [2.0]
+        assert all(rates == [4.0] for rates in tried.values())
 
     @pytest.mark.parametrize(
         ("said", "problem"),
@@ -527,7 +527,7 @@ class TestGrid:
         with pytest.raises(GridError, match=problem):
             Grid.read(grid_file(tmp_path, learning_rates="[1.0, 2.0]", **said))
 
-    @pytest.mark.parametrize(("choose_by", "tried"), [("metric", [0, 1, 2, 3, 4, 5]), ("loss", [2, 3, 4])])
+    @pytest.mark.parametrize(("choose_by", "tried"), [("metric", [0, 1, 2, 3]), ("loss", [2, 3, 4])])
     def test_a_walk_goes_on_where_all_answers_are_the_same(
         self, tmp_path: Path, choose_by: str, tried: list[int]
     ) -> None:
