@@ -240,6 +240,16 @@ class Grid:
                 found.setdefault(run.group(), run)
         yield from found.values()
 
+    def only(self, methods: Sequence[str]) -> "Grid":
+        """Return the grid with these of its methods, or all if none is named.
+
+        Raises:
+            GridError: the grid has no such method.
+        """
+        if unknown := [name for name in methods if name not in self.methods]:
+            raise GridError(f"{self.name} has no method {unknown[0]!r}; it has {', '.join(map(repr, self.methods))}")
+        return replace(self, methods={name: self.methods[name] for name in methods}) if methods else self
+
     def tuning(self, group: Run, rows: Rowset) -> list[Run]:
         """Return the runs that choose the learning rate of a line, with `rows` the rows of runs by `Run.key`.
 

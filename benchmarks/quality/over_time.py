@@ -20,7 +20,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.command import parser_of
-from benchmarks.quality.grid import Grid
+from benchmarks.quality.grid import Grid, GridError
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.run import FOLDER
 from benchmarks.quality.tables import Line, lines_of
@@ -112,14 +112,14 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--grid", type=Path, required=True, help="the file that benchmarks.quality.run was given")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
-    parser.add_argument("--methods", nargs="+", help="methods of the grid (all)")
+    parser.add_argument("--methods", nargs="+", default=[], help="methods of the grid (all)")
     parser.add_argument("--costs", type=Path, help="a grid to take the time of a step from (the same)")
     options = parser.parse_args(argv)
-    grid = Grid.read(options.grid)
-    if unknown := set(options.methods or ()) - set(grid.methods):
-        parser.error(f"--methods {min(unknown)!r} is none of the grid's: {', '.join(grid.methods)}")
-    lines = lines_of(grid, Rows(options.results / f"{grid.name}.jsonl"))
-    chosen = [line for line in lines if not options.methods or line.run.method in options.methods]
+    try:
+        grid = Grid.read(options.grid).only(options.methods)
+    except GridError as error:
+        parser.error(str(error))
+    chosen = lines_of(grid, Rows(options.results / f"{grid.name}.jsonl"))
     costs = {}
     if options.costs:
         compiled = Grid.read(options.costs)

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.command import parser_of
-from benchmarks.quality.grid import Grid
+from benchmarks.quality.grid import Grid, GridError
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.run import FOLDER
 from benchmarks.report import markdown
@@ -94,20 +94,20 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser = parser_of(__spec__, __doc__)
     parser.add_argument("--grid", type=Path, required=True, help="the file that benchmarks.quality.run was given")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
-    parser.add_argument("--methods", nargs="+", help="methods of the grid (all)")
+    parser.add_argument("--methods", nargs="+", default=[], help="methods of the grid (all)")
     parser.add_argument("--within", type=float, default=0.05, help="of the best validation loss (%(default)s)")
     options = parser.parse_args(argv)
-    grid = Grid.read(options.grid)
-    methods = options.methods or list(grid.methods)
-    if unknown := set(methods) - set(grid.methods):
-        parser.error(f"--methods {min(unknown)!r} is none of the grid's: {', '.join(grid.methods)}")
+    try:
+        grid = Grid.read(options.grid).only(options.methods)
+    except GridError as error:
+        parser.error(str(error))
     if grid.vary:
         parser.error(f"{grid.name} varies settings; choose a grid that does not")
     rows = Rows(options.results / f"{grid.name}.jsonl").read()
-    panels = {task: {m: at for m, at in tried(grid, rows, task).items() if m in methods} for task in grid.tasks}
+    panels = {task: tried(grid, rows, task) for task in grid.tasks}
     if not any(panels.values()):
         parser.error(f"no run of {grid.name} has a row; run benchmarks.quality.run first")
-    plot(panels, methods, options.results / f"{grid.name}_rates.png")
+    plot(panels, list(grid.methods), options.results / f"{grid.name}_rates.png")
     said = "\n\n".join(f"**{task}**\n\n{table(found, options.within)}" for task, found in panels.items() if found)
     print(said)
     return said

@@ -35,7 +35,7 @@ import sylva_compile
 from benchmarks.command import parser_of
 from benchmarks.peak import peak_above
 from benchmarks.quality.cost import beside_floor
-from benchmarks.quality.grid import Grid, Rowset, Run, Settings, best_learning_rate
+from benchmarks.quality.grid import Grid, GridError, Rowset, Run, Settings, best_learning_rate
 from benchmarks.quality.methods import METHODS, Budgeted, Ready
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks import Batch, Data, Sizes, TaskError, head_of, on
@@ -198,7 +198,6 @@ def run_grid(
     rows: Rows,
     data: Path,
     only: Sequence[str] = (),
-    methods: Sequence[str] = (),
     seconds: float = float("inf"),
     part: tuple[int, int] = (1, 1),
     device: str = "cpu",
@@ -210,7 +209,6 @@ def run_grid(
         rows: the existing rows; the rows of new runs are appended.
         data: the folder of the data sets.
         only: the tasks to run; empty: all tasks.
-        methods: the methods to run; empty: all methods.
         seconds: the seconds after which no run begins.
         part: the part of the grid to run; two processes can do its halves `(1, 2)` and `(2, 2)` at the same time.
         device: the device that trains the models.
@@ -220,12 +218,7 @@ def run_grid(
         TaskError: the rows are of another pre-trained model.
     """
     runner = Runner(data, time.monotonic() + seconds, device)
-    wanted = [
-        group
-        for group in grid.groups()
-        if (not only or group.task in only) and (not methods or group.method in methods)
-    ]
-    lines = wanted[part[0] - 1 :: part[1]]
+    lines = [group for group in grid.groups() if not only or group.task in only][part[0] - 1 :: part[1]]
     for group in lines:
         while not _is_tuned(grid, group, rows.read()):
             _do(runner, grid.tuning(group, rows.read()), rows)
@@ -302,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of data sets in files (%(default)s)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (%(default)s)")
     parser.add_argument("--task", action="append", default=[], help="only this task; may be given several times")
-    parser.add_argument("--method", action="append", default=[], help="only this method; may be given several times")
+    parser.add_argument("--methods", nargs="+", default=[], help="methods of the grid (all)")
     parser.add_argument("--part", type=_part, default=(1, 1), help="such as 1/2 and 2/2, for two processes at once")
     parser.add_argument("--processes", type=int, default=1, help="that each do a part of it, at the same time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
@@ -321,20 +314,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     grid = Grid.read(options.grid)
-    for asked, known in ((options.task, grid.tasks), (options.method, grid.methods)):
-        if unknown := sorted(set(asked) - set(known)):
-            parser.error(f"{options.grid} has no {', '.join(unknown)}; it has {', '.join(known)}")
     try:
-        run_grid(
-            grid,
-            rows,
-            options.data,
-            options.task,
-            options.method,
-            60 * options.minutes,
-            options.part,
-            options.device,
-        )
+        grid = grid.only(options.methods)
+        run_grid(grid, rows, options.data, options.task, 60 * options.minutes, options.part, options.device)
+    except GridError as error:
+        parser.error(str(error))
     except TaskError as error:
         sys.exit(f"{grid.name}: {error}")
     except TimeIsUpError:

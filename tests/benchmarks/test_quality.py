@@ -432,12 +432,12 @@ class TestRows:
     ) -> None:
         monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run))
         command = ["--grid", str(grid_file(tmp_path)), "--data", str(data), "--results", str(tmp_path / "rows")]
-        rows = Rows(quality.main([*command, "--method", "head", "--task", "sst2"])).read().values()
+        rows = Rows(quality.main([*command, "--methods", "head", "--task", "sst2"])).read().values()
         assert {(row["run"]["method"], row["run"]["task"]) for row in rows} == {("head", "sst2")}
         assert len(rows) == 3
         with pytest.raises(SystemExit):
-            quality.main([*command, "--method", "LoRA"])
-        assert "has no LoRA; it has head, random" in capsys.readouterr().err
+            quality.main([*command, "--methods", "LoRA"])
+        assert "tiny has no method 'LoRA'; it has 'head', 'random'" in capsys.readouterr().err
 
     def test_processes_share_a_grid(self, tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]) -> None:
         methods = '{ head = { kind = "head" }, random = { kind = "blocks", trace = "random" } }'
