@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from importlib.util import find_spec
 
 from torch import Tensor, distributed
 from transformers import PreTrainedModel, set_seed
@@ -21,7 +22,7 @@ from sylva_compile.cli.training import StopCallback, make_trainer, training_argu
 from sylva_compile.compiler.backend import backend
 from sylva_compile.compiler.layers import compile_layers
 from sylva_compile.config import SylvaConfig
-from sylva_compile.errors import UsageError
+from sylva_compile.errors import InputError, UsageError
 from sylva_compile.tracing.trace import trace_and_mask
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ def run(base: ModelConfig, data: DataConfig, options: FinetuneConfig, settings: 
     """Fine-tune, and return the exit code."""
     if data.data is None:
         raise UsageError("--data is missing; give a file, or the name of a data set on the hub.")
+    if find_spec("accelerate") is None:
+        raise InputError("The Trainer of transformers needs accelerate; run `pip install accelerate`.")
     folder = RunFolder(options.out, (base, data, options, settings), resume=options.resume)
     if folder.goes_on and folder.is_finished:
         _say(f"This run is finished; its adapter is in {options.out}.")

@@ -175,6 +175,17 @@ class TestRuns:
         assert found.code == 1 and "--lr was 0.01 in the run" in found.err and "not 0.5" in found.err
 
 
+def test_a_missing_accelerate_is_named_before_anything_is_written(
+    tmp_path: Path, command: Command, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sylva_compile.cli.finetune.find_spec", lambda name: None)
+    out = tmp_path / "out"
+    found = command("finetune", "--model", place.model, "--data", place.table, "--column", "text", "--out", out, *TRAIN)
+    assert found.code == 1
+    assert "pip install accelerate" in found.err and found.err.count("\n") == 1
+    assert not out.exists()
+
+
 def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, command: Command, place: Place) -> None:
     options = ["finetune", "--model", place.model, "--data", place.table, "--column", "text", *QUICK]
     options += [
