@@ -133,12 +133,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     sizes, rows = sizes_of(options), Rows(PATH)
+    # Code that is not committed has no name by which its states could be told from those of other code.
+    states = None if str(machine()["commit"]).endswith(("-dirty", "None")) else STATES
     text = read_text(options.data, sizes)
     for method in options.methods:
         for learning_rate, seed in runs_to_do(rows, method, sizes, options.seeds):
             print(f"{method}, learning rate {learning_rate:g}, seed {seed}", flush=True)
             way = method_of(method, sizes)
-            result = pretrain(text, sizes, way, learning_rate, seed, lambda line: print(line, flush=True), STATES)
+            result = pretrain(text, sizes, way, learning_rate, seed, lambda line: print(line, flush=True), states)
             date = datetime.now(UTC).isoformat(timespec="seconds")
             rows.append(key_of(method, learning_rate, seed, sizes), result=result, date=date, machine=machine())
 

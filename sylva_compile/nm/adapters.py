@@ -25,6 +25,14 @@ def pruned_modules(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def check_low_rank(rank: int, prune: Prune) -> None:
+    """Raise ArgumentError unless these can be arguments of `add_low_rank`."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ArgumentError(f"rank={rank!r}; use a positive integer.")
+    if prune not in get_args(Prune):
+        raise ArgumentError(f"prune={prune!r}; use 'creation' or 'fold'.")
+
+
 def add_low_rank(
     model: nn.Module,
     rank: int,
@@ -55,44 +63,48 @@ def add_low_rank(
         EmbedError: the model has no pruned weights, has adapters already, or DistributedDataParallel has wrapped
             `model` and no `process_group` is given.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ArgumentError(f"rank={rank!r}; use a positive integer.")
-    if prune not in get_args(Prune):
-        raise ArgumentError(f"prune={prune!r}; use 'creation' or 'fold'.")
+    check_low_rank(rank, prune)
     modules = pruned_modules(model)
     if with_one := [name for name, module in modules.items() if module._nm_low_rank is not None]:
         raise EmbedError(f"{with_one[0]} has an adapter already; add adapters once.")
+    if frozen := [name for name, module in modules.items() if module._nm_layout.frozen]:
+        raise EmbedError(f"{frozen[0]} is frozen for inference; add adapters before masks.freeze().")
     if process_group is None and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise EmbedError(
             "DistributedDataParallel has wrapped the model and would not average the gradients of adapters; add them "
             "before, or give its process_group."
         )
+    made = [(module, _make(name, module, rank, prune, generator)) for name, module in modules.items()]
     added = []
-    for name, module in modules.items():
-        added += _add(unwrap(model), name, module, rank, prune, generator)
+    for module, (low_rank, *parameters) in made:
+        _install(unwrap(model), module, low_rank, *parameters)
+        added += parameters
     if process_group is not None:
         _from_first_rank(modules, added, process_group)
     return added
 
 
-def _add(
-    model: nn.Module, name: str, module: Any, rank: int, prune: Prune, generator: torch.Generator | None
-) -> list[nn.Parameter]:
+def _make(
+    name: str, module: Any, rank: int, prune: Prune, generator: torch.Generator | None
+) -> tuple[LowRank, nn.Parameter, nn.Parameter]:
     layout, values = module._nm_layout, module._parameters[VALUES]
     drawn = torch.randn((layout.in_features, rank), generator=generator, device="cpu", dtype=values.dtype)
-    low_rank = LowRank(name, rank, layout.n, layout.m, prune, None)
+    low_rank = LowRank(name, rank, layout.n, layout.m, None)
     if prune == "creation":
         drawn, low_rank.codes = low_rank.pruned(drawn)
     left = nn.Parameter(drawn.to(values.device))
     right = nn.Parameter(values.new_zeros((rank, layout.out_features)))
     low_rank.to(values.device)
+    return low_rank, left, right
+
+
+def _install(model: nn.Module, module: Any, low_rank: LowRank, left: nn.Parameter, right: nn.Parameter) -> None:
     for parameter in (left, right):
-        note_carried(parameter, name)
-    for owner in sharing(model, layout):
+        note_carried(parameter, low_rank.name)
+    for owner in sharing(model, module._nm_layout):
         owner.__dict__["_nm_low_rank"] = low_rank
         owner.register_parameter(LEFT, left)
         owner.register_parameter(RIGHT, right)
-    return [left, right]
 
 
 def _from_first_rank(modules: dict[str, Any], added: list[nn.Parameter], group: Any) -> None:
@@ -119,10 +131,12 @@ def fold_low_rank(model: nn.Module) -> nn.Module:
     for name, module in modules.items():
         if module._nm_low_rank is None:
             raise EmbedError(f"{name} has no adapter; call add_low_rank(model, rank) first.")
-        if module._nm_low_rank.folded is not None:
-            raise EmbedError(f"{name} is folded already.")
+    # A call that ran out of memory may have folded some.
+    left_over = [module for module in modules.values() if module._nm_low_rank.folded is None]
+    if not left_over:
+        raise EmbedError(f"{next(iter(modules))} is folded already.")
     pruned_now = 0
-    for module in modules.values():
+    for module in left_over:
         layout, low_rank = module._nm_layout, module._nm_low_rank
         left, codes = module._parameters[LEFT].detach(), low_rank.codes
         if codes is None:

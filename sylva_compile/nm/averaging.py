@@ -37,6 +37,9 @@ def note_carried(parameter: nn.Parameter, name: str) -> None:
 def _on_wrapping(ddp: Any, model: nn.Module) -> None:
     same_places_when_wrapped(ddp, model)
     for parameter in model.parameters():
+        if parameter.requires_grad:
+            # It averages them from now on. Both at once would write into one bucket under `gradient_as_bucket_view`.
+            _averaged_here.pop(parameter, None)
         if parameter in _names:
             _frozen_when_wrapped.pop(parameter, None)
             if not parameter.requires_grad:
@@ -100,9 +103,9 @@ def check_averaged(arguments: Iterable[Any]) -> None:
 def average_here(parameters: list[nn.Parameter], group: Any) -> None:
     """Average the gradients of `parameters` over `group` at the end of each backward pass, from now on.
 
-    For parameters that were made after DistributedDataParallel has wrapped the model. Every rank calls it with the same
-    parameters, whose values are those of the first rank afterwards. Passes under `no_sync` are averaged as well, which
-    changes nothing but the number of messages.
+    For parameters that were made after DistributedDataParallel has wrapped the model; one that wraps it later takes
+    over. Every rank calls it with the same parameters, whose values are those of the first rank afterwards. Passes
+    under `no_sync` are averaged as well, which changes nothing but the number of messages.
     """
     for parameter in parameters:
         dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
@@ -121,18 +124,19 @@ class _Averager:
     def note(self, parameter: Tensor) -> None:
         """Have the end of the running backward pass average all gradients."""
         # A pass that raises never ends, so it is not enough to note that one is waited for.
-        if self._backward != running_backward():
+        if parameter in _averaged_here and self._backward != running_backward():
             self._backward = running_backward()
             at_end_of_backward(self._finish)
 
     def _finish(self) -> None:
         self._backward = -1
         size = dist.get_world_size(self._group)
+        parameters = [parameter for parameter in self._parameters if parameter in _averaged_here]
         # A parameter that one rank alone has used is averaged on all, and one that none has used keeps no gradient.
-        used = torch.tensor([parameter.grad is not None for parameter in self._parameters], dtype=torch.int32)
-        used = used.to(self._parameters[0].device)
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+        used = used.to(parameters[0].device)
         dist.all_reduce(used, group=self._group)
-        for parameter, ranks in zip(self._parameters, used.tolist(), strict=True):
+        for parameter, ranks in zip(parameters, used.tolist(), strict=True):
             if ranks:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

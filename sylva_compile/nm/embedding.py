@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sylva_compile.blocks.scope import input_axis, is_conv1d, named_weights, owners_of, unwrap
 from sylva_compile.blocks.shards import is_sharded
@@ -52,6 +53,8 @@ def check_can_carry(model: nn.Module, name: str, weight: Tensor) -> None:
             raise EmbedError(f"{name} carries blocks; call sylva_compile.merge_and_unload(model) before it is pruned.")
         forward = type(module).forward
         ordinary = forward is nn.Linear.forward or (is_conv1d(module) and "Conv1D.forward" in forward.__qualname__)
+        # MultiheadAttention reads the weight of its projection, which it marks so, and calls no forward.
+        ordinary &= not isinstance(module, NonDynamicallyQuantizableLinear)
         hooked = "forward" in module.__dict__ or hasattr(module, "parametrizations")
         if attribute != "weight" or not ordinary or hooked:
             raise ScopeError(
@@ -81,7 +84,6 @@ def embed(model: nn.Module, masks: Mapping[str, NMMask], *, double: bool) -> Non
         values = layout.read(weight).to(block_dtype(weight.dtype))
         parameter = nn.Parameter(values.contiguous(), requires_grad=weight.requires_grad)
         layout.change(parameter)
-        layout.changes = 0
         for module in owners:
             _install(module, layout, parameter)
         note_carried(parameter, name)

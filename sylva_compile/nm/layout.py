@@ -32,7 +32,6 @@ class NMLayout(HoldsCodes):
         second: the codes of the rows that each column keeps, uint8 `[in, bytes_of(out // m * n, m)]`: the mask C;
             `[in, 0]` where there is none.
         frozen: whether the weight is for inference alone: its values are of `dtype`, and its second mask is dropped.
-        changes: how often the second mask has been chosen again.
     """
 
     name: str
@@ -45,7 +44,6 @@ class NMLayout(HoldsCodes):
     dtype: torch.dtype
     codes: Tensor
     second: Tensor
-    changes: int = 0
     frozen: bool = False
 
     @property
@@ -65,7 +63,6 @@ class NMLayout(HoldsCodes):
         if not self.double or not self.second.shape[1]:
             return
         self.second.copy_(keep_again(values, self.codes, self.n, self.m))
-        self.changes += 1
 
     def freeze(self) -> None:
         """Let go of the second mask, of a weight that is not trained any more."""

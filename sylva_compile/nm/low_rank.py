@@ -35,7 +35,6 @@ class LowRank(HoldsCodes):
         rank: r.
         n: how many of every m neighbours of L are kept along `in`.
         m: out of how many.
-        prune: when L is pruned.
         codes: the codes of L's values `[r, in // m * n]`, uint8 `[r, ...]`; None while L is a dense `[in, r]`.
         folded: the codes of the weight's values and of L's, uint8 `[out + r, ...]`; None until L is folded.
     """
@@ -44,7 +43,6 @@ class LowRank(HoldsCodes):
     rank: int
     n: int
     m: int
-    prune: Prune
     codes: Tensor | None
     folded: Tensor | None = None
 
@@ -78,16 +76,27 @@ class LowRank(HoldsCodes):
             return left.detach()
         return to_dense(left.detach(), codes.to(left.device), self.n, self.m).t().contiguous()
 
-    def read_left(self, left: Tensor) -> tuple[Tensor, Tensor | None]:
+    def read_left(self, left: Tensor, in_features: int) -> tuple[Tensor, Tensor | None]:
         """Return the values and the codes of a loaded `left [in, r]`.
 
         Raises:
-            MaskError: L is pruned here, and `left` is not.
+            MaskError: L is of another shape, or pruned here and `left` is not, or the other way round.
         """
-        if self.codes is None:
-            return left, None
+        if tuple(left.shape) != (in_features, self.rank):
+            raise MaskError(
+                f"{self.name}: the adapter to load is {tuple(left.shape)}, and this one is {(in_features, self.rank)}; "
+                "add adapters of the rank that was saved."
+            )
         values, codes = self.pruned(left)
-        if int(values.count_nonzero()) != int(left.count_nonzero()):
+        is_pruned = int(values.count_nonzero()) == int(left.count_nonzero())
+        if self.codes is None:
+            if is_pruned and bool(left.any()):
+                raise MaskError(
+                    f"{self.name}: the adapter to load is pruned {self.n}:{self.m}; add adapters with "
+                    "add_low_rank(..., prune='creation') before it is loaded."
+                )
+            return left, None
+        if not is_pruned:
             raise MaskError(
                 f"{self.name}: the adapter to load is not pruned {self.n}:{self.m}; add adapters with "
                 "add_low_rank(..., prune='fold') before it is loaded."

@@ -30,6 +30,6 @@ def read_masks(path: str | os.PathLike[str]) -> tuple[dict[str, NMMask], dict[st
             )
             for name, (rows, cols, n, m, axis) in found["shapes"].items()
         }
-        return masks, found["notes"]
+        return masks, {key: found["notes"][key] for key in ("double", "config")}
 
     return _FILE.read(path, make)

@@ -124,13 +124,19 @@ class NMMasks(BoundMasks[NMMask]):
         modules = self.modules().values()
         return [module._parameters[name] for module in modules for name in held if name in module._parameters]
 
+    def _pruned(self) -> dict[str, Any]:
+        """Return the pruned modules by weight name, as `modules`; EmbedError if the model is not pruned (any more)."""
+        if not nm_modules(self._require_model()):
+            raise EmbedError("The model is not pruned: masks.embed() was not called yet, or unprune(model) was.")
+        return self.modules()
+
     def change_masks(self) -> None:
         """Choose the second masks again from the values as they are, in place: nothing is compiled again.
 
         Call it after an optimizer step, not between a forward pass and its backward pass: autograd refuses that.
         `schedules.MaskChange` calls it every few steps. Without double pruning it does nothing.
         """
-        for module in self.modules().values():
+        for module in self._pruned().values():
             module._nm_layout.change(values_of(module))
 
     def freeze(self) -> None:
@@ -148,7 +154,7 @@ class NMMasks(BoundMasks[NMMask]):
         These are the second masks, and the values themselves where the weight's dtype rounds them.
         """
         found = {}
-        for name, module in self.modules().items():
+        for name, module in self._pruned().items():
             layout = module._nm_layout
             found[name] = {SECOND: layout.second.cpu().clone()}
             for held in (VALUES, LEFT, RIGHT):
@@ -165,7 +171,7 @@ class NMMasks(BoundMasks[NMMask]):
         Raises:
             MaskError: it is of other weights, or adapters are missing; nothing has changed then.
         """
-        modules = self.modules()
+        modules = self._pruned()
         if modules.keys() != state_dict.keys():
             raise MaskError("The state is of other weights than these masks; give the one that was saved with them.")
         copies: list[tuple[Tensor, Tensor]] = []
@@ -176,6 +182,11 @@ class NMMasks(BoundMasks[NMMask]):
                 if target is None or target.shape != value.shape:
                     raise MaskError(
                         f"{name} has no {key} of shape {tuple(value.shape)}; add its adapter before loading."
+                    )
+                if key != SECOND and not _rounds_to(value, target, layout.dtype):
+                    raise MaskError(
+                        f"{name}: the values in the state are not those of the model; load the state dict of the model "
+                        "that was saved with it before."
                     )
                 copies.append((target, value))
         for target, value in copies:
@@ -200,3 +211,8 @@ class NMMasks(BoundMasks[NMMask]):
         """Read masks that `save` wrote; they are not bound to a model. Raises MaskError for any other file."""
         masks, notes = read_masks(path)
         return cls(masks, double=notes["double"], config=notes["config"])
+
+
+def _rounds_to(value: Tensor, held: Tensor, dtype: torch.dtype) -> bool:
+    """Whether both are the same in `dtype`, in which the model's own state dict has them."""
+    return torch.equal(value.to(held.device, dtype), held.to(dtype))

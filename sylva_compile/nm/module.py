@@ -73,8 +73,9 @@ class NMModule:
         return out if module.bias is None else out + module.bias.to(out.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # `fully_shard` assigns its shards; a model that trains and cannot be saved would come too late.
-        if name in (VALUES, LEFT, RIGHT) and is_sharded(value):
+        # `fully_shard` assigns its shards, and FullyShardedDataParallel marks modules before it flattens their
+        # parameters; a model that trains and cannot be saved would come too late.
+        if name == "_fsdp_use_orig_params" or (name in (VALUES, LEFT, RIGHT) and is_sharded(value)):
             raise split(self._nm_layout)
         super().__setattr__(name, value)
 
@@ -128,7 +129,7 @@ class NMModule:
                 layout.check_fits(weight)
                 given[prefix + VALUES] = layout.read(weight).to(module.weight_values.dtype)
             if low_rank is not None and (left := given.get(prefix + LEFT)) is not None:
-                values, places = low_rank.read_left(left)
+                values, places = low_rank.read_left(left, layout.in_features)
                 given[prefix + LEFT] = values.to(module.weight_left.dtype)
             if low_rank is not None and prefix + RIGHT in given:
                 given[prefix + RIGHT] = given[prefix + RIGHT].to(module.weight_right.dtype)
@@ -142,6 +143,10 @@ class NMModule:
         if prefix + VALUES in given and not module.weight_values.is_meta:
             # The second mask is that of the values. `NMMasks.load_state_dict`, called later, has one from further back.
             layout.change(module.weight_values)
+        if low_rank is not None and weight is not None and prefix + RIGHT not in given:
+            # The weight of a model without adapters is not to be read through this one's.
+            with torch.no_grad():
+                module.weight_right.zero_()
         missing_keys += [prefix + "weight" if key == prefix + VALUES else key for key in missing]
         if places is not None and low_rank is not None and low_rank.codes is not None:
             low_rank.codes.copy_(places)

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -24,9 +23,9 @@ def of_first_rank(masks: dict[str, NMMask], group: Any) -> dict[str, NMMask]:
 
 
 def broadcast_places(places: Tensor, group: Any) -> None:
-    """Give `places` the values of the first rank, in place. As bytes: gloo sends no int16."""
+    """Give `places` those of the first rank, in place."""
     sent = places.contiguous()
-    dist.broadcast(sent.flatten().view(torch.uint8), dist.get_global_rank(group, 0), group=group)
+    dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
     if sent is not places:
         places.copy_(sent)
 

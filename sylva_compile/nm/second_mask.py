@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from sylva_compile.errors import MaskError
+from sylva_compile.kernels.nm_transpose import nm_transpose
 from sylva_compile.nm.layout import NMLayout
-from sylva_compile.nm.pattern import check_codes, codes_of
+from sylva_compile.nm.pattern import check_codes, codes_of, keep_again
 
 SECOND = "second"
 """The name of the second mask in a state."""
@@ -28,6 +30,17 @@ def read_second(saved: Mapping[str, Tensor], layout: NMLayout) -> dict[str, Tens
         second = found.get(SECOND)
         if second is not None and second.shape[1]:
             check_codes(second, layout.in_features, layout.out_features, layout.n, layout.m)
+            _check_inside(second, layout)
     except MaskError as error:
         raise MaskError(f"{layout.name}: {error} Give the state that was saved with these masks.") from error
     return found
+
+
+def _check_inside(second: Tensor, layout: NMLayout) -> None:
+    """Raise MaskError if another second mask keeps more places of the first one: then it belongs to another one."""
+    codes, (n, m) = layout.codes.cpu(), (layout.n, layout.m)
+    ones = torch.ones((layout.out_features, layout.per_row), dtype=torch.int16, device="cpu")
+    most = keep_again(ones, codes, n, m)
+    kept, wanted = (int(nm_transpose(ones, codes, each, n, m).sum()) for each in (second.cpu(), most))
+    if kept != wanted:
+        raise MaskError("the second mask is of a weight that was pruned in other places.")

@@ -11,13 +11,14 @@ import torch.distributed as dist
 import two_ranks
 from prune_two_ranks import model_and_masks, train
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 from torch.utils._pytree import tree_flatten
 
 import sylva_compile
 from sylva_compile.errors import EmbedError, ScopeError
+from sylva_compile.nm import averaging
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
@@ -72,6 +73,23 @@ def test_weights_that_are_split_are_refused_at_once() -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(ScopeError, match=r"one\.weight is split over processes"):
         sylva_compile.prune_masks(model)
+    model, masks, batch = model_and_masks()
+    masks.embed()
+    wanted = model(batch)
+    for use_orig_params in (False, True):
+        with pytest.raises(EmbedError, match=r"one\.weight is pruned and cannot be split"):
+            FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+        assert torch.equal(model(batch), wanted)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_wrapper_takes_over_adapters_that_had_a_group() -> None:
+    model, masks, batch = model_and_masks()
+    masks.embed()
+    added = sylva_compile.add_low_rank(model, 2, process_group=dist.group.WORLD)
+    assert all(parameter in averaging._averaged_here for parameter in added)
+    DistributedDataParallel(model)(batch).sum().backward()
+    assert not any(parameter in averaging._averaged_here for parameter in added)
 
 
 @pytest.mark.usefixtures("alone")

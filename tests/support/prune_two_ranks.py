@@ -111,9 +111,35 @@ def average_late_adapters(rank: int, group: dist.ProcessGroup) -> None:
         wrapped.zero_grad()
 
 
+def average_adapters_once(rank: int, group: dist.ProcessGroup) -> None:
+    """Compare gradients of adapters that had a group before DistributedDataParallel wrapped the model with the mean.
+
+    With `gradient_as_bucket_view`, whoever averages them as well writes into the bucket that is being sent.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))).double()
+    sylva_compile.prune_masks(model).embed()
+    added = sylva_compile.add_low_rank(model, 32, process_group=group)
+    with torch.no_grad():
+        for parameter in added:
+            parameter.add_(0.1)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    torch.manual_seed(rank)
+    for _ in range(3):
+        wrapped.zero_grad()
+        x = torch.randn(8, 512, dtype=torch.float64)
+        own = torch.autograd.grad(model(x).square().sum(), added)
+        wrapped(x).square().sum().backward()
+        for parameter, gradient in zip(added, own, strict=True):
+            mean = gradient.clone()
+            dist.all_reduce(mean, group=group)
+            torch.testing.assert_close(parameter.grad, mean / 2)
+
+
 def main(rank: int, directory: str, group: dist.ProcessGroup) -> None:
     train_unseeded(rank, directory, group)
     average_late_adapters(rank, group)
+    average_adapters_once(rank, group)
     for how in ("eager", "compiled"):
         model, masks, batch = model_and_masks()
         backend = sylva_compile.backend(masks, inner="aot_eager")
