@@ -193,13 +193,13 @@ def _cost(lines: Sequence[Line]) -> str:
     ]
     # The share of nonzero weights, the cost of products where zeros are skipped; 100% for methods that prune nothing.
     pruned = any(value < 0.999 for line in lines for value in line.values_if_any("nonzero"))
+    traced = any(line.middle("trace_seconds") >= 0.5 for line in lines)
     table = [
         [
             line.run.method,
             _over_floor(line),
             *(_mebibytes(line, name) for name in ("peak_bytes", "saved_bytes", "state_bytes", "checkpoint_bytes")),
-            f"{line.middle('trace_seconds'):.0f}",
-            _mebibytes(line, "trace_bytes"),
+            *([f"{line.middle('trace_seconds'):.0f}", _mebibytes(line, "trace_bytes")] if traced else ["", ""]),
             *([_percent(line.values_if_any("nonzero"))] if pruned else []),
         ]
         for line in lines
