@@ -52,11 +52,12 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], entries: Mappi
     config = {"format": _FORMAT, "torch": torch.__version__, "tensors": name, "sha256": digest, **entries}
     text = to_json(config, indent=2) + "\n"
     try:
+        # Before anything is written: what another process writes meanwhile must stay, and its adapter may win.
+        earlier = [old for old in directory.glob("sylva_adapter-*.safetensors") if old.name != name]
         write_file(directory / name, content)
         write_file(directory / CONFIG_NAME, text.encode())
-        for old in directory.glob("sylva_adapter-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        for old in earlier:
+            old.unlink(missing_ok=True)
     except OSError as error:
         raise AdapterError(f"No adapter can be written to {directory} ({error}); give a directory of yours.") from error
 
@@ -79,13 +80,32 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise AdapterError(
                 f"{directory / config['tensors']} is damaged (its checksum differs); save or copy it again."
             )
-        return config, deserialize(content)
+        tensors = deserialize(content)
+        _check_entries(config, tensors)
+        return config, tensors
     except FileNotFoundError as error:
         raise AdapterError(f"{error.filename} does not exist; give a directory written by save_adapter.") from None
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         if isinstance(error, SylvaError):
             raise
         raise AdapterError(f"{path} is damaged or no adapter ({error!r}); save or copy it again.") from error
+
+
+def _check_entries(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise KeyError, TypeError or ValueError where entries and tensors of an adapter do not fit each other."""
+    weights = config["weights"]
+    if not weights or {f"{name}/blocks" for name in weights} != {key for key in tensors if key.endswith("/blocks")}:
+        raise ValueError("its weights are not those of its tensors")
+    for name, entry in weights.items():
+        size, _, _ = entry["block_size"], entry["dtype"], entry["base"]
+        _, _ = entry["shape"]
+        for places, values in (("positions", "blocks"), ("left_positions", "left")):
+            if places == "positions" or f"{name}/{places}" in tensors:
+                found, count = tuple(tensors[f"{name}/{values}"].shape), tensors[f"{name}/{places}"].shape[1]
+                if found != (count, size, size):
+                    raise ValueError(f"{name} has {values} {found}, not {(count, size, size)}")
+    for name in config["modules_to_save"]:
+        tensors[f"{name}/whole"]
 
 
 def copy_adapter(source: Path, directory: Path) -> None:

@@ -16,8 +16,11 @@ from sylva_compile.adapters.other_tensors import (
     check_whole,
     compare_frozen,
     named_tensors,
+    other_names,
+    put_tensors,
     replace_tensors,
     replaced_tensors,
+    with_scales,
 )
 from sylva_compile.adapters.stored import (
     DEFAULT,
@@ -38,7 +41,7 @@ from sylva_compile.blocks.quantised_base import checksum_of, kind_of
 from sylva_compile.blocks.scope import check_weight, named_weights, unwrap
 from sylva_compile.blocks.shards import put, reshard
 from sylva_compile.compiler.kinds import KINDS
-from sylva_compile.errors import AdapterError
+from sylva_compile.errors import AdapterError, EmbedError
 from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.quantised.registry import format_of, shape_of
 
@@ -67,7 +70,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             loaded; the model is as before then.
         ScopeError: a weight cannot carry blocks (quantised, split otherwise than by rows, on the meta device).
         EmbedError: the model carries other masks and no name was given, DistributedDataParallel has wrapped it already,
-            or `disable_adapter` shows the base.
+            `disable_adapter` shows the base, or the call is made under `torch.inference_mode()`.
     """
     directory = Path(directory)
     return load_read(model, directory, *read_adapter(directory), adapter_name=adapter_name)
@@ -81,6 +84,7 @@ def load_read(
     *,
     adapter_name: str | None = None,
     carried: Masks | None = None,
+    resumes: bool = False,
 ) -> Masks:
     """Put an adapter that has been read into `model`; what it returns and raises is as in `load_adapter`.
 
@@ -91,7 +95,13 @@ def load_read(
         tensors: of the adapter, by name.
         adapter_name: see `load_adapter`.
         carried: the masks that the model carries, whose blocks move to the places of the adapter's, as many as before.
+        resumes: whether the adapter is that of a training that goes on. What it holds whole was trained beside the
+            blocks or is a buffer: it takes the place of no other adapter's tensors, and nothing is noted of its base.
     """
+    if torch.is_inference_mode_enabled():
+        raise EmbedError(
+            "Adapters cannot be loaded under torch.inference_mode(), which makes tensors that stay frozen."
+        )
     wrapped, model = model, unwrap(model)
     reshard(model)
     states = block_states(model)
@@ -103,7 +113,7 @@ def load_read(
             f"An adapter {adapter_name!r} is loaded already; give another name, or call delete_adapter(model, "
             f"{adapter_name!r}) first."
         )
-    adapter = _checked(model, states, directory, config, tensors)
+    adapter = _checked(model, states, directory, config, tensors, resumes=resumes)
     masks = Masks({name: weight.mask for name, weight in adapter.weights.items()}, config=adapter.config)
     # Bound first: the base has been checked already, and in more detail than `embed` does for masks of another model.
     masks.bind(model)
@@ -114,11 +124,17 @@ def load_read(
     if carried is not None:
         carried.move({name: mask for name, mask in masks.items() if carried[name] != mask})
     masks.embed(wrapped)
-    for name, state in block_states(model).items():
-        own = adapter.weights[name]
-        state.masks_config = dict(masks.config)
-        state.take_trained(own.blocks, own.left, own.left_values)
-    replace_tensors(model, adapter.whole)
+    try:
+        for name, state in block_states(model).items():
+            own = adapter.weights[name]
+            state.masks_config = dict(masks.config)
+            state.take_trained(own.blocks, own.left, own.left_values)
+        (put_tensors if resumes else replace_tensors)(model, adapter.whole)
+    except BaseException:
+        if not states:
+            # Out of memory, say: no base with parts of an adapter stays.
+            unload_adapter(model)
+        raise
     if adapters is None:
         name_the_active(model, adapter_name or DEFAULT)
     return masks
@@ -130,6 +146,8 @@ def _checked(
     directory: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
+    *,
+    resumes: bool,
 ) -> StoredAdapter:
     """Return the adapter that was read from `directory`; it was trained on the base of `model`, or an error follows."""
     parameters, every = named_weights(model), named_tensors(model)
@@ -149,12 +167,14 @@ def _checked(
         weight.base_id = 0 if state is None else state.base_id
     whole = {name: tensors[f"{name}/whole"] for name in config["modules_to_save"]}
     check_whole(whole, every, {id(parameters[name]): name for name in weights}, str(directory))
+    _check_shared(config, parameters, directory)
     check_replaced(replaced_tensors(model), every)
     # A tensor that has several names is kept once, under the first.
     first_names = {id(tensor): name for name, tensor in reversed(every.items())}
     values = {first_names[id(every[name])]: value for name, value in whole.items()}
-    base = {name: replaced_tensors(model).get(first_names[id(tensor)], tensor) for name, tensor in every.items()}
-    compare_frozen(config.get("frozen", {}), base, directory)
+    if not resumes:
+        base = {name: replaced_tensors(model).get(first_names[id(tensor)], tensor) for name, tensor in every.items()}
+        compare_frozen(config.get("frozen", {}), with_scales(model, base), directory)
     return StoredAdapter(weights, values, {**config.get("masks", {}), "adapter": str(directory)})
 
 
@@ -245,4 +265,17 @@ def _check_base(
         if base != entry["base"]:
             raise AdapterError(
                 f"{directory} was trained on another base: {name} holds other values here; load that base."
+            )
+
+
+def _check_shared(config: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], directory: Path) -> None:
+    """Raise AdapterError unless the same modules share the masked weights as in the adapter's training."""
+    for name, entry in config["weights"].items():
+        here = other_names(parameters, name)
+        # Adapters of older versions do not tell.
+        there = entry.get("shared", here)
+        if there != here:
+            raise AdapterError(
+                f"{directory} was made for {name} shared with {', '.join(there) or 'no other'}, which is shared with "
+                f"{', '.join(here) or 'no other'} here; tie the weights as in training."
             )

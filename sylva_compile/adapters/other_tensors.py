@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sylva_compile._torch import non_persistent_buffers
+from sylva_compile._torch import is_traceable_wrapper_subclass, non_persistent_buffers
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.fingerprint import checksum
+from sylva_compile.blocks.quantised_base import quantised_base
 from sylva_compile.blocks.scope import named_weights, plain_name, unwrap
 from sylva_compile.blocks.shards import put
 from sylva_compile.blocks.shards import whole as values_of
 from sylva_compile.errors import AdapterError
+from sylva_compile.quantised.registry import format_of
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,23 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in non_persistent_buffers(module):
                 found[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer
+    return found
+
+
+def other_names(weights: Mapping[str, Tensor], name: str) -> list[str]:
+    """Return the other names of the weight `name` among `weights`: those under which modules share it."""
+    return sorted(other for other, weight in weights.items() if weight is weights[name] and other != name)
+
+
+def with_scales(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `tensors` of `model` by name, and the scales and the like of the packed weights among them."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        base = quantised_base(model, tensor)
+        # The checksum of a subclass reads all that it consists of.
+        if base is None or is_traceable_wrapper_subclass(tensor) or base.format.refusal(tensor) is not None:
+            continue
+        found |= {f"{name}.{key}": part for key, part in base.tensors().items() if key != "weight"}
     return found
 
 
@@ -51,7 +70,8 @@ def tensors_to_save(model: nn.Module, endings: Sequence[str], states: Mapping[st
         for module in map(plain_name, modules):
             inside = {name: tensor for name, tensor in every.items() if not module or name.startswith(f"{module}.")}
             for name, tensor in inside.items():
-                if id(tensor) not in taken:
+                # Packed weights are never trained, and are nothing without their scales.
+                if id(tensor) not in taken and format_of(tensor) is None:
                     taken.add(id(tensor))
                     found[name] = tensor
     return found
@@ -60,14 +80,17 @@ def tensors_to_save(model: nn.Module, endings: Sequence[str], states: Mapping[st
 def frozen_tensors(
     model: nn.Module, states: Mapping[str, BlockState], whole: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the frozen parameters, and buffers such as running means, each once; not those in `whole`."""
+    """Return the frozen parameters, and buffers such as running means, each once; not those in `whole`.
+
+    Packed weights come with their scales.
+    """
     taken = tensors_of_blocks(states) | {id(tensor) for tensor in whole.values()}
     found: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model).items():
         if not tensor.requires_grad and id(tensor) not in taken and _has_values(tensor):
             taken.add(id(tensor))
             found[name] = tensor
-    return found
+    return with_scales(model, found)
 
 
 def compare_frozen(frozen: Mapping[str, str], every: Mapping[str, Tensor], directory: Path) -> None:
@@ -150,6 +173,13 @@ def replace_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         put(every[name], replaced.pop(name))
     for name, value in values.items():
         replaced.setdefault(name, values_of(every[name]).to("cpu", copy=True))
+        put(every[name], value)
+
+
+def put_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Let tensors hold `values`, by name; others, and the base values of those that an adapter replaced, stay."""
+    every = named_tensors(model)
+    for name, value in values.items():
         put(every[name], value)
 
 

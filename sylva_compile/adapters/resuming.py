@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sylva_compile.adapters.format import read_adapter
 from sylva_compile.adapters.loading import load_read
-from sylva_compile.adapters.other_tensors import named_tensors, other_frozen, tensors_of_blocks
+from sylva_compile.adapters.other_tensors import named_tensors, other_frozen, tensors_of_blocks, with_scales
 from sylva_compile.adapters.saving import states_to_save, write_trained
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
@@ -65,7 +65,7 @@ def load_training(model: nn.Module, directory: Path, masks: Masks | None = None)
     check_others(config, model, states, directory)
     for state in states.values():
         state.blocks.grad = None
-    load_read(model, directory, config, tensors, carried=masks)
+    load_read(model, directory, config, tensors, carried=masks, resumes=True)
 
 
 def trained_beside(
@@ -138,7 +138,7 @@ def check_others(
             raise AdapterError(
                 f"{name} requires grad and is not in {source}; freeze it, as it was in that training, or begin anew."
             )
-    if others := other_frozen(config["frozen"], every):
+    if others := other_frozen(config["frozen"], with_scales(model, every)):
         raise AdapterError(
             f"{source} was trained on another base: {len(others)} frozen weights differ, {others[0]} first; load "
             "that base."

@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 from sylva_compile.adapters.format import write_adapter
 from sylva_compile.adapters.on_first_rank import on_first_rank
-from sylva_compile.adapters.other_tensors import frozen_tensors, tensors_of_blocks, tensors_to_save
+from sylva_compile.adapters.other_tensors import (
+    frozen_tensors,
+    named_tensors,
+    other_names,
+    replaced_tensors,
+    tensors_of_blocks,
+    tensors_to_save,
+)
 from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import checksum
-from sylva_compile.blocks.scope import unwrap
+from sylva_compile.blocks.scope import named_weights, unwrap
 from sylva_compile.blocks.shards import is_sharded, reshard
 from sylva_compile.blocks.shards import whole as values_of
 from sylva_compile.errors import AdapterError
@@ -73,6 +80,7 @@ def write_trained(
     """
     tensors: dict[str, Tensor] = {}
     weights: dict[str, Any] = {}
+    names = named_weights(model)
     for name, state in states.items():
         state.check_enabled()
         state.sync()
@@ -93,6 +101,7 @@ def write_trained(
             "blocks": state.mask.nnz,
             "dtype": state.kind,
             "base": state.base_checksum(),
+            "shared": other_names(names, name),
         }
     for name, value in whole.items():
         # A buffer may be a mask of attention scores, with -infinity where nothing is attended to.
@@ -145,4 +154,14 @@ def _warn_of_lost_parameters(model: nn.Module, states: Mapping[str, BlockState],
             "their modules in modules_to_save.",
             len(lost),
             lost[0],
+        )
+    replaced = replaced_tensors(model)
+    every = named_tensors(model) if replaced else {}
+    dropped = [name for name in replaced if name in every and id(every[name]) not in kept]
+    if dropped:
+        log.warning(
+            "%d tensors that a loaded adapter holds whole are not in this one, %s first; name their modules in "
+            "modules_to_save.",
+            len(dropped),
+            dropped[0],
         )

@@ -1,6 +1,6 @@
 """`BlockState`: the state of one embedded weight, and how it follows loads, moves and other adapters."""
 
-import itertools
+import secrets
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -14,19 +14,17 @@ from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.layout import BlockLayout
 from sylva_compile.blocks.originals import Originals
 from sylva_compile.blocks.places import round_stochastically, where
-from sylva_compile.blocks.shards import equal_everywhere, is_sharded, read_places, rows_of, writer_of
+from sylva_compile.blocks.shards import copier_of, equal_everywhere, is_sharded, local, read_places, rows_of, writer_of
 from sylva_compile.blocks.synced_blocks import SyncedBlocks
 from sylva_compile.embedded.wide import stay_wide
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import as_matrix, block_dtype, grid_shape
 from sylva_compile.kernels.step.table import TYPES, Target
 
-_bases = itertools.count(1)
-
 
 def new_base_id() -> int:
-    """Return a number that no other base of the process has."""
-    return next(_bases)
+    """Return a number, not 0, that no other base has; a pickled model brings its numbers into another process."""
+    return 1 + secrets.randbits(64)
 
 
 class BlockState(SyncedBlocks):
@@ -156,18 +154,19 @@ class BlockState(SyncedBlocks):
         """
         self.sync()
         before = where(self.mask.positions, mask.positions, grid_shape(mask.shape, mask.block_size))
+        # Whatever needs memory comes first: a move that finds none leaves the blocks where they are.
+        self.originals.add(self.weight, mask.positions)
+        values = self._dense_blocks(mask.positions.to(self.layout.positions.device)).to(self.blocks.dtype)
+        stay = (before >= 0).to(values.device)
+        values[stay] = self.whole_blocks()[before[before >= 0].to(values.device)]
         if generator is not None and self.weight.dtype == torch.bfloat16:
             leave = torch.ones(mask.nnz, dtype=torch.bool, device="cpu").index_fill_(0, before[before >= 0], False)
-            values = self.whole_blocks()[leave.to(self.blocks.device)]
+            leaving = self.whole_blocks()[leave.to(self.blocks.device)]
             positions = self.mask.positions[:, leave].to(self.weight.device)
             writer = writer_of(self.weight, positions, self.mask.block_size)
-            writer.write(self.weight, round_stochastically(values, generator))
-        self.originals.add(self.weight, mask.positions)
+            writer.write(self.weight, round_stochastically(leaving, generator))
         self._go_to(mask)
         with torch.no_grad():
-            values = self._dense_blocks().to(self.blocks.dtype)
-            stay = (before >= 0).to(values.device)
-            values[stay] = self.whole_blocks()[before[before >= 0].to(values.device)]
             self.put_blocks(values)
         self.follow_home()
         self.mark_synced()
@@ -186,6 +185,13 @@ class BlockState(SyncedBlocks):
     def base_checksum(self) -> str:
         """Return the checksum of the base."""
         return checksum(self.base_weight())
+
+    def checksum_outside(self, places: Tensor) -> str:
+        """Return the checksum of the base without the blocks at `places int64[2, k]`, which training changes."""
+        dense = self.base_weight()
+        zeros = local(dense).new_zeros((places.shape[1], self.mask.block_size, self.mask.block_size))
+        copier_of(dense, places.to(dense.device), self.mask.block_size).write(zeros)
+        return checksum(dense)
 
     def values_at(self, places: Tensor) -> Tensor:
         """Return the trained values at `places int64[2, k]`: `[k, b, b]` in the weight's dtype, on its device."""
@@ -247,12 +253,10 @@ class BlockState(SyncedBlocks):
             originals: `[k, b, b]`, the values from before training there.
             left: of a quantised weight, what `saved_left` returned.
         """
-        self._go_to(mask)
-        known, self.originals = self.originals, Originals(self.weight, places[:, :0], mask.block_size)
-        self.originals.put(places, originals)
         # Places that were trained since then, in this process, go back to the values of the interrupted training.
-        self.originals.put_missing(known)
-        self.base_known = True
+        found = self._originals_with(places, originals)
+        self._go_to(mask)
+        self.originals, self.base_known = found, True
         with torch.no_grad():
             self.put_blocks(blocks)
         self.push()
@@ -271,6 +275,13 @@ class BlockState(SyncedBlocks):
         wide = blocks.dtype in (torch.float32, torch.float64) and weight.dtype in TYPES
         by_address = reachable and wide and blocks.is_contiguous() and positions.is_contiguous()
         return Target(as_matrix(weight), positions, self.mask.block_size, by_address)
+
+    def _originals_with(self, places: Tensor, originals: Tensor) -> Originals:
+        """Return `originals [k, b, b]` at `places int64[2, k]`, and what is known here at other places."""
+        found = Originals(self.weight, places[:, :0], self.mask.block_size)
+        found.put(places, originals)
+        found.put_missing(self.originals)
+        return found
 
     def _go_to(self, mask: BlockMask) -> None:
         """Let everything that depends on the places follow `mask`, but the values."""

@@ -172,8 +172,7 @@ class Masks(BoundMasks[BlockMask]):
             ArgumentError: `optimizer` does not step the blocks, or cannot keep the states of blocks that stay.
                 Nothing has moved in any of these cases.
         """
-        move(self._require_model(), self, new, optimizer, carry, generator)
-        self._masks |= new
+        move(self._require_model(), self._masks, new, optimizer, carry, generator)
         self.note(moves=self.config.get("moves", 0) + 1)
 
     def note(self, **entries: Any) -> None:
@@ -187,13 +186,14 @@ class Masks(BoundMasks[BlockMask]):
 
         Args:
             saved: for each weight `positions int[2, nnz]`, `blocks [nnz, b, b]`, and `places int[2, k]` with their
-                `originals [k, b, b]`: every place where blocks had been, and the values from before training there.
+                `originals [k, b, b]`: every place where blocks had been, and the values from before training there;
+                and `outside`, the checksum of the base without these places.
 
         Raises:
-            ArgumentError: these are other weights, or other numbers of blocks; nothing has changed then.
+            ArgumentError: these are other weights, other numbers of blocks or another base; nothing has changed then.
             EmbedError: the blocks have gradients; nothing has changed then.
         """
-        self._masks |= resume(self.embed(), self, saved)
+        resume(self.embed(), self._masks, saved)
 
     def follow(self) -> None:
         """Take over where the blocks of the bound model are: another than these masks has moved them."""

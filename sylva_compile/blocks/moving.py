@@ -20,26 +20,32 @@ Carry = Literal["none", "intersection"]
 
 def move(
     model: nn.Module,
-    old: Mapping[str, BlockMask],
+    old: dict[str, BlockMask],
     new: Mapping[str, BlockMask],
     optimizer: torch.optim.Optimizer | None,
     carry: Carry,
     generator: torch.Generator | None,
 ) -> None:
-    """Put the blocks of the weights in `new` at other places; see `Masks.move`. `old` are the masks of the model."""
+    """Put the blocks of the weights in `new` at other places; see `Masks.move`.
+
+    `old` are the masks of the model. They follow weight by weight: a move that runs out of memory can be done again.
+    """
     if torch.is_inference_mode_enabled():
         raise EmbedError("Blocks cannot move under torch.inference_mode(), which makes tensors that nobody may change.")
     states = block_states(model)
     _check_masks(states, old, new)
-    moved = {states[name]: mask for name, mask in new.items() if states[name].mask != mask}
+    moved = {states[name]: name for name, mask in new.items() if states[name].mask != mask}
     check_same_on_all_ranks(states.values(), new)
     optimizers = _optimizers_of(moved, optimizer)
     _check_carry(set().union(*optimizers.values()), carry)
-    for state, mask in moved.items():
-        before = state.move(mask, generator)
-        for each in optimizers[state]:
-            _move_states(each, state.blocks, before, carry)
-    update_input_channels(state.layout for state in states.values())
+    try:
+        for state, name in moved.items():
+            before = state.move(new[name], generator)
+            old[name] = new[name]
+            for each in optimizers[state]:
+                _move_states(each, state.blocks, before, carry)
+    finally:
+        update_input_channels(state.layout for state in states.values())
 
 
 def _check_masks(states: Mapping[str, BlockState], old: Mapping[str, BlockMask], new: Mapping[str, BlockMask]) -> None:
@@ -93,6 +99,11 @@ def _optimizers_of(
     return found
 
 
+def check_optimizers(states: Iterable[BlockState], given: torch.optim.Optimizer | None, carry: Carry) -> None:
+    """Raise ArgumentError where the optimizers of `states`, and the one given, cannot follow moves with `carry`."""
+    _check_carry(set().union(*_optimizers_of(states, given).values()), carry)
+
+
 def _check_carry(optimizers: Iterable[torch.optim.Optimizer], carry: Carry) -> None:
     """Raise ArgumentError if an optimizer cannot keep the states of blocks that stay."""
     if carry not in get_args(Carry):
@@ -129,10 +140,8 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer  # type: ignore[no-any-return]
 
 
-def resume(
-    model: nn.Module, old: Mapping[str, BlockMask], saved: Mapping[str, Mapping[str, Any]]
-) -> dict[str, BlockMask]:
-    """Put blocks to where they were when a training was interrupted, and return their masks; see `Masks.resume`."""
+def resume(model: nn.Module, old: dict[str, BlockMask], saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put blocks to where they were when a training was interrupted; `old` follows. See `Masks.resume`."""
     states = block_states(model)
     if saved.keys() != old.keys():
         strange = min(saved.keys() ^ old.keys())
@@ -142,15 +151,24 @@ def resume(
         found, wanted = tuple(known["blocks"].shape), (old[name].nnz, old[name].block_size, old[name].block_size)
         if found != wanted:
             raise ArgumentError(f"{name} has blocks {wanted}, and {found} in the state; use the masks of the state.")
-        if (places := tuple(known["places"].shape)) != (2, len(known["originals"])) or known["originals"].dim() != 3:
-            raise ArgumentError(
-                f"{name} has places {places} in the state, which do not fit its originals; save it again."
-            )
+        if (saw := tuple(known["places"].shape)) != (2, len(known["originals"])) or known["originals"].dim() != 3:
+            raise ArgumentError(f"{name} has places {saw} in the state, which do not fit its originals; save it again.")
         new[name] = BlockMask(old[name].shape, old[name].block_size, known["positions"].to("cpu", torch.int64))
     _check_masks(states, old, new)
+    places: dict[str, tuple[Tensor, Tensor]] = {
+        name: (known["places"].to("cpu", torch.int64), known["originals"].cpu()) for name, known in saved.items()
+    }
     for name, known in saved.items():
-        left = (known["left_places"], known["left"]) if "left" in known else None
-        places, originals = known["places"].to("cpu", torch.int64), known["originals"].to("cpu")
-        states[name].resume(new[name], known["blocks"], places, originals, left)
-    update_input_channels(state.layout for state in states.values())
-    return new
+        # States of older versions do not tell.
+        if "outside" in known and known["outside"] != states[name].checksum_outside(places[name][0]):
+            raise ArgumentError(
+                f"The state is of another base or dtype: {name} holds other values where no block has been; load the "
+                "base of that training."
+            )
+    try:
+        for name, known in saved.items():
+            left = (known["left_places"], known["left"]) if "left" in known else None
+            states[name].resume(new[name], known["blocks"], *places[name], left)
+            old[name] = new[name]
+    finally:
+        update_input_channels(state.layout for state in states.values())

@@ -124,9 +124,9 @@ class SyncedBlocks:
         """Return `blocks [nnz, b, b]` with zeros where a block crosses the weight's edge."""
         return zero_outside(blocks, self.layout.positions, self.mask.shape)
 
-    def _dense_blocks(self) -> Tensor:
+    def _dense_blocks(self, positions: Tensor | None = None) -> Tensor:
         weight = self.live_weight if self.live_weight.dtype == self.weight.dtype else self.weight
-        return read_places(weight, self.layout.positions, self.mask.block_size)
+        return read_places(weight, self.layout.positions if positions is None else positions, self.mask.block_size)
 
     def put_blocks(self, values: Tensor) -> None:
         """Copy `values [nnz, b, b]` into the blocks; the dense weight is left as it is."""

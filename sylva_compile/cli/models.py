@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -80,6 +79,11 @@ def check_new(folder: Path) -> None:
         return
     if folder.exists():
         raise InputError(f"--out {folder} exists; give another name, or remove it first.")
+    check_can_be_made(folder)
+
+
+def check_can_be_made(folder: Path) -> None:
+    """Raise InputError if the file or folder cannot be made; make nothing."""
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise InputError(f"--out {folder} cannot be made: {parent} is a file; give a folder of yours.")
@@ -115,6 +119,9 @@ def _read(
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         return tokenizer, AutoModelForCausalLM.from_pretrained(**source, dtype=dtype or "auto")
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Configurations and checkpoints of any kind raise any error.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"--model {name} holds no causal language model with a tokenizer: {reason}") from error

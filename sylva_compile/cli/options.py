@@ -71,6 +71,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "max_length", "batch_size")
+        if not 0 <= self.seed < 1 << 32:
+            raise ArgumentError(f"seed={self.seed}; use a number from 0 to {(1 << 32) - 1}.")
         if not 0 <= self.held_out < 1:
             raise ArgumentError(f"held_out={self.held_out}; use a share from 0 to 1, without 1.")
         if (self.prompt_template is None) != (self.response is None):

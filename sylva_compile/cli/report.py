@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.cli.merge import load_with_adapter
+from sylva_compile.cli.models import check_can_be_made
 from sylva_compile.cli.options import ReportConfig
 from sylva_compile.errors import InputError, ReportError
 from sylva_compile.reports.history import History, read_history
@@ -16,7 +17,7 @@ def run(options: ReportConfig) -> int:
     """Write the page, and return the exit code.
 
     Raises:
-        InputError: matplotlib is missing.
+        InputError: matplotlib is missing, or `out` is a folder or cannot be made.
         ReportError: the log that was named cannot be read, or the page cannot be written.
     """
     try:
@@ -25,6 +26,10 @@ def run(options: ReportConfig) -> int:
         raise InputError(f"A report needs {error.name}; run `pip install 'sylva-compile[report]'`.") from error
     from sylva_compile.reports.changes import changes_of
 
+    # A place where nothing can be written must not come to light after the model is read.
+    if options.out.is_dir():
+        raise InputError(f"--out {options.out} is a folder; give the name of a file.")
+    check_can_be_made(options.out)
     named = None if options.log is None else read_history(options.log)
     _, model = load_with_adapter(options.model, options.adapter)
     settings = next(iter(block_states(model).values())).masks_config

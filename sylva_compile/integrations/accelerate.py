@@ -43,6 +43,7 @@ class BlocksState:
             weights[name] = {
                 "positions": state.mask.positions.to(torch.int32),
                 "blocks": state.whole_blocks().to("cpu", copy=True),
+                "outside": state.checksum_outside(state.mask.positions),
             }
         return {"format": _FORMAT, "weights": weights}
 
@@ -50,7 +51,7 @@ class BlocksState:
         """Put the values into the blocks; the dense weights follow.
 
         Raises:
-            ArgumentError: it is no state of blocks, or one of other masks; nothing is changed then.
+            ArgumentError: it is no state of blocks, or one of other masks or another base; nothing is changed then.
         """
         if state_dict.get("format") != _FORMAT:
             raise ArgumentError("This is no state of blocks; give what BlocksState.state_dict() returned.")
@@ -65,6 +66,13 @@ class BlocksState:
                     f"The blocks of {name} lie elsewhere in the checkpoint; embed the same masks, or register the "
                     "MovingBlocks that moves them."
                 )
+            known, size = saved[name], state.mask.block_size
+            if (found := tuple(known["blocks"].shape)) != (wanted := (state.mask.nnz, size, size)):
+                raise ArgumentError(
+                    f"The blocks of {name} are {found} in the checkpoint and {wanted} here; embed the same masks."
+                )
+            if known.get("outside", outside := state.checksum_outside(state.mask.positions)) != outside:
+                raise ArgumentError(f"{name} holds other values than the base of the checkpoint; load that base.")
         for name, state in states.items():
             state.put_blocks(saved[name]["blocks"])
             state.push()
@@ -104,7 +112,7 @@ def register_blocks_for_checkpointing(accelerator: "Accelerator", *schedules: Sc
     def load(models: list[nn.Module], input_dir: str) -> None:
         for index, model in reversed(list(enumerate(models))):
             if block_states(model):
-                load_training(model, Path(input_dir) / _folder(index), masks_that_move(schedules))
+                load_training(model, Path(input_dir) / _folder(index), masks_that_move(schedules, model))
                 del models[index]
 
     accelerator.register_save_state_pre_hook(save)

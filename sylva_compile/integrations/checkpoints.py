@@ -71,6 +71,12 @@ def is_whole(directory: Path) -> bool:
         return False
 
 
+def begin_checkpoint(directory: Path) -> None:
+    """Let `directory` be no whole checkpoint until it is written to its end, whatever an earlier run has left there."""
+    for name in (_STATE, SCHEDULES):
+        (directory / name).unlink(missing_ok=True)
+
+
 def states_beside_adapter(schedules: Sequence[Schedule]) -> list[dict[str, Any]]:
     """Return the states of `schedules` without what an adapter of the same step holds; all processes call it."""
     return [state_beside_adapter(schedule) for schedule in schedules]

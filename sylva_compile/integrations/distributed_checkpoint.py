@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sylva_compile.adapters.other_tensors import frozen_tensors
+from sylva_compile.adapters.other_tensors import frozen_tensors, other_names
 from sylva_compile.adapters.resuming import check_masks, check_others, trained_beside
 from sylva_compile.adapters.saving import states_to_save
 from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
@@ -214,6 +214,7 @@ class CheckpointedBlocks:
     def _manifest(
         self, states: Mapping[str, BlockState], others: Mapping[str, Tensor], optimizers: Sequence[OptimizerStates]
     ) -> dict[str, Any]:
+        names = named_weights(self.model)
         weights = {
             name: {
                 "shape": list(state.mask.shape),
@@ -223,6 +224,7 @@ class CheckpointedBlocks:
                 # The base stays while its number does.
                 "base": self._checksum(name, state.base_id, state.base_weight),
                 "positions": state.mask.positions.to(torch.int32),
+                "shared": other_names(names, name),
             }
             for name, state in states.items()
         }
@@ -269,6 +271,12 @@ class CheckpointedBlocks:
             if there != here:
                 raise AdapterError(
                     f"{_SOURCE} has {name} {there}, which is {here} here; load the base of that training."
+                )
+            shared = other_names(named_weights(self.model), name)
+            if entry.get("shared", shared) != shared:
+                raise AdapterError(
+                    f"{_SOURCE} has {name} shared with {', '.join(entry['shared']) or 'no other'}, and with "
+                    f"{', '.join(shared) or 'no other'} here; tie the weights as in that training."
                 )
         check_others(manifest, self.model, states, _SOURCE)
         for name, tensor in others.items():

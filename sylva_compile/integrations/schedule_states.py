@@ -3,16 +3,23 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
 from sylva_compile.blocks.masks import Masks
+from sylva_compile.blocks.scope import unwrap
 from sylva_compile.errors import ArgumentError
 from sylva_compile.schedules.moving import MovingBlocks
 from sylva_compile.schedules.protocol import Schedule
 
 
-def masks_that_move(schedules: Iterable[Schedule]) -> Masks | None:
-    """Return the masks whose blocks one of `schedules` moves, if any: such a schedule has them as `masks`."""
+def masks_that_move(schedules: Iterable[Schedule], model: nn.Module | None = None) -> Masks | None:
+    """Return the masks whose blocks one of `schedules` moves, if any: such a schedule has them as `masks`.
+
+    With a model, only its own masks count: schedules may be of several models.
+    """
     found = (getattr(schedule, "masks", None) for schedule in schedules)
-    return next((masks for masks in found if isinstance(masks, Masks)), None)
+    every = (masks for masks in found if isinstance(masks, Masks))
+    return next((masks for masks in every if model is None or masks.model is unwrap(model)), None)
 
 
 def state_beside_adapter(schedule: Schedule) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from sylva_compile.files import replacing_files
 from sylva_compile.integrations.checkpoints import (
     OPTIMIZER,
     SCHEDULER,
+    begin_checkpoint,
     check_checkpoint,
     last_whole_checkpoint,
     load_schedules,
@@ -146,6 +147,8 @@ class BlocksTrainerMixin(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, which would gather the whole dense model under FSDP2; the adapter takes its place."""
+        if _internal_call and output_dir is not None and self.args.should_save:
+            begin_checkpoint(Path(output_dir))
         if not self.is_fsdp_enabled or not block_states(self.model):
             super().save_model(output_dir, _internal_call)
             return

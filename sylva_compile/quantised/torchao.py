@@ -13,8 +13,8 @@ _NAMES = {
 }
 """The classes that `Int8WeightOnlyConfig`, `IntxWeightOnlyConfig`, `Float8WeightOnlyConfig` and `to_nf4` make."""
 
-_OF_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization", "act_quant_scale")
-"""The attributes that a tensor has where the layer quantises its inputs too."""
+_OF_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization", "act_quant_scale", "act_pre_scale")
+"""The attributes that a tensor has where the layer quantises its inputs too, or scales them (SmoothQuant)."""
 
 
 class WeightOnly:
@@ -32,9 +32,10 @@ class WeightOnly:
         return type(weight).__name__ == self.kind
 
     def refusal(self, weight: Any) -> str | None:
-        """Refuse layers that quantise their inputs as well: their products are others than those of the weight."""
+        """Refuse layers that quantise or scale their inputs too: their products are others than those of the weight."""
         if any(getattr(weight, name, None) is not None for name in _OF_ACTIVATIONS):
-            return "belongs to a layer that quantises its inputs too; use a weight-only configuration of torchao"
+            why = "belongs to a layer that quantises its inputs too, or scales them"
+            return f"{why}; use a weight-only configuration of torchao"
         return None
 
     def shape(self, weight: Tensor) -> tuple[int, int]:

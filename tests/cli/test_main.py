@@ -26,6 +26,8 @@ WRONG_USAGE = [
     (["finetune", *MODEL, "--data", "x", "--choose", "cycle"], "give --every, too"),
     (["finetune", *MODEL, "--data", "x", "--held-out", "1"], "held_out=1.0; use a share"),
     (["finetune", *MODEL, "--data", "x", "--sparsity", "2"], "sparsity=2.0"),
+    (["finetune", *MODEL, "--data", "x", "--seed", "-1"], "seed=-1; use a number from 0"),
+    (["finetune", *MODEL, "--data", "x", "--seed", str(2**32)], "seed=4294967296; use a number from 0"),
     (["finetune", *MODEL, "--data", "x", "--response", "a"], "--prompt-template is missing"),
     (["finetune", *MODEL, "--data", "x", "--prompt-template", "a"], "--response is missing"),
     (

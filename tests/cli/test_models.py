@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -107,3 +108,22 @@ def test_a_folder_to_write_is_new_or_empty(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file; give a folder"):
         check_new(tmp_path / "a" / "file" / "b")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "file"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"intermediate_size": 24}, "RuntimeError"),
+        ({"hidden_size": "x"}, "Error"),
+        ({"num_attention_heads": 0}, "Error"),
+        ({"dtype": "float99"}, "AttributeError"),
+        ([], "Error"),
+    ],
+)
+def test_a_broken_configuration_is_an_error_in_one_line(changes: Any, error: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes if changes else changes))
+    with pytest.raises(InputError, match=f"holds no causal language model with a tokenizer: .*{error}") as found:
+        load_model(str(folder), None)
+    assert "\n" not in str(found.value)

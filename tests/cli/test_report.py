@@ -41,3 +41,13 @@ def test_what_is_missing_is_named_and_nothing_is_written(
     found = command("report", *arguments, option, tmp_path / "a" / "b")
     assert found.code == 1 and message in found.err and found.err.count("\n") == 1
     assert not page.exists()
+
+
+@pytest.mark.parametrize(("place_of", "message"), [("", "is a folder"), ("file/report.html", "cannot be made")])
+def test_a_page_that_cannot_be_written_is_found_before_the_model_is_read(
+    place_of: str, message: str, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "file").write_text("")
+    found = command("report", "--model", "nobody/nothing", "--adapter", "none", "--out", tmp_path / place_of)
+    assert found.code == 1
+    assert message in found.err and found.err.count("\n") == 1

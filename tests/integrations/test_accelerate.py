@@ -110,6 +110,38 @@ def test_other_masks_and_no_state_are_refused(tmp_path: Path) -> None:
         state.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("both_move", [False, True])
+def test_two_models_with_schedules_of_their_own(both_move: bool, tmp_path: Path) -> None:
+    def made() -> tuple[Accelerator, list[Any], list[Any], list[Any]]:
+        accelerator, models, schedules, optimizers = Accelerator(cpu=True), [], [], []
+        for number in (0, 1):
+            setting = Setting(masks_seed=number)
+            case = base(setting)
+            masks = masks_of(case.model, setting)
+            masks.embed()
+            if number == 0 or both_move:
+                schedules.append(MovingBlocks(masks, every=1, seed=number))
+            optimizers.append(accelerator.prepare(torch.optim.SGD(masks.parameters(), lr=0.1)))
+            models.append((accelerator.prepare(case.model), masks, case.batch))
+        register_blocks_for_checkpointing(accelerator, *schedules)
+        return accelerator, models, schedules, optimizers
+
+    accelerator, models, schedules, optimizers = made()
+    for _ in range(2):
+        for number, (model, _, batch) in enumerate(models):
+            model(**batch).loss.backward()
+            optimizers[number].step()
+            if number < len(schedules):
+                schedules[number].step()
+            optimizers[number].zero_grad()
+    accelerator.save_state(str(tmp_path))
+    again, others, _, _ = made()
+    again.load_state(str(tmp_path))
+    for (model, masks, _), (other, other_masks, _) in zip(models, others, strict=True):
+        assert dict(masks) == dict(other_masks)
+        assert_same(other, model)
+
+
 def test_a_model_without_blocks_is_saved_as_ever(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     plain = accelerator.prepare(torch.nn.Linear(3, 3))

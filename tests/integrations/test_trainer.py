@@ -232,6 +232,20 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path, caplog: 
         make(tmp_path / "elsewhere", Setting()).trainer.train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_an_earlier_run_that_another_began_to_write_over(tmp_path: Path) -> None:
+    class Dies(BlocksTrainer):
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            raise KeyboardInterrupt
+
+    make(tmp_path, Setting(optimizer="torch")).trainer.train()
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    setting = Setting(optimizer="torch", arguments={"seed": 5})
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, setting, Dies).trainer.train()
+    with pytest.raises(AdapterError, match="holds no whole checkpoint"):
+        make(tmp_path, setting).trainer.train(resume_from_checkpoint=True)
+
+
 def test_a_crash_while_writing_leaves_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(tmp_path, Setting())
     save = torch.save
