@@ -230,6 +230,14 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         state.push_values(values)
 
 
+def note_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Note that `optimizer` steps blocks before it has done so: it may hold states that were loaded."""
+    stepped = _stepped_by(optimizer)
+    for state in live_states():
+        if id(state.blocks) in stepped:
+            state.stepped_by.add(optimizer)
+
+
 def _stepped_by(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 

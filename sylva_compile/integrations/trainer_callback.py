@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from sylva_compile.blocks.embed import block_states
+from sylva_compile.errors import ArgumentError
 from sylva_compile.files import write_file
 from sylva_compile.integrations.accelerate import BlocksState
 from sylva_compile.integrations.checks import check_compiled_once
@@ -38,9 +39,7 @@ class BlocksCallback(ScheduleCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the blocks and the schedules' state into the checkpoint's directory."""
-        # MovingBlocks keeps the values of its blocks in its own state.
-        values_kept = any(isinstance(schedule, MovingBlocks) for schedule in self.schedules)
-        if not self.saved_by_trainer and not values_kept:
+        if not self.saved_by_trainer and not self._values_kept():
             # All processes take part, as in ScheduleCallback.
             blocks = BlocksState(kwargs["model"]).state_dict()
             if state.is_world_process_zero:
@@ -48,6 +47,10 @@ class BlocksCallback(ScheduleCallback):
                 torch.save(blocks, file)
                 write_file(self.directory(args, state) / _MASTERS, file.getvalue())
         super().on_save(args, state, control, **kwargs)
+
+    def _values_kept(self) -> bool:
+        """Whether a schedule has the values of blocks in its own state, as `MovingBlocks` does."""
+        return any(isinstance(schedule, MovingBlocks) for schedule in self.schedules)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,8 +65,15 @@ class BlocksCallback(ScheduleCallback):
         """Load blocks and schedules from a checkpoint's `directory`, whose dense weights `model` has.
 
         Raises:
-            ArgumentError: the checkpoint has no state of schedules, or that of others, of other weights or masks.
+            ArgumentError: the checkpoint has no state of schedules, or that of others, of other weights or masks; or it
+                lacks the float32 values of blocks that dense weights hold rounded.
         """
+        rounded = any(state.weight.dtype != state.blocks.dtype for state in block_states(model).values())
+        if rounded and not self._values_kept() and not (directory / _MASTERS).is_file():
+            raise ArgumentError(
+                f"{directory} lacks {_MASTERS}, so its blocks are rounded; resume it with the ScheduleCallback that "
+                "saved it, or begin anew."
+            )
         super().load(directory, model)
         if (path := directory / _MASTERS).is_file():
             BlocksState(model).load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -96,8 +96,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ArgumentError: a parameter is not float32, bfloat16, float16 or float64, or it is a tensor subclass that
-                wraps other tensors (`fully_shard` makes such parameters); or the group's rule is over blocks and the
-                parameter is not `[n, b, b]`.
+                wraps others (`fully_shard` makes such); or the group's rule is over blocks, and it is not `[n, b, b]`.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -120,6 +119,7 @@ class GeneratedOptimizer(torch.optim.Optimizer):
                 dtype = torch.float32 if name == "born" else self.options.state_dtype
                 if name != "step" and dtype is not None and isinstance(value, Tensor):
                     self.state[parameter][name] = value.to(parameter.device, dtype, copy=True)
+        registry.note_optimizer(self)  # blocks may move, or become another adapter's, before the next step
 
     def move_state(self, parameter: Tensor, order: Tensor, carry: Carry) -> None:
         """Let the states of `parameter` follow its blocks, which have moved. Nothing happens if it has no state.

@@ -10,11 +10,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 
+from sylva_compile.blocks import registry
+from sylva_compile.blocks.ddp import group_that_averages
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
-from sylva_compile.errors import ArgumentError
+from sylva_compile.embedded.wrapping import digest_of, same_on_all
+from sylva_compile.errors import ArgumentError, EmbedError
 from sylva_compile.schedules.importance import Batches, check_may_suppress, suppressed_losses
 from sylva_compile.schedules.layer_names import Layers, find_layers, name_layers
 from sylva_compile.schedules.layer_report import LayerReport, LayerRow, trained_below
@@ -95,6 +99,7 @@ class LayerSchedule:
         self._process_group, self._batches = process_group, Batches(() if batches is None else batches)
         self._scores = LayerScores(len(self.layers), torch.Generator(device="cpu").manual_seed(seed))
         self._counts, self._steps, self._closed = [0] * len(self.layers), 0, False
+        self._same_on_all, self._changes = False, registry.changes()
         self._draw_layers()
 
     def __enter__(self) -> "LayerSchedule":
@@ -102,6 +107,11 @@ class LayerSchedule:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose layers are drawn."""
+        return self._model
 
     @property
     def drawn(self) -> list[str]:
@@ -113,14 +123,19 @@ class LayerSchedule:
         """Update the scores if it is time to, and draw the layers of the next step. After `close`, do nothing.
 
         Raises:
-            ArgumentError: `batches` is empty, or an iterator that has ended.
-            EmbedError: a dense weight was changed in place, so that its trained change is not known.
+            ArgumentError: `batches` is empty, or an iterator that has ended; or the optimizer lacks blocks of a layer.
+            EmbedError: a dense weight was changed in place, so that its trained change is not known; the model carries
+                other blocks than those that this schedule was made for; or processes that train together would draw
+                different layers.
             TraceError: a batch has no loss.
         """
         if self._closed:
             return
+        self._check_blocks()
         if self._policy == "importance" and (self._steps + 1) % self._every == 0:
             self._update_scores()
+        if not self._same_on_all:
+            self._check_same_on_all()
         self._steps += 1
         self._draw_layers()
 
@@ -143,6 +158,7 @@ class LayerSchedule:
         """Return what is needed to go on with the same draws, as plain values and tensors."""
         return {
             "policy": self._policy,
+            "settings": self._settings(),
             "scores": self._scores.scores.clone(),
             "counts": list(self._counts),
             "drawn": list(self._drawn),
@@ -158,7 +174,7 @@ class LayerSchedule:
         The next update skips as many of `batches` as were taken before.
 
         Raises:
-            ArgumentError: `state` is of another policy or number of layers, or of no schedule; nothing is changed then.
+            ArgumentError: `state` is of another settings or other layers, or of no schedule; nothing is changed then.
         """
         generator = torch.Generator(device="cpu")
         try:
@@ -170,16 +186,53 @@ class LayerSchedule:
             raise ArgumentError(
                 f"This is no state of a LayerSchedule ({error}); give what state_dict returned."
             ) from error
-        if (policy, len(counts)) != (self._policy, len(self.layers)):
+        if (policy, len(counts), len(scores)) != (self._policy, *[len(self.layers)] * 2):
             raise ArgumentError(
                 f"The state is of policy {policy!r} and {len(counts)} layers, this schedule of {self._policy!r} and "
                 f"{len(self.layers)}; make the schedule as it was made then."
             )
+        # States of older versions have no settings.
+        for option, value in self._settings().items() if "settings" in state else ():
+            if state["settings"].get(option) != value:
+                raise ArgumentError(
+                    f"The state is of a schedule with {option}={state['settings'].get(option)!r}, and this one has "
+                    f"{value!r}; make the schedule as it was made then."
+                )
+        self._same_on_all = False
         self._scores.scores, self._scores.generator = scores, generator
         self._counts, self._drawn = counts, drawn
         self._steps, self._closed = steps, closed
         self._batches.skip(taken)
         self._switch.open_only(range(len(self.layers)) if closed else drawn)
+
+    def _settings(self) -> dict[str, Any]:
+        layers = {layer: list(names) for layer, names in self.layers.items()}
+        return {"layers": layers, "size": self._size, "every": self._every, "suppress": self._suppress}
+
+    def _check_blocks(self) -> None:
+        """Raise an error unless the model carries the blocks, and an optimizer steps those that have gradients."""
+        states = [state for layer in self._switch.layers for state in layer]
+        if self._changes != registry.changes():
+            carried = set(block_states(self._model).values())
+            if not carried.issuperset(states):
+                raise EmbedError("The model carries other blocks now than when this schedule was made; make a new one.")
+            self._changes = registry.changes()
+        left_out = next((state for state in states if state.blocks.grad is not None and not state.stepped_by), None)
+        if left_out is not None and any(state.stepped_by for state in states):
+            raise ArgumentError(
+                f"The optimizer does not step the blocks of {left_out.name}, which this schedule had switched off when "
+                "the optimizer was made; make the optimizer first, or from masks.parameters()."
+            )
+
+    def _check_same_on_all(self) -> None:
+        """Raise EmbedError if processes whose gradients are averaged would draw different layers."""
+        group = group_that_averages(state for layer in self._switch.layers for state in layer)
+        if not same_on_all(group, digest_of({"I": self._scores.scores, "draws": self._scores.generator.get_state()})):
+            raise EmbedError(
+                "The processes would train different layers, and gradients would be averaged with zeros; give all of "
+                "them the same seed, and process_group=... where each measures importance on batches of its own."
+            )
+        self._same_on_all = True
 
     def _draw_layers(self) -> None:
         self._drawn = self._scores.draw(self._size)
@@ -192,6 +245,7 @@ class LayerSchedule:
         states = [[state for layer in action for state in self._switch.layers[layer]] for action in actions]
         losses = suppressed_losses(self._model, states, self._suppress, self._batches, self._loss, self._process_group)
         self._scores.update(actions, losses)
+        self._same_on_all = False
 
 
 def _check_options(policy: str, fraction: float, every: int, suppress: float, batches: object, mechanism: str) -> None:

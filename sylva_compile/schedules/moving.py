@@ -14,19 +14,17 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.layout import update_input_channels
 from sylva_compile.blocks.masks import Masks
-from sylva_compile.blocks.moving import Carry
+from sylva_compile.blocks.moving import Carry, check_optimizers
 from sylva_compile.config import SylvaConfig
 from sylva_compile.errors import ArgumentError, EmbedError
 from sylva_compile.kernels.gate import is_closed
 from sylva_compile.schedules.choice import Cycle, sample, sample_columns
-from sylva_compile.schedules.moving_options import Choose, Rounding, check_options
+from sylva_compile.schedules.moving_options import FORMAT, Choose, Rounding, check_options, check_state
 from sylva_compile.schedules.readers import groups_of_readers
 from sylva_compile.schedules.scoring import FromGradients, FromTrace, Source
 from sylva_compile.tracing.batches import LossFn
 
 log = logging.getLogger(__name__)
-
-_FORMAT = "sylva-moving-blocks-1"
 
 
 class MovingBlocks:
@@ -93,9 +91,9 @@ class MovingBlocks:
                 and block size are those of the masks.
 
         Raises:
-            ArgumentError: an option is out of its range, or the columns have no room for the blocks.
+            ArgumentError: an option is out of its range, the columns have no room, or the optimizer does not fit.
         """
-        check_options(every, choose, temperature, column_budget, rounding)
+        check_options(masks, every, choose, temperature, column_budget, carry, rounding)
         self.masks, self.every, self.choose, self.temperature = masks, int(every), choose, float(temperature)
         self.column_budget, self.carry, self.rounding, self.optimizer = column_budget, carry, rounding, optimizer
         self.steps = self.moves = 0
@@ -107,6 +105,7 @@ class MovingBlocks:
         self._groups = groups_of_readers(self._states)
         for name in self._states:
             self._check_room(name)
+        check_optimizers(self._states.values(), optimizer, carry)
         if not all(map(self._lies_inside, self._groups.values())):
             masks.move(self._draw(list(self._states), {}), optimizer=optimizer)
         for state in self._states.values():
@@ -120,9 +119,12 @@ class MovingBlocks:
 
         A move drops the gradients of the blocks, which the optimizer has used.
         """
-        self.steps += 1
-        if self.steps % self.every == 0:
+        if self.carry != "none":
+            # Not only at the first move, which may be far away.
+            check_optimizers(self._states.values(), self.optimizer, self.carry)
+        if (self.steps + 1) % self.every == 0:
             self.move()
+        self.steps += 1
         self._listen()
 
     def move(self) -> None:
@@ -140,6 +142,8 @@ class MovingBlocks:
             for name, state in self._states.items()
             if state.blocks.requires_grad and not is_closed(state.layout.gate)
         ]
+        for state in states.values():
+            state.check_enabled()
         scores: dict[str, Tensor] = {}
         if self._source is not None:
             scores = self._source.take()
@@ -169,10 +173,11 @@ class MovingBlocks:
                 "places": state.originals.places.to(torch.int32),
                 "originals": state.originals.values,
                 **state.saved_left(),
+                "outside": state.checksum_outside(state.originals.places),
                 "cycle": self._cycles[name].state_dict() if name in self._cycles else None,
             }
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "settings": self._settings(),
             "steps": self.steps,
             "moves": self.moves,
@@ -183,19 +188,14 @@ class MovingBlocks:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was made, with the blocks where they were then.
 
-        The model's state dict may be loaded before it or after it.
+        The model's state dict may be loaded before it, or after it into a model of the same base.
 
         Raises:
-            ArgumentError: it is of a schedule with other settings, or of other weights; nothing is changed then.
+            ArgumentError: it is of a schedule with other settings, of other weights, or of another base; nothing is
+                changed then.
             EmbedError: the blocks have gradients.
         """
-        if state_dict.get("format") != _FORMAT:
-            raise ArgumentError("This is no state of MovingBlocks; give what its state_dict() returned.")
-        if state_dict["settings"] != self._settings():
-            raise ArgumentError(
-                f"The state is of a schedule with {state_dict['settings']}, and this one has {self._settings()}; make "
-                "it with the same settings."
-            )
+        check_state(state_dict, self._settings())
         generator = torch.Generator("cpu")
         generator.set_state(state_dict["generator"].cpu())
         self.masks.resume(state_dict["weights"])

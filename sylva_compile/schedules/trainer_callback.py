@@ -9,8 +9,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sylva_compile.blocks import registry
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import base_fingerprint
+from sylva_compile.blocks.moving import unwrapped
+from sylva_compile.blocks.scope import unwrap
 from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.errors import ArgumentError
 from sylva_compile.files import write_file
@@ -43,7 +46,14 @@ class ScheduleCallback(TrainerCallback):
         Args:
             schedules: of one model.
             resume_from: the checkpoint that the Trainer resumes from, where that is not in its own output directory.
+
+        Raises:
+            ArgumentError: one is no schedule.
         """
+        if strange := [schedule for schedule in schedules if not callable(getattr(schedule, "step", None))]:
+            raise ArgumentError(
+                f"A {type(strange[0]).__name__} is no schedule; give them one by one: ScheduleCallback(one, other)."
+            )
         self.schedules, self._resume_from = schedules, resume_from
 
     def on_optimizer_step(
@@ -78,9 +88,13 @@ class ScheduleCallback(TrainerCallback):
         """Load the schedules' state where the Trainer resumes from a checkpoint.
 
         Raises:
-            ArgumentError: the checkpoint has no state of schedules, or that of others or of other weights; or the
-                checkpoints of this Trainer would lose the age of each block.
+            ArgumentError: the checkpoint has no state of schedules, or that of others or of other weights; the
+                checkpoints of this Trainer would lose the age of each block; or a schedule is of another model.
         """
+        self._check_model(kwargs["model"])
+        if (optimizer := kwargs.get("optimizer")) is not None:
+            # A move finds it even if its first step is skipped.
+            registry.note_optimizer(unwrapped(optimizer))
         if self.saved_by_trainer:
             return
         self._check_ages_are_kept(kwargs["model"])
@@ -112,6 +126,16 @@ class ScheduleCallback(TrainerCallback):
             raise ArgumentError(f"{path} holds {len(states)} schedules, not {len(self.schedules)}; give the same ones.")
         for schedule, state_dict in zip(self.schedules, states, strict=True):
             schedule.load_state_dict(state_dict)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Raise ArgumentError if a schedule is of another model, whose blocks it would move in silence."""
+        for schedule in self.schedules:
+            known = getattr(schedule, "masks", schedule)
+            if hasattr(known, "model") and (known.model is None or unwrap(known.model) is not unwrap(model)):
+                raise ArgumentError(
+                    f"The {type(schedule).__name__} is of another model than the Trainer's; make it from the masks of "
+                    "the model that the Trainer is given."
+                )
 
     def _check_ages_are_kept(self, model: nn.Module) -> None:
         """Raise ArgumentError under FSDP2 where states hold ages of blocks: the Trainer's checkpoints lose them."""
