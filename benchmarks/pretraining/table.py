@@ -3,8 +3,9 @@
     python -m benchmarks.pretraining.table  # from the rows of benchmarks.pretraining.run
 
 Both are written beside the rows, as benchmarks/results/pretraining/600-steps.md and .png, with a width that is not the
-usual one in the name, and another rate of embeddings, or "one-rate" for `--others 0`. The share of the gap is what
-adapters win back of the loss between SLoPe and dense training, seed by seed, where dense training is ahead.
+usual one in the name, and another rate of embeddings, or "one-rate" for `--others 0`. Where adapters have a learning
+rate of their own, it is the second one. The share of the gap is what adapters win back of the loss between SLoPe and
+dense training, seed by seed, where dense training is ahead.
 """
 
 import statistics
@@ -14,26 +15,38 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.command import parser_of
-from benchmarks.pretraining.run import OTHERS, PATH, SEEDS, add_sizes, best_rate, losses_of, sizes_of, without_adapters
+from benchmarks.pretraining.run import (
+    OTHERS,
+    PATH,
+    SEEDS,
+    add_sizes,
+    best_rate,
+    key_of,
+    losses_of,
+    sizes_of,
+    without_adapters,
+)
 from benchmarks.pretraining.training import METHODS, Sizes
 from benchmarks.quality.rows import Rows
 from benchmarks.quality.tasks.small_gpt2 import Recipe
 
 
 def chosen(rows: Mapping[str, Any], method: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """Return the rows of a method at its best learning rate, by seed; none before it is known."""
-    losses = losses_of(rows, method, SEEDS[0], sizes)
+    """Return the rows of a method at its best learning rates, by seed; none before they are known."""
+    losses = losses_of(rows, without_adapters(method), SEEDS[0], sizes)
     if not losses:
         return []
-    rate = best_rate(losses)
-    found = [
-        row
-        for row in rows.values()
-        if row["run"]["method"] == method
-        and row["run"]["learning_rate"] == rate
-        and rate in losses_of({"": row}, method, row["run"]["seed"], sizes)
+    weights, adapters = best_rate(losses), None
+    if METHODS[method].adapters:
+        of_adapters = losses_of(rows, method, SEEDS[0], sizes, weights)
+        adapters = best_rate(of_adapters) if of_adapters else None
+    wanted = [
+        key_of(method, weights, seed, sizes, each)
+        for seed in SEEDS
+        # Rows from before adapters had a rate of their own.
+        for each in ({adapters, None} if adapters == weights else {adapters})
     ]
-    return sorted(found, key=lambda row: row["run"]["seed"])
+    return sorted((row for row in rows.values() if row["run"] in wanted), key=lambda row: row["run"]["seed"])
 
 
 def table_of(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -55,7 +68,7 @@ def table_of(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         ]
         cells = [
             method,
-            f"{rows[0]['run']['learning_rate']:g}",
+            _rates(rows[0]["run"]),
             _spread(list(test.values())),
             _spread(folded),
             "" if method == "dense" else _spread(behind),
@@ -64,6 +77,11 @@ def table_of(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         ]
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
+
+
+def _rates(run: Mapping[str, Any]) -> str:
+    of_adapters = f", {run['adapter_rate']:g}" if "adapter_rate" in run else ""
+    return f"{run['learning_rate']:g}{of_adapters}"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -29,6 +29,7 @@ class Method:
         double: whether the input gradient has a second mask, as SLoPe does it.
         adapters: the share of the steps, at the end, in which low-rank adapters train as well; 0: none.
         rank: of the adapters; those of METHODS get theirs by the width of the model.
+        adapter_rate: the learning rate that adapters begin with; None: that of the weights.
     """
 
     n: int = 0
@@ -36,6 +37,7 @@ class Method:
     double: bool = True
     adapters: float = 0.0
     rank: int = 0
+    adapter_rate: float | None = None
 
     def begin(self, steps: int) -> int:
         """Return after how many of `steps` steps the adapters come; all of them where there are none."""
@@ -196,7 +198,8 @@ class Training:
     def add_adapters(self) -> None:
         """Let low-rank adapters train as well from here."""
         added = sylva_compile.add_low_rank(self.model, self.method.rank, generator=self.generator)
-        self.optimizer.add_param_group({"params": added, "peak": self.learning_rate})
+        rate = self.learning_rate if self.method.adapter_rate is None else self.method.adapter_rate
+        self.optimizer.add_param_group({"params": added, "peak": rate})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, as long as there are no adapters."""
@@ -246,7 +249,7 @@ def pretrain(
     """Train a new model; return its losses, of the curve and of the end.
 
     AdamW with a decay of 0.01 and clipped gradients; a linear warm-up over a twentieth of the steps, then half a
-    cosine. Adapters begin at the full rate, which falls to zero in a line: by what is left of the cosine, they would
+    cosine. Adapters begin at their full rate, which falls to zero in a line: by what is left of the cosine, they would
     not change the loss in its third digit. The seed draws the weights, the order of the sequences and the adapters.
 
     Until its adapters come, a run is the one without them. So runs leave their state in the folder `states` at the
@@ -255,7 +258,7 @@ def pretrain(
     training = Training(text, sizes, method, learning_rate, seed)
     begin = method.begin(sizes.steps)
     if states is not None:
-        trunk = replace(method, adapters=0.0, rank=0)
+        trunk = replace(method, adapters=0.0, rank=0, adapter_rate=None)
         tokens = hashlib.sha256(text.train.numpy().tobytes()).hexdigest()
         # With the commit and the versions in its name, a state of other code is never gone on with.
         run = repr((sizes, trunk, learning_rate, seed, tokens, machine()))

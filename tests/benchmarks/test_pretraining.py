@@ -82,25 +82,34 @@ def test_embeddings_have_a_rate_of_their_own(text: Text) -> None:
     assert run.key_of("dense", 1e-3, 0, of_new)["sizes"]["others"] == 1e-2
 
 
-def row(method: str, rate: float, seed: int, loss: float) -> dict[str, Any]:
+def row(method: str, rate: float, seed: int, loss: float, adapter_rate: float | None = None) -> dict[str, Any]:
     result = {"curve": [[50, loss + 1], [100, loss]], "validation": loss, "test": loss}
-    return {"run": run.key_of(method, rate, seed, SIZES), "result": result}
+    return {"run": run.key_of(method, rate, seed, SIZES, adapter_rate), "result": result}
 
 
 def test_rates_walk_until_the_best_has_tried_neighbours(tmp_path: Path) -> None:
     rows = Rows(tmp_path / "rows.jsonl")
     tried = []
-    for rate, seed in run.runs_to_do(rows, "dense", SIZES):
+    for rate, seed, _ in run.runs_to_do(rows, "dense", SIZES):
         tried.append((rate, seed))
         rows.append(**row("dense", rate, seed, abs(rate - 5e-4)))
     assert tried == [(1e-3, 0), (5e-4, 0), (2.5e-4, 0), (5e-4, 1), (5e-4, 2)]
     with pytest.raises(ValueError, match="train that first"):
         list(run.runs_to_do(rows, "SLoPe 2:4, adapters in the last 1%", SIZES))
-    for rate, _ in run.runs_to_do(rows, "SLoPe 2:4", SIZES, 1):
+    for rate, *_ in run.runs_to_do(rows, "SLoPe 2:4", SIZES, 1):
         rows.append(**row("SLoPe 2:4", rate, 0, abs(rate - 2e-3)))
     assert list(run.losses_of(rows.read(), "SLoPe 2:4", 0, SIZES)) == [4e-3, 2e-3, 1e-3]
-    late = list(run.runs_to_do(rows, "SLoPe 2:4, adapters in the last 1%", SIZES))
-    assert late == [(2e-3, 0), (2e-3, 1), (2e-3, 2)]
+    late = "SLoPe 2:4, adapters in the last 1%"
+    # A row of before they had a rate of their own counts as one of the weights' rate.
+    rows.append(**row(late, 2e-3, 0, 0.002))
+    tried = []
+    for rate, seed, of_adapters in run.runs_to_do(rows, late, SIZES):
+        tried.append((rate, seed, of_adapters))
+        rows.append(**row(late, rate, seed, abs(of_adapters - 5e-4), of_adapters))
+    assert tried == [(2e-3, 0, rate) for rate in (1e-3, 5e-4, 2.5e-4)] + [(2e-3, 1, 5e-4), (2e-3, 2, 5e-4)]
+    [first, *others] = table.chosen(rows.read(), late, SIZES)
+    assert (first["run"]["adapter_rate"], first["result"]["test"], len(others)) == (5e-4, 0.0, 2)
+    assert "| 0.002, 0.0005 | 0.000 ± 0.000 |" in table.table_of({late: [first, *others]})
     with pytest.raises(ValueError, match="takes the learning rate of SLoPe 1:4"):
         list(run.runs_to_do(rows, "SLoPe 1:4, adapters in the last 1%", SIZES))
     # A training that diverged is never the best.
@@ -128,7 +137,7 @@ def test_single_seeds_can_come_first(tmp_path: Path) -> None:
     for rate in (5e-4, 1e-3, 2e-3):
         rows.append(**row("dense", rate, 0, abs(rate - 1e-3)))
     assert list(run.runs_to_do(rows, "dense", SIZES, 1)) == []
-    assert list(run.runs_to_do(rows, "dense", SIZES)) == [(1e-3, 1), (1e-3, 2)]
+    assert list(run.runs_to_do(rows, "dense", SIZES)) == [(1e-3, 1, None), (1e-3, 2, None)]
 
 
 @pytest.mark.parametrize(
