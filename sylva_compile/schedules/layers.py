@@ -142,7 +142,16 @@ class LayerSchedule:
     def close(self) -> None:
         """Make all layers trainable again and end the schedule."""
         self._closed = True
+        self.open_all()
+
+    def open_all(self) -> None:
+        """Make all layers trainable until `open_drawn`: whoever makes an optimizer of them now must see them."""
         self._switch.open_only(range(len(self.layers)))
+
+    def open_drawn(self) -> None:
+        """Make the layers that are drawn the only trainable ones again, unless the schedule is closed."""
+        if not self._closed:
+            self._switch.open_only(self._drawn)
 
     def report(self) -> LayerReport:
         """Return the score and the draws of each layer, and what is trained below the layers drawn now."""

@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from sylva_compile.blocks.masks import Masks
-from sylva_compile.blocks.moving import Carry
 from sylva_compile.errors import ArgumentError
 
 Choose = Literal["random", "cycle", "gradient", "sketch", "gain", "greedy"]
@@ -24,6 +22,10 @@ def check_options(
     rounding: str,
 ) -> None:
     """Raise ArgumentError if an option is out of its range."""
+    # Only here: the command line names the options before it imports torch.
+    from sylva_compile.blocks.masks import Masks
+    from sylva_compile.blocks.moving import Carry
+
     if not isinstance(masks, Masks):
         raise ArgumentError(f"masks is a {type(masks).__name__}; give the Masks that trace_and_mask returns.")
     if not isinstance(every, int | float) or not 1 <= every < math.inf or int(every) != every:

@@ -18,6 +18,7 @@ from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.errors import ArgumentError
 from sylva_compile.files import write_file
 from sylva_compile.schedules.history import history_entry
+from sylva_compile.schedules.layers import LayerSchedule
 from sylva_compile.schedules.protocol import Schedule
 
 SCHEDULE = "schedule"
@@ -56,6 +57,12 @@ class ScheduleCallback(TrainerCallback):
             )
         self.schedules, self._resume_from = schedules, resume_from
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Open all layers until the Trainer has made its optimizer, which steps what requires grad then."""
+        for schedule in self.schedules:
+            if isinstance(schedule, LayerSchedule):
+                schedule.open_all()
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -92,6 +99,9 @@ class ScheduleCallback(TrainerCallback):
                 checkpoints of this Trainer would lose the age of each block; or a schedule is of another model.
         """
         self._check_model(kwargs["model"])
+        for schedule in self.schedules:
+            if isinstance(schedule, LayerSchedule):
+                schedule.open_drawn()
         if (optimizer := kwargs.get("optimizer")) is not None:
             # A move finds it even if its first step is skipped.
             registry.note_optimizer(unwrapped(optimizer))

@@ -328,6 +328,26 @@ def trainer(directory: Path, callbacks: Callable[[Masks], Any], dtype: torch.dty
 
 
 class TestCallbacks:
+    @pytest.mark.parametrize("own", [False, True])
+    def test_an_optimizer_of_the_trainers_own_trains_all_layers(self, own: bool, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        case = tiny("llama", layers=2)
+        case.model.requires_grad_(False)
+        masks = sylva_compile.trace_and_mask(case.model, method="random", sparsity=0.8, block_size=8)
+        schedule = LayerSchedule(masks, "random", fraction=0.5)
+        first = schedule.drawn
+        base = copies(case.model)
+        data = [{name: value[k % 4] for name, value in case.batch.items()} for k in range(12)]
+        args = TrainingArguments(str(tmp_path), max_steps=12, learning_rate=0.01, report_to=[], use_cpu=True)
+        options: Any = {} if own else {"optimizer_cls_and_kwargs": (sylva_compile.AdamW, {"lr": 0.01})}
+        callback = ScheduleCallback(schedule)
+        Trainer(case.model, args, train_dataset=data, callbacks=[callback], **options).train()
+        drawn = {row.name: row.times_drawn for row in schedule.report().layers}
+        assert min(drawn.values()) > 1 and len(first) == 1
+        found = copies(case.model)
+        for layer in drawn:
+            assert any(not torch.equal(found[name], base[name]) for name in base if name.startswith(layer)), layer
+
     def test_schedules_of_another_model(self, tmp_path: Path) -> None:
         _, masks = stack()
         for schedule in (MovingBlocks(masks, every=1), LayerSchedule(masks, "random", fraction=0.25)):
