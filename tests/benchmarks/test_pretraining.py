@@ -130,6 +130,13 @@ def test_the_table_has_the_share_of_the_gap() -> None:
     assert "| SLoPe 2:4 | 0.001 | 3.100 ± 0.141 |  | 1.000 ± 0.000 |  | 2 |" in text
     assert f"| {late} | 0.001 | 2.500 |  | 0.500 | 50% | 1 |" in text
     assert len(table.curves_of(lines).axes[0].lines) == 3
+    # No share of a gap that is within the spread.
+    wavering = {"dense": [2.0, 3.2], "SLoPe 2:4": [3.0, 3.0], late: [2.5, 2.9]}
+    lines = {
+        method: [row(method, 1e-3, seed, loss) for seed, loss in enumerate(losses)]
+        for method, losses in wavering.items()
+    }
+    assert "%" not in table.table_of(lines).replace("1%", "")
 
 
 def test_single_seeds_can_come_first(tmp_path: Path) -> None:
