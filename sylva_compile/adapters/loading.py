@@ -13,10 +13,10 @@ from sylva_compile.adapters.format import read_adapter
 from sylva_compile.adapters.other_tensors import (
     bases_of_replaced,
     check_replaced,
+    check_shared,
     check_whole,
     compare_frozen,
     named_tensors,
-    other_names,
     put_tensors,
     replace_tensors,
     replaced_tensors,
@@ -167,7 +167,8 @@ def _checked(
         weight.base_id = 0 if state is None else state.base_id
     whole = {name: tensors[f"{name}/whole"] for name in config["modules_to_save"]}
     check_whole(whole, every, {id(parameters[name]): name for name in weights}, str(directory))
-    _check_shared(config, parameters, directory)
+    for name, entry in config["weights"].items():
+        check_shared(name, entry, parameters, directory)
     check_replaced(replaced_tensors(model), every)
     # A tensor that has several names is kept once, under the first.
     first_names = {id(tensor): name for name, tensor in reversed(every.items())}
@@ -265,17 +266,4 @@ def _check_base(
         if base != entry["base"]:
             raise AdapterError(
                 f"{directory} was trained on another base: {name} holds other values here; load that base."
-            )
-
-
-def _check_shared(config: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], directory: Path) -> None:
-    """Raise AdapterError unless the same modules share the masked weights as in the adapter's training."""
-    for name, entry in config["weights"].items():
-        here = other_names(parameters, name)
-        # Adapters of older versions do not tell.
-        there = entry.get("shared", here)
-        if there != here:
-            raise AdapterError(
-                f"{directory} was made for {name} shared with {', '.join(there) or 'no other'}, which is shared with "
-                f"{', '.join(here) or 'no other'} here; tie the weights as in training."
             )

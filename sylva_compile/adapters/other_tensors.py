@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def other_names(weights: Mapping[str, Tensor], name: str) -> list[str]:
     """Return the other names of the weight `name` among `weights`: those under which modules share it."""
     return sorted(other for other, weight in weights.items() if weight is weights[name] and other != name)
+
+
+def check_shared(name: str, entry: Mapping[str, Any], weights: Mapping[str, Tensor], source: object) -> None:
+    """Raise AdapterError unless the same modules share the masked weight `name` as in its `entry` of `source`."""
+    here = other_names(weights, name)
+    # Entries of older versions do not tell.
+    there = entry.get("shared", here)
+    if there != here:
+        raise AdapterError(
+            f"{source} has {name} shared with {', '.join(there) or 'no other'}, and with "
+            f"{', '.join(here) or 'no other'} here; tie the weights as in that training."
+        )
 
 
 def with_scales(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,9 +184,9 @@ def replace_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     replaced, every = replaced_tensors(model), named_tensors(model)
     for name in replaced.keys() - values.keys():
         put(every[name], replaced.pop(name))
-    for name, value in values.items():
+    for name in values:
         replaced.setdefault(name, values_of(every[name]).to("cpu", copy=True))
-        put(every[name], value)
+    put_tensors(model, values)
 
 
 def put_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sylva_compile.adapters.other_tensors import frozen_tensors, other_names
+from sylva_compile.adapters.other_tensors import check_shared, frozen_tensors, other_names
 from sylva_compile.adapters.resuming import check_masks, check_others, trained_beside
 from sylva_compile.adapters.saving import states_to_save
 from sylva_compile.blocks.block_mask import SUFFIX, BlockMask
@@ -265,6 +265,7 @@ class CheckpointedBlocks:
             state.check_enabled()
         positions = {f"{name}/positions": entry["positions"] for name, entry in manifest["weights"].items()}
         check_masks(manifest, positions, states, _SOURCE, may_move=may_move)
+        weights = named_weights(self.model)
         for name, state in states.items():
             entry = manifest["weights"][name]
             there, here = (entry["shape"], entry["dtype"]), (list(state.mask.shape), str(state.weight.dtype))
@@ -272,12 +273,7 @@ class CheckpointedBlocks:
                 raise AdapterError(
                     f"{_SOURCE} has {name} {there}, which is {here} here; load the base of that training."
                 )
-            shared = other_names(named_weights(self.model), name)
-            if entry.get("shared", shared) != shared:
-                raise AdapterError(
-                    f"{_SOURCE} has {name} shared with {', '.join(entry['shared']) or 'no other'}, and with "
-                    f"{', '.join(shared) or 'no other'} here; tie the weights as in that training."
-                )
+            check_shared(name, entry, weights, _SOURCE)
         check_others(manifest, self.model, states, _SOURCE)
         for name, tensor in others.items():
             if manifest["modules_to_save"].get(name) != str(tensor.dtype):

@@ -24,10 +24,7 @@ def masks_that_move(schedules: Iterable[Schedule], model: nn.Module | None = Non
 
 def state_beside_adapter(schedule: Schedule) -> dict[str, Any]:
     """Return the state of `schedule` without what an adapter of the same step holds."""
-    state = schedule.state_dict()
-    if isinstance(schedule, MovingBlocks):
-        state["weights"] = {name: {"cycle": entry["cycle"]} for name, entry in state["weights"].items()}
-    return state
+    return schedule.draws() if isinstance(schedule, MovingBlocks) else schedule.state_dict()
 
 
 def load_state_beside_adapter(schedule: Schedule, state: Mapping[str, Any]) -> None:

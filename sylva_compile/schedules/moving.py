@@ -119,8 +119,7 @@ class MovingBlocks:
 
         A move drops the gradients of the blocks, which the optimizer has used.
         """
-        if self.carry != "none":
-            # Not only at the first move, which may be far away.
+        if self.carry != "none" and self.steps == 0:  # not only at the first move, which may be far away
             check_optimizers(self._states.values(), self.optimizer, self.carry)
         if (self.steps + 1) % self.every == 0:
             self.move()
@@ -159,30 +158,33 @@ class MovingBlocks:
         self.moves += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training needs beside the state dicts of model and optimizer.
+        """Return what a resumed training needs beside the state dicts of model and optimizer: tensors and plain values.
 
-        It holds tensors and plain values: where blocks are and have been, their float32 values, the values from before
-        training at those places, and the state of the draws.
+        They are where blocks are and have been, their values, those from before training there, and the draws.
         """
-        weights = {}
+        found = self.draws()
         for name, state in self._states.items():
             state.sync()
-            weights[name] = {
+            found["weights"][name] |= {
                 "positions": state.mask.positions.to(torch.int32),
                 "blocks": state.whole_blocks().cpu().clone(),
                 "places": state.originals.places.to(torch.int32),
                 "originals": state.originals.values,
                 **state.saved_left(),
                 "outside": state.checksum_outside(state.originals.places),
-                "cycle": self._cycles[name].state_dict() if name in self._cycles else None,
             }
+        return found
+
+    def draws(self) -> dict[str, Any]:
+        """Return the part of the state that draws depend on: all that an adapter of the same step does not hold."""
+        cycles = {name: cycle.state_dict() for name, cycle in self._cycles.items()}
         return {
             "format": FORMAT,
             "settings": self._settings(),
             "steps": self.steps,
             "moves": self.moves,
             "generator": self._generator.get_state(),
-            "weights": weights,
+            "weights": {name: {"cycle": cycles.get(name)} for name in self._states},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -63,13 +63,19 @@ def trained(seed: int = 0) -> nn.Sequential:
     return model
 
 
-def test_a_training_on_top_of_an_adapter_with_a_head_goes_on_with_that_head(tmp_path: Path) -> None:
+def on_top_of_a_head(adapter: Path) -> nn.Sequential:
+    """Write an adapter that holds the head whole, and train blocks on top of it."""
     first = net()
     masks = embedded(first)
     train(first, [*masks.parameters(), *first[4].requires_grad_().parameters()])
-    sylva_compile.save_adapter(first, tmp_path / "first", modules_to_save=["4"])
+    sylva_compile.save_adapter(first, adapter, modules_to_save=["4"])
     model = net()
-    train(model, sylva_compile.load_adapter(model, tmp_path / "first").parameters())
+    train(model, sylva_compile.load_adapter(model, adapter).parameters())
+    return model
+
+
+def test_a_training_on_top_of_an_adapter_with_a_head_goes_on_with_that_head(tmp_path: Path) -> None:
+    model = on_top_of_a_head(tmp_path / "first")
     wanted = model(X)
     save_training(model, tmp_path / "state")
     again = net()
@@ -124,7 +130,7 @@ def test_weights_that_are_one_in_training_alone(tied: bool, tmp_path: Path) -> N
     train(model, embedded(model, ("one.weight",)).parameters())
     sylva_compile.save_adapter(model, tmp_path / "adapter")
     dcp.save({"blocks": sylva_compile.blocks_state(model)}, checkpoint_id=tmp_path / "state")
-    with pytest.raises(AdapterError, match=r"one\.weight shared with .*tie the weights as in training"):
+    with pytest.raises(AdapterError, match=r"one\.weight shared with .*tie the weights as in that training"):
         sylva_compile.load_adapter(other, tmp_path / "adapter")
     embedded(other, ("one.weight",))
     with pytest.raises(Exception, match="tie the weights as in that training"):
@@ -190,12 +196,7 @@ def test_an_unpickled_model_with_another_base(tmp_path: Path) -> None:
 
 
 def test_a_head_that_the_next_adapter_lacks_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = net()
-    masks = embedded(first)
-    train(first, [*masks.parameters(), *first[4].requires_grad_().parameters()])
-    sylva_compile.save_adapter(first, tmp_path / "first", modules_to_save=["4"])
-    model = net()
-    train(model, sylva_compile.load_adapter(model, tmp_path / "first").parameters())
+    model = on_top_of_a_head(tmp_path / "first")
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="sylva_compile"):
         sylva_compile.save_adapter(model, tmp_path / "second", modules_to_save=["4"])
