@@ -158,9 +158,9 @@ class MovingBlocks:
         self.moves += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training needs beside the state dicts of model and optimizer: tensors and plain values.
+        """Return what a resumed training needs beside the state dicts of model and optimizer.
 
-        They are where blocks are and have been, their values, those from before training there, and the draws.
+        It is where blocks are and have been, their values, those from before training there, and the draws.
         """
         found = self.draws()
         for name, state in self._states.items():
@@ -181,8 +181,7 @@ class MovingBlocks:
         return {
             "format": FORMAT,
             "settings": self._settings(),
-            "steps": self.steps,
-            "moves": self.moves,
+            **{"steps": self.steps, "moves": self.moves},
             "generator": self._generator.get_state(),
             "weights": {name: {"cycle": cycles.get(name)} for name in self._states},
         }
