@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from out_of_memory import run_out_at
 from quantised_models import quantise
 from torch import Tensor, nn
 
@@ -171,28 +172,35 @@ NEW_PROCESS = """
 import sys
 import torch
 import sylva_compile
+from sylva_compile.errors import AdapterError
 
-folder = sys.argv[1]
-model = torch.load(folder + "/model.pt", weights_only=False)
-model.load_state_dict(torch.load(folder + "/other.pt"))
-try:
-    sylva_compile.set_adapter(model, "two")
-except sylva_compile.errors.AdapterError:
-    print("refused")
+folder, phase = sys.argv[1:]
+if phase == "first":
+    model = torch.load(folder + "/base.pt", weights_only=False)
+    for name in ("one", "two"):
+        sylva_compile.load_adapter(model, folder + "/" + name, name)
+    torch.save(model, folder + "/model.pt")
+else:
+    model = torch.load(folder + "/model.pt", weights_only=False)
+    model.load_state_dict(torch.load(folder + "/other.pt"))
+    try:
+        sylva_compile.set_adapter(model, "two")
+    except AdapterError:
+        print("refused")
 """
 
 
 def test_an_unpickled_model_with_another_base(tmp_path: Path) -> None:
-    model = net()
     for number, name in enumerate(("one", "two")):
         sylva_compile.save_adapter(trained(number), tmp_path / name)
-        sylva_compile.load_adapter(model, tmp_path / name, name)
-    torch.save(model, tmp_path / "model.pt")
+    torch.save(net(), tmp_path / "base.pt")
     torch.save(net(7).state_dict(), tmp_path / "other.pt")
-    command = [sys.executable, "-c", NEW_PROCESS, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert found.stdout == "refused\n"
+    # Two processes, each of which may number the bases that it sees from the beginning.
+    for phase, printed in (("first", ""), ("second", "refused\n")):
+        command = [sys.executable, "-c", NEW_PROCESS, str(tmp_path), phase]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        assert found.stdout == printed
 
 
 def test_a_head_that_the_next_adapter_lacks_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -207,17 +215,9 @@ def test_a_head_that_the_next_adapter_lacks_is_warned_of(tmp_path: Path, caplog:
 
 def test_loading_that_runs_out_of_memory_leaves_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sylva_compile.save_adapter(trained(), tmp_path)
-    taken, take = [], BlockState.take_trained
-
-    def run_out(self: BlockState, *arguments: Any) -> None:
-        taken.append(self)
-        if len(taken) == 2:
-            raise torch.OutOfMemoryError
-        take(self, *arguments)
-
     model = net()
     with monkeypatch.context() as patch:
-        patch.setattr(BlockState, "take_trained", run_out)
+        run_out_at(2, BlockState, "take_trained", patch)
         with pytest.raises(torch.OutOfMemoryError):
             sylva_compile.load_adapter(model, tmp_path)
     assert torch.equal(model(X), net()(X))

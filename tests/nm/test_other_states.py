@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from out_of_memory import run_out_at
 from prune_two_ranks import Net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -132,16 +133,8 @@ def test_a_model_that_was_made_dense_is_not_pruned_again_by_a_schedule() -> None
 
 def test_adapters_are_added_to_all_weights_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pruned()
-    drawn, draw = [], torch.randn
-
-    def run_out(*args: Any, **options: Any) -> Tensor:
-        drawn.append(args)
-        if len(drawn) == 2:
-            raise torch.OutOfMemoryError
-        return draw(*args, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "randn", run_out)
+        run_out_at(2, torch, "randn", patch)
         assert_refused(model, lambda: sylva_compile.add_low_rank(model, 2), "^$", torch.OutOfMemoryError)
     assert len(sylva_compile.add_low_rank(model, 2)) == 4
 
@@ -149,16 +142,8 @@ def test_adapters_are_added_to_all_weights_or_none(monkeypatch: pytest.MonkeyPat
 def test_folding_goes_on_where_it_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_adapters(2)
     wanted = model(X).detach()
-    calls, cat = [], torch.cat
-
-    def run_out(*args: Any, **options: Any) -> Tensor:
-        calls.append(args)
-        if len(calls) == 3:
-            raise torch.OutOfMemoryError
-        return cat(*args, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "cat", run_out)
+        run_out_at(3, torch, "cat", patch)
         with pytest.raises(torch.OutOfMemoryError):
             sylva_compile.fold_low_rank(model)
     assert [module._nm_low_rank.folded is None for module in model.children()] == [False, True]
