@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.quality.tasks import Data, Sizes, TaskError, small_gpt2
 from benchmarks.quality.tasks.generation import Writing
 from benchmarks.quality.tasks.models import load_decoder, load_tokenizer, provenance
 from benchmarks.quality.tasks.science import Parts, Science
 from benchmarks.quality.tasks.solutions import Solutions
+
+ASK = "Please choose the correct answer to the question:"
 
 
 @pytest.fixture
@@ -34,11 +37,26 @@ def question(text: str, answer: int, choices: int = 4) -> dict[str, str]:
     offered = " ".join(f"Answer{n}: {text} {n}" for n in range(1, choices + 1))
     numbers = "/".join(f"answer{n}" for n in range(1, choices + 1))
     return {
-        "instruction": f"Which is it: {text}?\n\n{offered}\n\nAnswer format: {numbers}",
+        "instruction": f"{ASK} Which is it: {text}?\n\n{offered}\n\nAnswer format: {numbers}",
         "input": "",
         "output": f"the correct answer is answer{answer}",
         "answer": f"answer{answer}",
     }
+
+
+def right_choice(asked: str) -> str:
+    """Return the right answer to a question of `data`, as it stands behind "Answer:"."""
+    text = asked.removeprefix("Question: Which is it: ").removesuffix("?\nAnswer:")
+    return f" {text} {1 + int(text.split()[-1]) % 4}"
+
+
+def by_four(model: nn.Module, question: list[int], choices: list[list[int]]) -> torch.Tensor:
+    """Return the mean log-likelihood of each choice, each in a sequence of its own."""
+    found = []
+    for choice in choices:
+        logits = model(torch.tensor([question + choice])).logits[0, len(question) - 1 : -1].detach()
+        found.append(-nn.functional.cross_entropy(logits, torch.tensor(choice)))
+    return torch.stack(found)
 
 
 def texts(part: Writing) -> set[str]:
@@ -81,28 +99,42 @@ class TestScience:
 
     def test_no_question_is_in_two_parts(self, data: Path) -> None:
         found = self.load(data)
-        assert len(found.train) == 10
-        held_out = [tuple(ids) for part in (found.validation, found.test) for each in part.values() for ids in each.ids]
-        assert len(held_out) == len(set(held_out)) == 2 * (2 + 3)
-        # Held-out questions end where the number would follow.
-        trained = [tuple(asked + answer) for asked, answer in found.train.ids]
-        assert not any(whole[: len(ids)] == ids for whole in trained for ids in held_out)
+        held_out = [tuple(ids) for part in (found.validation, found.test) for p in part.values() for ids in p.questions]
+        trained = {tuple(asked) for asked, _ in found.train.ids}
+        assert len(trained) == 10
+        assert len(trained.union(held_out)) == 10 + 2 * (2 + 3)
 
-    def test_the_number_is_what_is_judged(self, data: Path) -> None:
-        tokenizer = load_tokenizer("tiny", data)
-        for name, part in self.load(data).test.items():
-            assert tokenizer.decode(list(part.letters)) == "1234"
-            for ids, answer in zip(part.ids, part.answers, strict=True):
-                text = tokenizer.decode(ids)
-                assert text.endswith("the correct answer is answer")
-                number = int(text.split("?")[0].split()[-1])
-                assert answer == number % 4
+    def test_right_answers_are_learnt_and_all_four_are_judged(self, data: Path) -> None:
+        tokenizer, found = load_tokenizer("tiny", data), self.load(data)
+        for asked, answer in found.train.ids:
+            assert tokenizer.decode(answer[:-1]) == right_choice(tokenizer.decode(asked))
+        for name, part in found.test.items():
+            for asked, texts, answer in zip(part.questions, part.choices, part.answers, strict=True):
+                text = tokenizer.decode(asked)
+                assert tokenizer.decode(texts[answer]) == right_choice(text)
+                assert len({tokenizer.decode(each) for each in texts}) == 4
                 assert ("OpenBookQA" in name) == ("openbookqa" in text)
 
-    def test_each_data_set_has_an_accuracy(self, data: Path) -> None:
-        found = Science().evaluate(load_decoder("tiny", data), self.load(data).test, 4)
-        assert found["metric"] == pytest.approx(sum(found["further"].values()) / 200)
-        assert set(found["further"]) == set(Science().further)
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+    def test_figures_are_those_of_four_sequences(self, data: Path, architecture: str) -> None:
+        torch.manual_seed(0)
+        tiny = load_decoder("tiny", data)
+        llama = LlamaConfig(
+            vocab_size=tiny.config.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+        )  # fmt: skip
+        decoder = LlamaForCausalLM(llama) if architecture == "llama" else tiny
+        parts = self.load(data).test
+        found = Science().evaluate(decoder, parts, 2)
+        accuracies, losses = [], []
+        for part in parts.values():
+            scores = torch.stack([by_four(decoder, *each) for each in zip(part.questions, part.choices, strict=True)])
+            wanted = torch.tensor(part.answers)
+            losses.append(nn.functional.cross_entropy(scores, wanted).item())
+            accuracies.append((scores.argmax(1) == wanted).double().mean().item())
+        assert found["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+        assert found["metric"] == pytest.approx(sum(accuracies) / 2)
+        assert list(found["further"].values()) == pytest.approx([100 * each for each in accuracies])
 
     def test_too_few_questions_are_an_error(self, data: Path) -> None:
         with pytest.raises(TaskError, match="12 questions that fit"):
