@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, get_args
 
 from sylva_compile.errors import ArgumentError
@@ -131,10 +131,13 @@ class SylvaConfig:
             object.__setattr__(self, "scope", tuple(self.scope))
         if self.checkpoint is not None:
             object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
+        # Numbers of other libraries become those that JSON knows.
         for name in ("sparsity", "column_budget", "damping"):
-            # Numbers of other libraries become floats, which JSON knows.
             if isinstance(value := getattr(self, name), Real):
                 object.__setattr__(self, name, float(value))
+        for name in ("block_size", "num_partitions", "rank", "num_samples", "checkpoint_every"):
+            if isinstance(value := getattr(self, name), Integral) and not isinstance(value, bool):
+                object.__setattr__(self, name, int(value))
         if not isinstance(self.sparsity, float) or not 0.0 <= self.sparsity < 1.0:
             raise ArgumentError(f"sparsity={self.sparsity!r}; use a number in [0, 1), such as 0.98 to train 2%.")
         if self.allocation not in get_args(Allocation):
@@ -156,6 +159,10 @@ class SylvaConfig:
         _check_count("num_samples", self.num_samples, 1)
         _check_count("checkpoint_every", self.checkpoint_every, 1)
         _check_count("num_partitions", self.num_partitions, 0)
+        if self.num_partitions > 20:
+            raise ArgumentError(
+                f"num_partitions={self.num_partitions} is a depth, and makes 2 to that power parts; use 2 to 6."
+            )
         _check_count("rank", self.rank, 0)
         if self.damping is not None and not (isinstance(self.damping, float) and 0 < self.damping < math.inf):
             raise ArgumentError(f"damping={self.damping!r}; use None or a fraction above 0.")

@@ -49,6 +49,7 @@ class TestFields:
             ("block_size", 4, "8 or more"),
             ("block_size", True, "8 or more"),
             ("num_partitions", -1, "0 or more"),
+            ("num_samples", True, "1 or more"),
             ("rank", 1.5, "0 or more"),
             ("num_samples", 0, "1 or more"),
             ("checkpoint_every", 0, "1 or more"),
@@ -70,6 +71,11 @@ class TestFields:
         assert message in str(caught.value)
         assert option in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    def test_numbers_of_numpy(self) -> None:
+        config = SylvaConfig(num_samples=np.int64(8), block_size=np.int32(16), sparsity=np.float32(0.5))  # type: ignore[arg-type]
+        assert config == SylvaConfig(num_samples=8, block_size=16, sparsity=0.5)
+        assert SylvaConfig.from_json(config.to_json()) == config
 
     def test_paths_and_devices_become_text(self, tmp_path: Any) -> None:
         config = SylvaConfig(checkpoint=tmp_path / "trace", gradient_device=torch.device("cpu"))  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """How much training changed each block of each weight."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class WeightChange:
         shape: `(m, n)`, as stored.
         block_size: b.
         change: the root mean square change of each block, `float64[ceil(m/b), ceil(n/b)]` on the CPU; NaN where no
-            block has ever been.
+            block has ever been, infinite where values are not finite.
         present: where the blocks are now, `bool[ceil(m/b), ceil(n/b)]`.
         squares: the sum of the squared changes.
     """
@@ -75,7 +76,7 @@ def _change_of(name: str, state: BlockState) -> WeightChange:
     squares = (now - state.originals.values.double()).square_().sum((1, 2))
     inside = torch.minimum(torch.tensor(b), m - places[0] * b) * torch.minimum(torch.tensor(b), n - places[1] * b)
     change = torch.full(grid, float("nan"), dtype=torch.float64)
-    change[places[0], places[1]] = (squares / inside).sqrt()
+    change[places[0], places[1]] = (squares / inside).sqrt().nan_to_num(nan=math.inf, posinf=math.inf)
     layer, kind = layer_and_kind(name)
     return WeightChange(name, layer, kind, (m, n), b, change, state.mask.block_map(), float(squares.sum()))
 

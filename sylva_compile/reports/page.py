@@ -64,8 +64,9 @@ def write_report(
         f'<p class="quiet">{html.escape(_origin(settings or {}))}</p>',
         _tiles(changes, history),
         "<h2>Where and how much</h2>",
-        "<p>Each small rectangle is a block of a weight. Its row tells the outputs, its column the inputs; the layers "
-        "stand below one another. Grey blocks were never trained.</p>",
+        "<p>Each small rectangle is a block of a weight as it is stored. Its row tells the outputs, its column the "
+        "inputs (in a Conv1D, as GPT-2 has it, the other way round); the layers stand below one another. Grey blocks "
+        "were never trained.</p>",
         _picture(heat_maps(changes), "wide", "Heat maps of the change of every block, by kind of weight and layer"),
         "<h2>Shares</h2>",
         "<p>A bar that is higher than its grey neighbour marks a part of the model that changed more than its size "

@@ -22,11 +22,12 @@ def heat_maps(changes: Sequence[WeightChange]) -> Figure:
     kinds = by_kind(changes)
     tall = max(map(len, kinds.values()))
     figure = Figure(figsize=(1.6 + 1.5 * len(kinds), 1.8 + 0.3 * max(tall, 4)), layout="constrained")
-    trained = [float(each.change[~each.change.isnan()].max()) for each in changes if each.trained]
-    top = max(trained, default=0.0) or 1.0
+    # nan_to_num makes zeros of blocks that were never trained, and of those that are not finite.
+    top = max(float(each.change.nan_to_num(posinf=0.0).max()) for each in changes) or 1.0
     image = None
     for axis, (kind, found) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
-        image = axis.imshow(_stacked(found), cmap=COLOURS, aspect="auto", interpolation="nearest", vmin=0.0, vmax=top)
+        maps = _stacked(found).clip(max=top)
+        image = axis.imshow(maps, cmap=COLOURS, aspect="auto", interpolation="nearest", vmin=0.0, vmax=top)
         _label_layers(axis, found)
         across = found[0].change.shape
         axis.set_title(f"{kind.replace('.', chr(10))}\n{across[0]} × {across[1]}", fontsize=8)
@@ -37,7 +38,7 @@ def heat_maps(changes: Sequence[WeightChange]) -> Figure:
         figure.supylabel("layer", fontsize=9)
     assert image is not None
     bar = figure.colorbar(image, shrink=0.4, pad=0.02, anchor=(0.0, 1.0))
-    bar.set_label("root mean square change of a block", fontsize=8)
+    bar.set_label("root mean square change of a block", fontsize=8, loc="top")
     bar.ax.tick_params(labelsize=7)
     return figure
 

@@ -88,7 +88,7 @@ class MovingBlocks:
             loader: for "gain" and "greedy", the batches to trace, from the start for every move.
             loss_fn: for "gain" and "greedy"; see `trace_and_mask`.
             config: for "gain" and "greedy", the settings of the trace; None: those of `SylvaConfig`. Scope, sparsity
-                and block size are those of the masks.
+                and block size are those of the masks, and no checkpoint is written.
 
         Raises:
             ArgumentError: an option is out of its range, the columns have no room, or the optimizer does not fit.

@@ -1,7 +1,8 @@
 """Scores of all blocks of a weight, which `MovingBlocks` reads before a move: gradient norms, or gains of a trace."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -88,8 +89,13 @@ class FromTrace:
         """Take the masks of the model, its weights by name, and the arguments of `trace_and_mask`.
 
         Raises:
-            ArgumentError: a weight is quantised, or the settings give every expert the same number of blocks.
+            ArgumentError: a weight is quantised, the loader gives its batches once only, or the settings give every
+                expert the same number of blocks.
         """
+        if isinstance(loader, Iterator):
+            raise ArgumentError(
+                "The loader is an iterator, which the first move would use up; give a list or a DataLoader."
+            )
         quantised = next((name for name, state in states.items() if state.is_quantised), None)
         if quantised is not None:
             raise ArgumentError(
@@ -102,7 +108,9 @@ class FromTrace:
             )
         self.choose: Callable[[str, int, Tensor], Tensor] | None = None
         self._masks, self._states = masks, states
-        self._loader, self._config, self._loss_fn = loader, config, loss_fn
+        # A checkpoint of one move's trace would stop the trace of the next move, which is of other values.
+        self._config = replace(config, checkpoint=None)
+        self._loader, self._loss_fn = loader, loss_fn
 
     def listen(self) -> None:
         """Do nothing: a trace runs batches of its own."""

@@ -233,6 +233,9 @@ def _first_not_finite(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> s
 
         return hook
 
+    # Dynamo would warn of the hooks in compiled layers.
+    for module in model.modules():
+        set_compiled_call(module, None)
     leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
     handles = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +29,16 @@ from sylva_compile.tracing.ranks import on_every_rank, progress_of_all_ranks, ra
 from sylva_compile.tracing.selection import ChooseBlocks
 from sylva_compile.tracing.together import observe_together
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Scored:
     """The scores of a trace.
 
     Attributes:
-        scores: weight name to scores `[ceil(m/b), ceil(n/b)]` of its blocks, as the weight is stored.
+        scores: weight name to scores `[ceil(m/b), ceil(n/b)]` of its blocks, as the weight is stored; those of a trace
+            are not all zero.
         choose: chooses the blocks of a weight, for scores that depend on the blocks chosen before; None: the highest
             scores are taken.
         checkpoint: the file that the trace has written, if any.
@@ -76,6 +80,8 @@ def score_by_tracing(
         raise ArgumentError(
             f"method={config.method!r} needs a loader of batches; give one, or use 'magnitude', 'lift' or 'random'."
         )
+    if isinstance(loader, Mapping):
+        raise ArgumentError(f"The loader is a {type(loader).__name__}; give an iterable of batches, such as [batch].")
     if torch.is_inference_mode_enabled():
         raise TraceError("A trace needs gradients, and torch.inference_mode() gives none; trace outside of it.")
     share = share_of_samples(config.num_samples, group)
@@ -124,8 +130,18 @@ def score_by_tracing(
         estimators.combine(group)
     names = observed(weights, progress_of_all_ranks(done, group))
     if config.is_greedy:
-        return Scored({name: estimators.scores(name) for name in names}, estimators.take_greedy_map, checkpoint)
-    return Scored({name: estimators.take_scores(name) for name in names}, None, checkpoint)
+        scores = {name: estimators.scores(name) for name in names}
+        return Scored(_without_zeros(scores), estimators.take_greedy_map, checkpoint)
+    return Scored(_without_zeros({name: estimators.take_scores(name) for name in names}), None, checkpoint)
+
+
+def _without_zeros(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of `scores` that are not all zero, since equal scores choose nothing; the log names the others."""
+    found = {name: score for name, score in scores.items() if bool(score.any())}
+    for name in scores:
+        if name not in found:
+            log.warning("%s gets no mask: its gradient is zero in every batch, and so are its scores.", name)
+    return found
 
 
 def _identity(

@@ -20,7 +20,7 @@ from sylva_compile.blocks.shards import compute_device, reshard
 from sylva_compile.blocks.share_left_out import log_share_left_out
 from sylva_compile.config import SylvaConfig, takes_config
 from sylva_compile.curvature.weight_spec import WeightSpec
-from sylva_compile.errors import ArgumentError, EmbedError
+from sylva_compile.errors import ArgumentError, EmbedError, TraceError
 from sylva_compile.kernels.blocks import matrix_shape
 from sylva_compile.lost_ranks import naming_lost_ranks
 from sylva_compile.quantised.registry import shape_of
@@ -56,7 +56,8 @@ def trace_and_mask(
         model: the model to fine-tune, in memory, not yet embedded.
         loader: batches; None with "magnitude", "lift" and "random". A mapping is called as `model(**batch).loss`.
         config: the settings; None: the defaults of SylvaConfig.
-        loss_fn: `loss_fn(model, batch) -> scalar`, for batches that are no mappings or models without `.loss`.
+        loss_fn: `loss_fn(model, batch) -> scalar`, for batches that are no mappings or models without `.loss`. As
+            `.loss`, it is taken for a mean over the batch.
         process_group: every rank traces its share of the samples, and all end with the same masks. For a model that
             `fully_shard` has split, all ranks that hold a part of it if left out.
         **options: fields of SylvaConfig, in place of those in `config`.
@@ -86,6 +87,8 @@ def trace_and_mask(
         if config.needs_data
         else score_without_data(model, weights, config)
     )
+    if not scored.scores:
+        raise TraceError("The loss has a gradient of zero in every weight in scope; check it, and layers of zeros.")
     maps = select_blocks(scored.scores, config, specs, scored.choose)
     masks = _bound_masks(model, weights, same_on_all_ranks(maps, process_group), config)
     scored.finish()

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from tiny_models import tiny
 from torch import nn
 
 import sylva_compile
+from sylva_compile.blocks.embed import block_states
 from sylva_compile.errors import EmbedError, ReportError
 from sylva_compile.reports import History, changes_of, heat_maps, history_of, read_history, write_report
 from sylva_compile.reports.changes import layer_and_kind
@@ -67,6 +69,22 @@ class TestChanges:
             assert each.trained >= int(each.present.sum())
         moved = sum(each.trained for each in found) > sum(int(each.present.sum()) for each in found)
         assert moved == (moves > 0)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_blocks_that_diverged_are_trained_ones(self, value: float) -> None:
+        model, _ = trained("llama", 0)
+        state = next(iter(block_states(model).values()))
+        with torch.no_grad():
+            state.blocks[0] = value
+        found = changes_of(model)
+        assert found[0].trained == state.mask.nnz
+        assert int(found[0].change.isinf().sum()) == 1
+        finite = max(float(each.change[each.change.isfinite()].max()) for each in found)
+        image = heat_maps(found).axes[0].images[0]
+        assert image.get_clim() == (0.0, finite)
+        assert int(np.ma.getmaskarray(image.get_array()[: found[0].change.shape[0]]).sum()) == int(
+            found[0].change.isnan().sum()
+        )
 
     def test_the_base_that_is_shown_is_refused(self) -> None:
         model, _ = trained("llama", 0)
@@ -125,6 +143,12 @@ class TestPictures:
         assert all(isinstance(figure, Figure) for figure in figures)
         for figure in figures:
             figure.canvas.draw()
+
+    def test_the_colours_are_named_inside_of_the_picture(self) -> None:
+        maps = heat_maps(changes_of(trained("llama", 0)[0]))
+        maps.canvas.draw()
+        label = maps.axes[-1].yaxis.label.get_window_extent()
+        assert maps.bbox.y0 <= label.y0 < label.y1 <= maps.bbox.y1
 
     def test_a_model_that_was_not_trained(self) -> None:
         model = tiny("llama").model

@@ -76,6 +76,25 @@ class TestMoves:
         assert dict(masks) == dict(expected)
         assert all(blocks.requires_grad for blocks in masks.parameters())
 
+    def test_traces_of_moves_leave_a_checkpoint_alone(self, tmp_path: Path) -> None:
+        case, masks = llama()
+        config = SylvaConfig(num_samples=4, progress=False, checkpoint=str(tmp_path / "trace"), checkpoint_every=1)
+        schedule = MovingBlocks(masks, 1, "gain", loader=[case.batch], config=config)
+        train(case, schedule, torch.optim.SGD(masks.parameters(), lr=0.1), 2)
+        assert schedule.moves == 2
+        assert not list(tmp_path.iterdir())
+
+    def test_a_trace_without_any_gradient_moves_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = nn.Sequential(nn.Linear(32, 32, bias=False)).requires_grad_(False)
+        masks = Masks.from_block_maps(model, {"0.weight": torch.eye(4, dtype=torch.bool)}, 8)
+        config = SylvaConfig(num_samples=5, progress=False)
+        schedule = MovingBlocks(
+            masks, 1, "greedy", loader=[torch.ones(5, 32)], loss_fn=lambda m, x: m(x).sum() * 0, config=config
+        )
+        schedule.step()
+        assert schedule.moves == 0
+        assert "none moves" in caplog.text
+
     def test_high_norms_are_chosen_at_temperature_zero(self) -> None:
         model = nn.Sequential(nn.Linear(32, 32, bias=False)).requires_grad_(False)
         masks = Masks.from_block_maps(model, {"0.weight": torch.eye(4, dtype=torch.bool)}, 8)
@@ -250,6 +269,7 @@ class TestResume:
         ({"column_budget": 0.5, "choose": "cycle"}, "visits all columns"),
         ({"rounding": "up"}, "rounding='up'"),
         ({"choose": "gain"}, "give a loader"),
+        ({"choose": "gain", "loader": iter([])}, "a list or a DataLoader"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

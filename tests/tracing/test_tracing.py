@@ -204,6 +204,13 @@ class TestWhatIsSeen:
         assert list(masks) == ["used.weight"]
         assert "spare.weight gets no mask" in caplog.text
 
+    def test_a_weight_whose_gradient_is_zero_is_left_out(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 30))
+        nn.init.zeros_(model[1].weight)
+        masks = sylva_compile.trace_and_mask(model, batches(), loss_fn=regression, **OPTIONS)
+        assert list(masks) == ["1.weight"]
+        assert "0.weight gets no mask: its gradient is zero" in caplog.text
+
     def test_layers_after_a_graph_break_do_not_hide_those_before(self) -> None:
         """An activation that enters a graph as a matrix looks like a weight, and its gradient like a weight's."""
         torch.manual_seed(0)
@@ -411,6 +418,7 @@ class TestArguments:
             ({"rank": -1}, "rank=-1"),
             ({"rank": 2.5}, "rank=2.5"),
             ({"num_partitions": -1}, "num_partitions=-1"),
+            ({"num_partitions": 64}, "64 is a depth"),
             ({"gradient_device": "nowhere"}, "gradient_device"),
             ({"gradient_device": "meta"}, "gradient_device"),
         ],
@@ -419,6 +427,10 @@ class TestArguments:
         with pytest.raises(ArgumentError, match=match) as caught:
             sylva_compile.trace_and_mask(small(), batches(), loss_fn=regression, **{**OPTIONS, **options})
         assert "\n" not in str(caught.value)
+
+    def test_a_batch_in_place_of_a_loader(self) -> None:
+        with pytest.raises(ArgumentError, match=r"such as \[batch\]"):
+            sylva_compile.trace_and_mask(small(), {"x": torch.ones(8, 40)}, loss_fn=regression, **OPTIONS)
 
     def test_no_loader(self) -> None:
         with pytest.raises(ArgumentError, match="needs a loader"):
@@ -527,6 +539,18 @@ class TestBadData:
             model[2].bias[3] = torch.nan
         self.trace(model, batches())
         assert "leave layer 2" in self.message
+
+    def test_a_loss_that_is_nan_in_a_layer_of_many(self, caplog: pytest.LogCaptureFixture) -> None:
+        case = tiny("llama")
+        with torch.no_grad():
+            case.model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+        self.trace(case.model, [case.batch], None)
+        assert "leave layer model.layers.1.mlp.up_proj" in self.message
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+    def test_a_loss_without_any_gradient(self) -> None:
+        self.trace(small(), batches(), lambda m, b: regression(m, b) * 0)
+        assert "a gradient of zero" in self.message
 
     def test_a_loss_that_takes_its_targets_out_of_the_batch(self) -> None:
         data = [{"inputs": torch.randn(8, 40), "targets": torch.full((8, 30), torch.nan)}]
