@@ -50,6 +50,16 @@ class DenseView(Tensor):
             state.weight.copy_(values)
         state.sync()
 
+    def detach(self) -> Tensor:
+        """Return the dense weight `[m, n]`, detached.
+
+        Raises:
+            EmbedError: `nn.Parameter` calls it (for `weight_norm`, say), and the new Parameter would have no blocks.
+        """
+        if sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+            raise not_shareable(self._sylva_state.name, "another Parameter")
+        return super().detach()
+
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
         """The autograd node of the view.

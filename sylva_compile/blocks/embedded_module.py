@@ -62,10 +62,13 @@ class Embed(torch.autograd.Function):
 
 def _weight_property(attribute: str) -> property:
     def read(self: nn.Module) -> Tensor:
-        weight, blocks = self._parameters[attribute], self._parameters[attribute + SUFFIX]
-        assert weight is not None and blocks is not None
-        state = self.__dict__["_sylva_states"][attribute]
-        eager = not torch.compiler.is_compiling()
+        weight, eager = self._parameters[attribute], not torch.compiler.is_compiling()
+        assert weight is not None
+        if not eager and not torch.is_grad_enabled():
+            # A look at the blocks would make Dynamo guard on their number, and compile an evaluation for each mask.
+            return weight
+        blocks, state = self._parameters[attribute + SUFFIX], self.__dict__["_sylva_states"][attribute]
+        assert blocks is not None
         training = torch.is_grad_enabled() and blocks.requires_grad
         if eager:
             if is_sharded(weight):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -140,6 +141,9 @@ class Backend:
             raise _ArgumentError(f"{asked} controls code generation; use inner='inductor'.", first_useful_frame=None)
         registry.tidy()
         update = functools.partial(self._update_layouts, gm, example_inputs)
+        if not torch.is_grad_enabled():
+            # AOTAutograd makes no joint graph of an evaluation.
+            update([])
         joint = _JointPass(_user_pass(options), update, functools.partial(_is_quantised_place, example_inputs))
         # A graph from AOTAutograd's cache comes without its joint pass, and so without its results. Inductor's own
         # cache, which saves the code generation, stays on.

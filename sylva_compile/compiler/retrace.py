@@ -43,13 +43,14 @@ def update_layouts(
     gm: GraphModule,
     example_inputs: Sequence[Any],
 ) -> None:
-    """Update the layouts of a model from one of its joint graphs.
+    """Update the layouts of a model from one of its joint graphs, or from a graph without a backward pass.
 
     Args:
         states: every embedded weight of the model by name.
         compiled_before: names of the weights that a compiled graph has trained already. Their layouts do not change
             because of another layer's graph: a step may be under way whose checkpointed layers will run again.
-        results: what became of each weight gradient of the graph, with the tensor of its positions.
+        results: what became of each weight gradient of the graph, with the tensor of its positions; nothing where there
+            is no backward pass.
         gm: Dynamo's graph.
         example_inputs: the arguments that it is compiled for.
 
@@ -66,7 +67,10 @@ def update_layouts(
     with disable_current_modes():
         if _share_channels(states, compiled_before, _readers_of_one_activation(named)):
             reasons.append("weights that read one activation share its narrow copy")
-        if _let_sizes_vary(gm, example_inputs, states, set(named.values())):
+        given = {id(value) for value in example_inputs}
+        # An evaluation has no results, but where weights are quantised it reads blocks.
+        inside = set(named.values()) | {name for name, state in states.items() if id(state.blocks) in given}
+        if _let_sizes_vary(gm, example_inputs, states, inside):
             reasons.append("layers with unequal masks share the graph")
     if reasons:
         reason = " and ".join(reasons)

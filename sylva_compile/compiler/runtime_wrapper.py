@@ -68,11 +68,11 @@ class RuntimeWrapper:
         trained = self._before_run(args)
         outputs = self._compiled(*args)
         if trained:
-            for output in outputs if isinstance(outputs, list | tuple) else [outputs]:
-                if isinstance(output, Tensor) and output.requires_grad:
-                    # All outputs that require grad lead to one node, the graph's backward pass.
-                    refuse_moves_before_backward(output, trained)
-                    break
+            given = outputs if isinstance(outputs, list | tuple) else [outputs]
+            # Most outputs lead to one node, the graph's backward pass; a view of another output has a node of its own.
+            nodes = {output.grad_fn: output for output in given if isinstance(output, Tensor) and output.requires_grad}
+            for output in nodes.values():
+                refuse_moves_before_backward(output, trained)
         return outputs
 
     def _before_run(self, args: tuple[Any, ...]) -> "Sequence[BlockState]":

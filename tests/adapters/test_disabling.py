@@ -207,6 +207,22 @@ class TestBackward:
             inside.backward()
         train(model, masks)
 
+    def test_each_result_of_a_graph_is_refused(self) -> None:
+        """A view of a result leads to the graph's backward pass through a node of its own."""
+        model = nn.Linear(32, 32).requires_grad_(False)
+        masks = random_masks(model, ["weight"], 16, 0.5)
+
+        @torch.compile(backend=sylva_compile.backend(masks, inner="aot_eager"))
+        def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = model(x)
+            return y.view(-1), y
+
+        with sylva_compile.disable_adapter(model):
+            inside = run(torch.randn(6, 32))
+        for output in inside:
+            with pytest.raises(EmbedError, match="inside of disable_adapter"):
+                output.square().sum().backward(retain_graph=True)
+
     def test_autograd_never_takes_one_time_for_another(self) -> None:
         """A weight that others read: its count of writes inside is none that training reaches."""
         _, model, masks = small()

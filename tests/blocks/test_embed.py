@@ -9,6 +9,7 @@ import pickletools
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from oracle import assert_invariant, blocks_by_loops, random_masks
 from tiny_models import tiny
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.testing._internal.two_tensor import TwoTensor
 
 import sylva_compile
@@ -638,6 +639,17 @@ class TestRefusals:
         with pytest.raises(EmbedError, match="unload"):
             del model[0].weight
         assert model[0]._parameters["weight"] is held
+
+    @pytest.mark.parametrize(
+        "make", [lambda layer: nn.Parameter(layer.weight), parametrizations.weight_norm], ids=["itself", "weight_norm"]
+    )
+    def test_a_parameter_of_the_dense_weight(self, make: Callable[[nn.Module], Any]) -> None:
+        model, masks = small()
+        masks.embed()
+        with pytest.raises(EmbedError, match=r"0\.weight carries blocks and cannot become another Parameter"):
+            make(model[0])
+        step(model, torch.optim.SGD(masks.parameters(), lr=1.0))
+        assert_invariant(model, masks)
 
     def test_unembedding_a_class_made_from_an_embedded_one(self) -> None:
         model, masks = small()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import block_gradients, blocks_by_loops, dense_gradients, random_masks
+from quantised_models import needs_torchao, quantise, quiet
 from tiny_models import Case, checkpoint, tiny
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -43,6 +44,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.tanh()
         return self.last(self.first(x)).sum() + self.second(x).square().sum() + self.third(x).sum()
+
+
+class Layer(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
 
 
 NAMES = ["first.weight", "second.weight", "third.weight", "last.weight"]
@@ -162,6 +172,26 @@ class TestLayersOneByOne:
             layer.compile(backend=backend)
         case.model(**case.batch).loss.backward()
         check_gradients(case.model, masks, reference, reference(**case.batch).loss)
+
+    @pytest.mark.parametrize("kind", [None, pytest.param("torchao-int8", marks=[needs_torchao, quiet])])
+    def test_an_evaluation_before_training_compiles_one_graph_for_all_masks(self, kind: str | None) -> None:
+        layers = nn.ModuleList(Layer(nn.Linear(32, 32)) for _ in range(9))
+        if kind is not None:
+            quantise(layers, kind)
+        grids = {f"{number}.body.weight": torch.arange(16).view(4, 4) < number + 2 for number in range(9)}
+        masks = Masks.from_block_maps(layers, grids, 8)
+        backend = sylva_compile.backend(masks, inner="aot_eager")
+        x = torch.randn(3, 32)
+        counters.clear()
+        for layer in layers:
+            layer.compile(backend=backend)
+        with torch.no_grad():
+            for layer in layers:
+                layer(x)
+        assert counters["stats"]["unique_graphs"] == 1
+        for layer in layers:
+            layer(x).sum().backward()
+        assert backend.report().rewritten == len(masks)
 
     def test_a_copy_has_one_graph_too_when_the_original_is_gone(self) -> None:
         case = tiny("llama", length=16, layers=3)

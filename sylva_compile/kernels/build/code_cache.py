@@ -41,10 +41,13 @@ def cached(key: str, suffix: str, build: Callable[[], bytes]) -> Path:
     directory = _private_directory(_wanted_directory())
     name = digest(key.encode())
     for entry in sorted(directory.glob(f"{name}.*{suffix}")):
-        if _is_own(entry) and entry.name == f"{name}.{digest(entry.read_bytes())}{suffix}":
-            return entry
+        try:
+            if _is_own(entry) and entry.name == f"{name}.{digest(entry.read_bytes())}{suffix}":
+                return entry
+        except FileNotFoundError:
+            continue  # Another process has found it damaged, and removed it.
         log.warning("%s is damaged or belongs to another user; it is built anew.", entry)
-        entry.unlink()
+        entry.unlink(missing_ok=True)
     content = build()
     entry = directory / f"{name}.{digest(content)}{suffix}"
     write_file(entry, content, private=True)

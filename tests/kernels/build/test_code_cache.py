@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,23 @@ def test_keys_and_suffixes_do_not_meet(directory: Path) -> None:
 def test_a_damaged_entry_is_built_again(directory: Path, damage: bytes) -> None:
     entry = cached("key", ".py", lambda: b"content")
     entry.write_bytes(damage)
+    assert cached("key", ".py", lambda: b"content").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("moment", ["digest", "_is_own"])
+def test_a_damaged_entry_that_another_process_removes_too(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    entry = cached("key", ".py", lambda: b"content")
+    entry.write_bytes(b"con")
+    before = getattr(code_cache, moment)
+
+    def removing(value: Any) -> Any:
+        if value in (entry, b"con"):
+            entry.unlink()
+        return before(value)
+
+    monkeypatch.setattr(code_cache, moment, removing)
     assert cached("key", ".py", lambda: b"content").read_bytes() == b"content"
 
 
