@@ -86,7 +86,7 @@ def mean_log_likelihoods(logits: Tensor, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def evaluate_answers(model: nn.Module, part: Answers, size: int) -> dict[str, Any]:
-    """Return the share of questions answered correctly, and the mean loss of the right choice among the choices."""
+    """Return the share of questions answered correctly, and the mean loss per token of the right answers."""
     model.eval()
     right, loss = 0, 0.0
     for batch in part.batches(size):
@@ -94,5 +94,5 @@ def evaluate_answers(model: nn.Module, part: Answers, size: int) -> dict[str, An
         asked = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
         found = mean_log_likelihoods(model(**asked).logits, batch)
         right += int((found.argmax(1) == batch["answers"]).sum())
-        loss += nn.functional.cross_entropy(found, batch["answers"], reduction="sum").item()
+        loss -= found.gather(1, batch["answers"][:, None]).sum().item()
     return {"metric": right / len(part), "loss": loss / len(part)}

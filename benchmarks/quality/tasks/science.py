@@ -116,7 +116,7 @@ class Science(Task):
         return provenance(model, folder)
 
     def evaluate(self, model: nn.Module, part: Parts, size: int) -> dict[str, Any]:
-        """Return the accuracy and the loss among the four answers, each the mean over the data sets."""
+        """Return the accuracy and the loss of the right answers, each the mean over the data sets."""
         found = {name: evaluate_answers(model, questions, size) for name, questions in part.items()}
         return {
             "metric": sum(each["metric"] for each in found.values()) / len(found),
