@@ -14,7 +14,7 @@ from sylva_compile.blocks.masks import Masks
 from sylva_compile.cli.options import InspectConfig
 from sylva_compile.errors import InputError
 from sylva_compile.files import to_json
-from sylva_compile.reports.changes import layer_and_kind
+from sylva_compile.reports.weight_names import places_of
 
 _NOT_SETTINGS = ("base", "versions", "moves", "schedule", "adapter")
 """Entries of the masks that are shown by themselves."""
@@ -68,7 +68,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     for name, fact in facts.items():
         wrapped = textwrap.wrap(fact, 70, break_long_words=False, break_on_hyphens=False)
         lines += [f"{first:<10}{line}" for first, line in zip([name] + [""] * len(wrapped), wrapped, strict=False)]
-    for title, key in (("kind", lambda name: layer_and_kind(name)[1]), ("layer", _layer_of)):
+    places = places_of(weight["name"] for weight in found["weights"])
+    for title, key in (("kind", lambda name: places[name].kind), ("layer", _layer_of)):
         lines += ["", *_table(title, _grouped(found["weights"], key))]
     return "\n".join(line.rstrip() for line in lines)
 

@@ -230,7 +230,7 @@ def is_grouped_backward(node: object) -> bool:
 
 
 def _batch_of_one(node: Node) -> tuple[Operand, Operand] | None:
-    """Return a and b of `view(bmm(unsqueeze(a, 0), unsqueeze(b, 0)), [m, n])`, as `einsum` writes `a · b`, or None."""
+    """Return a and b of `view(bmm(unsqueeze(a, 0), unsqueeze(b, 0)), [m, n])`, or None."""
     inner = _source(node)
     if inner.target is not aten.bmm.default or len(inner.users) > 1:
         return None

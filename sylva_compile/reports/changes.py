@@ -1,7 +1,6 @@
 """How much training changed each block of each weight."""
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import grid_shape
+from sylva_compile.reports.weight_names import Place, places_of
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class WeightChange:
 
     Attributes:
         name: the weight's name.
-        layer: the first number in its name; None without one.
-        kind: the name without the layers' numbers and the word "weight": "self_attn.q_proj".
+        place: where in the model it is.
         shape: `(m, n)`, as stored.
         block_size: b.
         change: the root mean square change of each block, `float64[ceil(m/b), ceil(n/b)]` on the CPU; NaN where no
@@ -31,8 +30,7 @@ class WeightChange:
     """
 
     name: str
-    layer: int | None
-    kind: str
+    place: Place
     shape: tuple[int, int]
     block_size: int
     change: Tensor
@@ -54,18 +52,19 @@ def changes_of(model: nn.Module) -> list[WeightChange]:
     states = block_states(model)
     if not states:
         raise EmbedError("The model carries no blocks; load an adapter or train first.")
-    return [_change_of(name, state) for name, state in states.items()]
+    places = places_of(states)
+    return [_change_of(name, places[name], state) for name, state in states.items()]
 
 
 def by_kind(changes: Iterable[WeightChange]) -> dict[str, list[WeightChange]]:
     """Return the changes by kind of weight; a kind's weights keep their order."""
     found: dict[str, list[WeightChange]] = {}
     for change in changes:
-        found.setdefault(change.kind, []).append(change)
+        found.setdefault(change.place.kind, []).append(change)
     return found
 
 
-def _change_of(name: str, state: BlockState) -> WeightChange:
+def _change_of(name: str, place: Place, state: BlockState) -> WeightChange:
     state.check_enabled()
     state.sync()
     state.check_base_known()
@@ -77,13 +76,4 @@ def _change_of(name: str, state: BlockState) -> WeightChange:
     inside = torch.minimum(torch.tensor(b), m - places[0] * b) * torch.minimum(torch.tensor(b), n - places[1] * b)
     change = torch.full(grid, float("nan"), dtype=torch.float64)
     change[places[0], places[1]] = (squares / inside).sqrt().nan_to_num(nan=math.inf, posinf=math.inf)
-    layer, kind = layer_and_kind(name)
-    return WeightChange(name, layer, kind, (m, n), b, change, state.mask.block_map(), float(squares.sum()))
-
-
-def layer_and_kind(name: str) -> tuple[int | None, str]:
-    """Return the first number in a weight's name, and what follows it without other numbers."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    rest = name if found is None else found[2]
-    kind = ".".join(part for part in rest.split(".") if not part.isdecimal())
-    return (None if found is None else int(found[1])), kind.removesuffix(".weight")
+    return WeightChange(name, place, (m, n), b, change, state.mask.block_map(), float(squares.sum()))

@@ -17,7 +17,6 @@ import sylva_compile
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.errors import EmbedError, ReportError
 from sylva_compile.reports import History, changes_of, heat_maps, history_of, read_history, write_report
-from sylva_compile.reports.changes import layer_and_kind
 from sylva_compile.reports.pictures import curves, shares_by_kind, shares_by_layer
 from sylva_compile.schedules import MovingBlocks
 
@@ -94,18 +93,6 @@ class TestChanges:
     def test_a_model_without_blocks(self) -> None:
         with pytest.raises(EmbedError, match="no blocks"):
             changes_of(nn.Linear(4, 4))
-
-    @pytest.mark.parametrize(
-        ("name", "expected"),
-        [
-            ("model.layers.3.self_attn.q_proj.weight", (3, "self_attn.q_proj")),
-            ("model.layers.3.mlp.experts.7.up.weight", (3, "mlp.experts.up")),
-            ("0.weight", (0, "weight")),
-            ("pooler.dense.weight", (None, "pooler.dense")),
-        ],
-    )
-    def test_names(self, name: str, expected: tuple[int | None, str]) -> None:
-        assert layer_and_kind(name) == expected
 
 
 class TestHistory:
