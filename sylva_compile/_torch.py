@@ -6,8 +6,6 @@ what to do. `tests/test_torch.py` looks up all of them.
 """
 
 import importlib
-import sys
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -141,19 +139,6 @@ def parameters_of_ddp(ddp: Any) -> list[nn.Parameter]:
     return parameters
 
 
-def mixed_precision_of_ddp(ddp: Any) -> Any:
-    """Return the `mixed_precision` that a DistributedDataParallel was given, or None.
-
-    While it is being made it has no such attribute for a time; the argument is then read from its `__init__`.
-    """
-    if "mixed_precision" in vars(ddp):
-        return ddp.mixed_precision
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not DistributedDataParallel.__init__.__code__:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get("mixed_precision")
-
-
 def shard_of(tensor: Any) -> Tensor:
     """Return what this process holds of a DTensor, in the same memory, without autograd."""
     shard: Tensor = tensor._local_tensor
@@ -168,6 +153,15 @@ def group_of_mesh(mesh: Any) -> Any:
 def reduces_gradients(module: Any) -> bool:
     """Whether a module that `fully_shard` has taken reduces gradients now; see its `set_requires_gradient_sync`."""
     return all(group.reduce_grads for group in _groups_of_fsdp(module))
+
+
+def divisor_of_gradients(module: Any) -> float | None:
+    """Return what a module that `fully_shard` has taken divides gradients by; see its `set_gradient_divide_factor`.
+
+    None, unless that was called, stands for the number of processes.
+    """
+    set_ones = (group.gradient_divide_factor for group in _groups_of_fsdp(module))
+    return next((factor for factor in set_ones if factor is not None), None)
 
 
 def forget_sharded(model: nn.Module, parameters: Any) -> None:
@@ -219,24 +213,6 @@ def _groups_of_fsdp(module: Any) -> list[Any]:
     # torch 2.11 has one group a module.
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return [group for group in groups if group is not None]
-
-
-def checkpoint_call() -> tuple[str, dict[str, Any]]:
-    """Return the name of the function of `torch.distributed.checkpoint` that is running, and its local variables.
-
-    The name is "save", "async_save" or "load"; "" and no variables where none of them is running.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.startswith("torch.distributed.checkpoint.") and frame.f_code.co_name in (
-            "save",
-            "async_save",
-            "load",
-        ):
-            return frame.f_code.co_name, dict(frame.f_locals)
-        frame = frame.f_back
-    return "", {}
 
 
 def at_end_of_backward(function: Any) -> None:

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 from train_two_ranks import case_and_masks, train
@@ -22,7 +24,7 @@ from train_two_ranks import case_and_masks, train
 import sylva_compile
 from sylva_compile.blocks import ddp
 from sylva_compile.blocks.embed import block_states
-from sylva_compile.errors import EmbedError
+from sylva_compile.errors import ArgumentError, EmbedError
 from sylva_compile.schedules import LayerSchedule
 
 
@@ -153,6 +155,16 @@ class TestWrapperThatCannotTrainBlocks:
         with pytest.raises(EmbedError, match="wrap the model first, then make the LayerSchedule"):
             model(**case.batch)
         DistributedDataParallel(case.model)(**case.batch).loss.backward()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("option", [{"max_grad_norm": 1.0}, {"nonfinite": "skip"}])
+def test_zero_optimizers_see_a_part_of_the_gradients(option: dict[str, Any]) -> None:
+    _, masks = case_and_masks()
+    with pytest.raises(ArgumentError, match=r"ZeroRedundancyOptimizer.*clip_grad_norm_"):
+        ZeroRedundancyOptimizer(masks.parameters(), sylva_compile.AdamW, **option)
+    ZeroRedundancyOptimizer(masks.parameters(), sylva_compile.AdamW)
+    sylva_compile.AdamW(masks.parameters(), **option)
 
 
 @pytest.mark.usefixtures("alone")

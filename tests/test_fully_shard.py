@@ -24,6 +24,11 @@ def test_experts_that_are_left_out_of_it(tmp_path: Path) -> None:
     assert all("trained" in text for text in two_ranks.run("experts_sharded.py", tmp_path))
 
 
+def test_corners(tmp_path: Path) -> None:
+    """Ignored weights, evaluations between, passes that fail, gradients that are summed, moves by a trace."""
+    assert all("all near" in text for text in two_ranks.run("sharded_corners.py", tmp_path))
+
+
 def test_ordinary_tensors_are_read_and_written_as_before() -> None:
     matrix = nn.Parameter(torch.randn(40, 56))
     positions = torch.tensor([[0, 2, 1], [3, 0, 1]])

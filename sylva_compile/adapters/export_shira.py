@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from sylva_compile.adapters.on_first_rank import on_first_rank
 from sylva_compile.adapters.other_tensors import replaced_tensors, tensors_of_blocks
 from sylva_compile.adapters.saving import states_to_save
 from sylva_compile.blocks.block_state import BlockState
@@ -63,12 +64,18 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         # A place that is named twice gets the sum, so a zero may be anywhere.
         tensors[f"{key}.shira_indices"] = torch.cat([places, places.new_zeros(2, left_over)], 1)
         tensors[f"{key}.shira_weight"] = torch.cat([values, values.new_zeros(left_over)])
-    try:
-        with replacing_files(Path(directory)) as beside:
-            (beside / _TENSORS).write_bytes(serialize(tensors, {"format": "pt"}))
-            (beside / _CONFIG).write_text(to_json(_config(model, sorted(modules.values()), r), indent=2) + "\n")
-    except OSError as error:
-        raise AdapterError(f"No adapter can be written to {directory} ({error}); give a directory of yours.") from error
+
+    def write() -> None:
+        try:
+            with replacing_files(Path(directory)) as beside:
+                (beside / _TENSORS).write_bytes(serialize(tensors, {"format": "pt"}))
+                (beside / _CONFIG).write_text(to_json(_config(model, sorted(modules.values()), r), indent=2) + "\n")
+        except OSError as error:
+            raise AdapterError(
+                f"No adapter can be written to {directory} ({error}); give a directory of yours."
+            ) from error
+
+    on_first_rank(states.values(), write)
 
 
 def _linear_of(name: str, state: BlockState) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import nn
 
 from sylva_compile.adapters.format import CONFIG_NAME
 from sylva_compile.adapters.loading import load_adapter
+from sylva_compile.adapters.on_first_rank import on_first_rank
 from sylva_compile.adapters.saving import save_adapter
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
@@ -57,19 +58,23 @@ def push_to_hub(
 
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder, modules_to_save=modules_to_save)
-        api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if not api.file_exists(repo, _CARD, revision=revision):
-            (Path(folder) / _CARD).write_text(model_card(model, repo), encoding="utf-8")
-        # The tensors' file is named by its content, so the older one must go.
-        commit: Any = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            delete_patterns="sylva_adapter-*.safetensors",
-        )
-    return str(commit.commit_url)
+
+        def upload() -> str:
+            api = HfApi(token=token)
+            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if not api.file_exists(repo, _CARD, revision=revision):
+                (Path(folder) / _CARD).write_text(model_card(model, repo), encoding="utf-8")
+            # The tensors' file is named by its content, so the older one must go.
+            commit: Any = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                delete_patterns="sylva_adapter-*.safetensors",
+            )
+            return str(commit.commit_url)
+
+        return on_first_rank(block_states(unwrap(model)).values(), upload)
 
 
 def from_pretrained(

@@ -24,7 +24,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.fingerprint import checksum
 from sylva_compile.blocks.scope import named_weights, unwrap
-from sylva_compile.blocks.shards import is_sharded, reshard
+from sylva_compile.blocks.shards import reshard
 from sylva_compile.blocks.shards import whole as values_of
 from sylva_compile.errors import AdapterError
 from sylva_compile.lost_ranks import naming_lost_ranks
@@ -115,10 +115,7 @@ def write_trained(
         "modules_to_save": {name: checksum(value) for name, value in whole.items()},
         "frozen": {name: checksum(value) for name, value in frozen_tensors(model, states, whole).items()},
     }
-    if any(is_sharded(state.weight) for state in states.values()):
-        on_first_rank(lambda: write_adapter(directory, tensors, entries))
-    else:
-        write_adapter(directory, tensors, entries)
+    on_first_rank(states.values(), lambda: write_adapter(directory, tensors, entries))
 
 
 def _check_finite(name: str, value: Tensor, *, infinity: bool = False) -> None:

@@ -12,6 +12,7 @@ from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.layout import update_input_channels
 from sylva_compile.blocks.scope import unwrap
+from sylva_compile.blocks.shards import whole as values_of
 
 DEFAULT = "default"
 """The name of an adapter that nobody has named; PEFT's word."""
@@ -62,7 +63,7 @@ class StoredAdapter:
             weights[name] = StoredWeight(state.mask, blocks, left, values, None, state.base_id)
         replaced = replaced_tensors(model)
         every = named_tensors(model) if replaced else {}
-        whole = {name: every[name].detach().clone() for name in replaced}
+        whole = {name: values_of(every[name]).clone() for name in replaced}
         return cls(weights, whole, dict(next(iter(states.values())).masks_config))
 
 

@@ -1,11 +1,12 @@
 """Averaging the gradients of blocks that were embedded after `fully_shard`, which does not know them.
 
 Each process then holds all blocks. When a gradient is there, its sum over processes is under way at once, beside the
-rest of the backward pass, and the end of the pass waits for all of them. FSDP2's `set_requires_gradient_sync(False)`
-holds for these gradients as well.
+rest of the backward pass, and the end of the pass waits for all of them. `set_requires_gradient_sync(False)` and
+`set_gradient_divide_factor` of FSDP2 hold for these gradients as well.
 """
 
 import sys
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce
 
-from sylva_compile._torch import at_end_of_backward, reduces_gradients
+from sylva_compile._torch import at_end_of_backward, divisor_of_gradients, reduces_gradients, running_backward
 from sylva_compile.blocks.block_state import BlockState
 from sylva_compile.blocks.ddp import check_same_places
 from sylva_compile.blocks.shards import is_sharded, processes_of
@@ -67,11 +68,22 @@ def _sharded_by(model: nn.Module, state: BlockState) -> nn.Module:
     return found
 
 
+class _UnderWay(list[tuple[Any, Tensor, float]]):
+    """The sums of a backward pass that are under way: what to wait for, the gradient, and what to divide it by."""
+
+    def finish(self) -> None:
+        with torch.no_grad():
+            for work, gradient, divisor in self:
+                work.wait()
+                gradient.div_(divisor)
+
+
 class _Averager:
-    """The gradients whose sums are under way in a backward pass."""
+    """The sums that are under way, by backward pass."""
 
     def __init__(self) -> None:
-        self._under_way: list[tuple[Any, Tensor, int]] = []
+        # A pass keeps its sums until it ends. Those of one that an error has ended are forgotten.
+        self._passes: weakref.WeakValueDictionary[int, _UnderWay] = weakref.WeakValueDictionary()
 
     def follow(self, state: BlockState, module: nn.Module) -> None:
         """Average the gradient of the blocks of `state` in each backward pass in which `module` reduces its own."""
@@ -82,18 +94,14 @@ class _Averager:
             if not reduces_gradients(module):
                 return
             assert blocks.grad is not None
-            if not self._under_way:
-                at_end_of_backward(self._finish)
+            under_way = self._passes.get(running_backward())
+            if under_way is None:
+                under_way = self._passes[running_backward()] = _UnderWay()
+                at_end_of_backward(under_way.finish)
             *outer, last = groups
             for group in outer:
                 all_reduce(blocks.grad, group=group)
-            self._under_way.append((all_reduce(blocks.grad, group=last, async_op=True), blocks.grad, mesh.size()))
+            work = all_reduce(blocks.grad, group=last, async_op=True)
+            under_way.append((work, blocks.grad, divisor_of_gradients(module) or mesh.size()))
 
         state.blocks.register_post_accumulate_grad_hook(reduce)
-
-    def _finish(self) -> None:
-        under_way, self._under_way = self._under_way, []
-        with torch.no_grad():
-            for work, gradient, count in under_way:
-                work.wait()
-                gradient.div_(count)

@@ -265,12 +265,12 @@ class BlockState(SyncedBlocks):
     def step_target(self) -> Target | None:
         """Return the dense weight as a target of an optimizer's kernel; None if it is written after the step."""
         blocks, weight, positions = self.blocks, self.weight, self.layout.positions
-        if is_sharded(weight):
+        if self.split is not None:
             # The weight is written after the step. A kernel need not know it unless blocks reach over its edges.
             if not any(size % self.mask.block_size for size in self.mask.shape):
                 return None
             first, end = rows_of(blocks) if is_sharded(blocks) else (0, len(blocks))
-            return Target(weight, positions[:, first:end], self.mask.block_size, by_address=False)
+            return Target(as_matrix(weight), positions[:, first:end], self.mask.block_size, by_address=False)
         reachable = blocks.device == weight.device == positions.device and weight.layout == torch.strided
         wide = blocks.dtype in (torch.float32, torch.float64) and weight.dtype in TYPES
         by_address = reachable and wide and blocks.is_contiguous() and positions.is_contiguous()

@@ -5,13 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch.distributed import broadcast_object_list, get_global_rank, get_rank
 from torch.nn.parallel import DistributedDataParallel
 
 from sylva_compile._torch import active_ddp, parameters_of_ddp
-from sylva_compile.blocks.block_state import BlockState
-from sylva_compile.blocks.shards import is_sharded, processes_of
+from sylva_compile.blocks.block_state import BlockState, new_base_id
+from sylva_compile.blocks.fingerprint import checksum
+from sylva_compile.blocks.shards import processes_of
 from sylva_compile.embedded.wrapping import check_precision, digest_of, not_averaged, same_on_all
 from sylva_compile.errors import EmbedError
+from sylva_compile.running_calls import argument_of_ddp
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,23 @@ def note_wrapper(ddp: DistributedDataParallel, states: Iterable[BlockState]) -> 
         _check_precision(ddp, state.name)
     if inside:
         check_same_places(inside, ddp.process_group)
+        if argument_of_ddp(ddp, "init_sync"):
+            _follow_first_process(inside, ddp.process_group)
     for state in inside:
         _wrappers[state] = _Wrapper(weakref.ref(ddp), state.blocks.requires_grad)
+
+
+def _follow_first_process(states: Iterable[BlockState], group: Any) -> None:
+    """Take over the base of the first process, whose weights the wrapper is about to give to all of `group`."""
+    dense = {state.name: state for state in states if not state.is_quantised}
+    kept = {name: state.originals for name, state in dense.items()}
+    if same_on_all(group, "".join(checksum(originals.values) for originals in kept.values())):
+        return
+    first = [kept]
+    broadcast_object_list(first, src=get_global_rank(group, 0), group=group)
+    if get_rank(group):
+        for name, state in dense.items():
+            state.originals, state.base_id = first[0][name], new_base_id()
 
 
 def check_same_places(states: Iterable[BlockState], group: Any) -> None:
@@ -80,8 +98,8 @@ def check_averaged(states: Iterable[BlockState]) -> None:
 def group_that_averages(states: Iterable[BlockState]) -> Any:
     """Return the processes over which DistributedDataParallel or FSDP2 averages gradients of `states`, or None."""
     for state in states:
-        if is_sharded(state.weight):
-            return processes_of(state.weight)
+        if state.split is not None:
+            return processes_of(state.split)
         ddp = known.ddp() if (known := _wrappers.get(state)) is not None else None
         if ddp is not None:
             return ddp.process_group

@@ -81,3 +81,4 @@ def _gather(state: BlockState, is_weight: bool, value: Tensor) -> None:
         state.live_weight = value  # type: ignore[assignment]
     else:
         state.live_blocks = value  # type: ignore[assignment]
+        state.mark_gathered()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from sylva_compile.blocks.block_mask import BlockMask
 from sylva_compile.blocks.layout import BlockLayout
 from sylva_compile.blocks.places import zero_outside
-from sylva_compile.blocks.shards import ShardWriter, put, read_places, whole
+from sylva_compile.blocks.shards import ShardWriter, is_sharded, put, read_places, whole
 from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import BlockWriter
 
@@ -46,6 +46,13 @@ class SyncedBlocks:
     base_known: bool
     disabled: int
     _versions: tuple[int, int]
+    _gathered: int = -1
+    """Autograd's count of writes into `blocks` at which `live_blocks` was equal to them."""
+
+    @property
+    def split(self) -> nn.Parameter | None:
+        """The weight or else the blocks, if processes hold parts of them; `fully_shard` may ignore one of the two."""
+        return next((tensor for tensor in (self.weight, self.blocks) if is_sharded(tensor)), None)
 
     def sync(self) -> None:
         """Make blocks and dense weight equal again after an edit in place that autograd has counted."""
@@ -81,7 +88,13 @@ class SyncedBlocks:
     def whole_blocks(self) -> Tensor:
         """Return the values of all blocks, `[nnz, b, b]`; processes that hold parts of them all call this."""
         gathered = self.live_blocks is not self.blocks and self.live_blocks.dtype == self.blocks.dtype
-        return self.live_blocks.detach() if gathered else whole(self.blocks)
+        # After an evaluation blocks stay gathered, and an optimizer or an edit changes the shards alone.
+        current = gathered and self._gathered == self.blocks._version
+        return self.live_blocks.detach() if current else whole(self.blocks)
+
+    def mark_gathered(self) -> None:
+        """Record that `live_blocks` are equal to the blocks now."""
+        self._gathered = self.blocks._version
 
     def follow_home(self) -> None:
         """Let a dense weight that `fully_shard` still holds gathered, after an evaluation, be what its shards are."""
@@ -133,3 +146,4 @@ class SyncedBlocks:
         put(self.blocks, values)
         if self.live_blocks is not self.blocks:
             self.live_blocks.copy_(values)
+            self.mark_gathered()

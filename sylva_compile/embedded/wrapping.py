@@ -9,8 +9,8 @@ from torch.distributed import all_gather_object, get_world_size
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from sylva_compile._torch import mixed_precision_of_ddp
 from sylva_compile.errors import EmbedError
+from sylva_compile.running_calls import argument_of_ddp
 
 
 def follow_wrapping(follow: Callable[[DistributedDataParallel, nn.Module], None]) -> Any:
@@ -35,7 +35,7 @@ def check_precision(ddp: Any, name: str, swapped: str, wide: str) -> None:
         swapped: names what it would swap.
         wide: names the trained values.
     """
-    if mixed_precision_of_ddp(ddp) is not None:
+    if argument_of_ddp(ddp, "mixed_precision") is not None:
         raise EmbedError(
             f"{name}: DistributedDataParallel(mixed_precision=...) swaps the memory of {swapped} in every pass; leave "
             f"it out, and load the model in bfloat16 (its {wide} are float32), or use torch.autocast."

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import get_backend, get_world_size, group, is_initialized
 
-from sylva_compile._torch import checkpoint_call
 from sylva_compile.errors import AdapterError, ArgumentError
+from sylva_compile.running_calls import checkpoint_call
 
 _WHOLE = ".metadata"
 """The file that torch writes last: a checkpoint that has it is whole."""

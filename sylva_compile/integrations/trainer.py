@@ -15,7 +15,6 @@ from sylva_compile.adapters.resuming import load_training, save_training
 from sylva_compile.blocks.embed import block_states
 from sylva_compile.blocks.masks import Masks
 from sylva_compile.blocks.scope import unwrap
-from sylva_compile.blocks.shards import is_sharded
 from sylva_compile.errors import ArgumentError
 from sylva_compile.files import replacing_files
 from sylva_compile.integrations.checkpoints import (
@@ -132,7 +131,7 @@ class BlocksTrainerMixin(_Base):
         chosen = output_dir if output_dir is not None else self.args.output_dir
         assert chosen is not None
         directory = Path(chosen)
-        if self.args.should_save or any(is_sharded(state.weight) for state in block_states(self.model).values()):
+        if self.args.should_save or any(state.split is not None for state in block_states(self.model).values()):
             # Where FSDP2 has split the model, every process gives its part, and the first one writes.
             save_training(self.model, directory, self._optimized())
         if not self.args.should_save:

@@ -7,6 +7,7 @@ import torch
 
 from sylva_compile.errors import ArgumentError
 from sylva_compile.kernels.step.table import Products
+from sylva_compile.running_calls import is_inside_zero_optimizer
 
 
 @dataclass(frozen=True)
@@ -42,5 +43,10 @@ class StepOptions:
             raise ArgumentError(f"state_dtype={self.state_dtype}; use torch.float32, torch.bfloat16 or None.")
         if not 0 <= self.seed < 1 << 32:
             raise ArgumentError(f"seed={self.seed}; use an integer from 0 to 2**32 - 1.")
+        if (self.max_grad_norm is not None or self.nonfinite != "ignore") and is_inside_zero_optimizer():
+            raise ArgumentError(
+                "ZeroRedundancyOptimizer gives each process a part of the gradients, and max_grad_norm and nonfinite "
+                "are about all of them; leave them out, and call torch.nn.utils.clip_grad_norm_ before the step."
+            )
         if self.products not in get_args(Products):
             raise ArgumentError(f"products={self.products!r}; use 'float32', 'tf32' or 'bfloat16'.")

@@ -38,7 +38,9 @@ class Toggle:
         """Open `layers` and close the others."""
         for layer, states in enumerate(self.layers):
             for state in states:
-                state.blocks.requires_grad_(layer in layers)
+                # After an evaluation, the next pass reads blocks that `fully_shard` has gathered before.
+                for blocks in (state.blocks, state.live_blocks):
+                    blocks.requires_grad_(layer in layers)
                 if layer not in layers:
                     state.blocks.grad = None
 

@@ -17,6 +17,7 @@ from sylva_compile.errors import ArgumentError
 from sylva_compile.tracing.batches import LossFn
 from sylva_compile.tracing.ranks import same_on_all_ranks
 from sylva_compile.tracing.scoring import score_by_tracing
+from sylva_compile.tracing.sharded import check_no_experts, sharing_processes
 from sylva_compile.tracing.trace import weight_specs
 
 log = logging.getLogger(__name__)
@@ -119,9 +120,11 @@ class FromTrace:
         """Trace the model as it is now; return the gains."""
         model = self._masks.embed()
         weights = {name: state.weight for name, state in self._states.items()}
-        group = group_that_averages(self._states.values())
-        scored = score_by_tracing(
-            model, weights, weight_specs(model, weights), self._loader, self._config, loss_fn=self._loss_fn, group=group
-        )
+        specs, group = weight_specs(model, weights), group_that_averages(self._states.values())
+        split_over = sharing_processes(weights, group)
+        if split_over is not None:
+            check_no_experts(specs)
+        groups = {"group": group, "split_over": split_over}
+        scored = score_by_tracing(model, weights, specs, self._loader, self._config, loss_fn=self._loss_fn, **groups)
         self.choose = scored.choose
         return same_on_all_ranks({name: score.cpu().clamp(min=0) for name, score in scored.scores.items()}, group)

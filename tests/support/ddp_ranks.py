@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from oracle import assert_invariant
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -231,8 +232,29 @@ def refuse_other_places(rank: int) -> None:
     assert all(torch.equal(blocks, was) for blocks, was in zip(masks.parameters(), before, strict=True))
 
 
+def follow_the_first_base(rank: int, directory: str) -> None:
+    """The wrapper gives the weights of the first process to all, and their base with them, in checkpoints as well."""
+    torch.manual_seed(rank)
+    model = Model(2).requires_grad_(False)
+    torch.manual_seed(0)
+    masks = sylva_compile.trace_and_mask(model, method="random", sparsity=0.7, block_size=16)
+    masks.embed()
+    base = [weight.clone() for weight in model.state_dict().values()]
+    dist.broadcast_object_list(base)
+    run = DistributedDataParallel(model)
+    optimizer = ours(masks.parameters())
+    run(batch(rank, dist.get_world_size(), torch.float32)).backward()
+    optimizer.step()
+    state = {"blocks": sylva_compile.blocks_state(run, optimizer)}
+    dcp.save(state, checkpoint_id=f"{directory}/first base")
+    dcp.load(state, checkpoint_id=f"{directory}/first base")
+    with sylva_compile.disable_adapter(model):
+        assert all(map(torch.equal, model.state_dict().values(), base))
+
+
 def main(rank: int, ranks: int, directory: str) -> None:
     refuse_other_places(rank)
+    follow_the_first_base(rank, directory)
     for name, case in cases_of(ranks).items():
         torch.save(train(case, batch(rank, ranks, case.dtype), wrap=True), f"{directory}/{name}{rank}")
 
