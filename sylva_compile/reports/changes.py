@@ -20,7 +20,9 @@ class WeightChange:
 
     Attributes:
         name: the weight's name.
-        place: where in the model it is.
+        stack: the words of its name that tell its layers from those of another stack, "encoder"; "" if there is one.
+        layer: the first number in its name; None without one.
+        kind: the name without the layers' numbers and the word "weight", behind the stack: "self_attn.q_proj".
         shape: `(m, n)`, as stored.
         block_size: b.
         change: the root mean square change of each block, `float64[ceil(m/b), ceil(n/b)]` on the CPU; NaN where no
@@ -30,12 +32,19 @@ class WeightChange:
     """
 
     name: str
-    place: Place
+    stack: str
+    layer: int | None
+    kind: str
     shape: tuple[int, int]
     block_size: int
     change: Tensor
     present: Tensor
     squares: float
+
+    @property
+    def layer_name(self) -> str | None:
+        """The layer's number, behind the stack; None without a number."""
+        return None if self.layer is None else ".".join(filter(None, (self.stack, str(self.layer))))
 
     @property
     def trained(self) -> int:
@@ -60,7 +69,7 @@ def by_kind(changes: Iterable[WeightChange]) -> dict[str, list[WeightChange]]:
     """Return the changes by kind of weight; a kind's weights keep their order."""
     found: dict[str, list[WeightChange]] = {}
     for change in changes:
-        found.setdefault(change.place.kind, []).append(change)
+        found.setdefault(change.kind, []).append(change)
     return found
 
 
@@ -76,4 +85,6 @@ def _change_of(name: str, place: Place, state: BlockState) -> WeightChange:
     inside = torch.minimum(torch.tensor(b), m - places[0] * b) * torch.minimum(torch.tensor(b), n - places[1] * b)
     change = torch.full(grid, float("nan"), dtype=torch.float64)
     change[places[0], places[1]] = (squares / inside).sqrt().nan_to_num(nan=math.inf, posinf=math.inf)
-    return WeightChange(name, place, (m, n), b, change, state.mask.block_map(), float(squares.sum()))
+    return WeightChange(
+        name, place.stack, place.layer, place.kind, (m, n), b, change, state.mask.block_map(), float(squares.sum())
+    )

@@ -34,7 +34,7 @@ def heat_maps(changes: Sequence[WeightChange]) -> Figure:
         axis.set_xticks([])
         for side in axis.spines.values():
             side.set_visible(False)
-    if any(each.place.number is not None for each in changes):
+    if any(each.layer is not None for each in changes):
         figure.supylabel("layer", fontsize=9)
     assert image is not None
     bar = figure.colorbar(image, shrink=0.4, pad=0.02, anchor=(0.0, 1.0))
@@ -52,7 +52,7 @@ def shares_by_layer(changes: Sequence[WeightChange]) -> Figure:
     """Draw each layer's share of the squared change, beside its share of the elements."""
     layers: dict[str, list[WeightChange]] = {}
     for each in changes:
-        layers.setdefault(each.place.layer or "–", []).append(each)
+        layers.setdefault(each.layer_name or "–", []).append(each)
     return _bars("by layer", layers)
 
 
@@ -96,8 +96,8 @@ def _label_layers(axis: Axes, found: Sequence[WeightChange]) -> None:
     heights = [each.change.shape[0] + 1 for each in found]
     middles = [sum(heights[:at]) + (height - 2) / 2 for at, height in enumerate(heights)]
     every = -(-len(found) // _TICKS)
-    shown = [at for at, each in enumerate(found) if at % every == 0 and each.place.number is not None]
-    axis.set_yticks([middles[at] for at in shown], [str(found[at].place.number) for at in shown], fontsize=7)
+    shown = [at for at, each in enumerate(found) if at % every == 0 and each.layer is not None]
+    axis.set_yticks([middles[at] for at in shown], [str(found[at].layer) for at in shown], fontsize=7)
 
 
 def _sums(found: Sequence[WeightChange]) -> tuple[float, float]:

@@ -12,19 +12,14 @@ class Place:
 
     Attributes:
         stack: where a model has several stacks of layers, the words of the name that tell them apart: "encoder".
-        number: the first number in the name; None without one.
+        layer: the first number in the name; None without one.
         kind: the name without the layers' numbers and the word "weight", behind the stack: "self_attn.q_proj" or
             "encoder.self_attn.q_proj".
     """
 
     stack: str
-    number: int | None
+    layer: int | None
     kind: str
-
-    @property
-    def layer(self) -> str | None:
-        """The layer's number, behind the stack; None without a number."""
-        return None if self.number is None else ".".join(filter(None, (self.stack, str(self.number))))
 
 
 def places_of(names: Iterable[str]) -> dict[str, Place]:
@@ -37,8 +32,8 @@ def places_of(names: Iterable[str]) -> dict[str, Place]:
         words = (name if found is None else found[2]).split(".")
         kind = ".".join(word for word in words if not word.isdecimal()).removesuffix(".weight")
         stack = stacks[above[name]] if name in above else ""
-        number = None if found is None else int(found[1])
-        places[name] = Place(stack, number, f"{stack}.{kind}" if stack else kind)
+        layer = None if found is None else int(found[1])
+        places[name] = Place(stack, layer, f"{stack}.{kind}" if stack else kind)
     return places
 
 
