@@ -1,7 +1,7 @@
 """Questions with texts as choices; the model's answer is the text with the highest mean log-likelihood of its tokens.
 
 All texts stand in one sequence behind the question. None of them sees another, and each starts at the same position, so
-that their likelihoods are those of four sequences, in half of the time.
+that their likelihoods are those of four sequences, and the question is read once.
 """
 
 from collections.abc import Sequence
