@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks.quality.methods import Ready
 from benchmarks.quality.tasks import Batch
 from benchmarks.quality.tasks.base import device_of
+from benchmarks.quality.training import loss_of
 
 
 class Cost(NamedTuple):
@@ -26,7 +27,13 @@ class Cost(NamedTuple):
 
 
 def beside_floor(
-    floor: nn.Module, ready: Ready, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], warm_up: int
+    floor: nn.Module,
+    ready: Ready,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    warm_up: int,
+    *,
+    autocast: bool = False,
 ) -> Cost:
     """Time the frozen model and the method in turns, batch by batch.
 
@@ -36,6 +43,7 @@ def beside_floor(
         optimizer: the optimizer of `ready`.
         batches: a few batches, of lengths that training saw.
         warm_up: the number of batches to run once before all are timed; a compiler must have seen their lengths.
+        autocast: whether both compute in bfloat16.
     """
     floor.requires_grad_(False).train()
     ready.model.train()
@@ -43,10 +51,10 @@ def beside_floor(
     def there_and_back(batch: Batch) -> None:
         inputs = floor.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
         rest = {name: value for name, value in batch.items() if name != "input_ids"}
-        floor(inputs_embeds=inputs, **rest).loss.backward()
+        loss_of(floor, {"inputs_embeds": inputs, **rest}, autocast=autocast).backward()
 
     def step(batch: Batch) -> None:
-        ready.model(**batch).loss.backward()
+        loss_of(ready.model, batch, autocast=autocast).backward()
         optimizer.step()
         ready.after_step()
         optimizer.zero_grad()

@@ -34,6 +34,7 @@ class Settings:
         compile: "none", or the `inner` of the backend that compiles every model for training.
         layerwise: whether a model is compiled layer by layer, as a deep one has to be.
         cost_batches: the most batches, spread over the training, on which a step is timed beside the frozen floor.
+        autocast: whether products are in bfloat16 while a method trains; weights and the tests stay in float32.
     """
 
     model: str = "minilm"
@@ -54,6 +55,7 @@ class Settings:
     compile: str = "none"
     layerwise: bool = False
     cost_batches: int = 12
+    autocast: bool = False
 
     def trace_config(self, options: Mapping[str, Any]) -> SylvaConfig:
         """Return the settings of a trace for a method with `options`, without its sparsity."""
@@ -71,7 +73,7 @@ class Settings:
 
 _BUDGET = frozenset({"sparsity", "block_size", "scope"})
 _TRACE = frozenset({"samples", "partitions"})
-_LATER = {"layerwise": False, "cost_batches": 12}
+_LATER = {"layerwise": False, "cost_batches": 12, "autocast": False}
 """Settings that came after the first rows, which have the value here and do not name it."""
 
 

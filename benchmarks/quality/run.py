@@ -82,7 +82,7 @@ class Runner:
             self._compile(floor, weights_in_scope(floor, settings.scope).values(), settings.compile, settings)
         trainable = sum(parameter.numel() for parameter in ready.model.parameters() if parameter.requires_grad)
         optimizer = optimizer_of(ready, run.learning_rate, settings.head_learning_rate)
-        trained = train(ready, batches, optimizer)
+        trained = train(ready, batches, optimizer, autocast=settings.autocast)
         task = run.about()
 
         def judged(part: Any) -> dict[str, Any]:
@@ -94,6 +94,7 @@ class Runner:
 
         few = batches[:: -(-len(batches) // settings.cost_batches)]
         warm_up = 1 if settings.compile == "none" else len(few)
+        cost = beside_floor(floor, ready, optimizer, few, warm_up, autocast=settings.autocast)
         return {
             **task.provenance(self.folder, settings.model),
             "validation": judged(data.validation),
@@ -106,7 +107,7 @@ class Runner:
             "trace_seconds": ready.trace_seconds,
             "trace_bytes": ready.trace_bytes,
             "nonzero": sum(int(weight.count_nonzero()) for weight in weights) / sum(w.numel() for w in weights),
-            "beside_floor": beside_floor(floor, ready, optimizer, few, warm_up)._asdict(),
+            "beside_floor": cost._asdict(),
             "seconds": time.perf_counter() - started,
         }
 

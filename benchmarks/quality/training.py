@@ -15,6 +15,7 @@ from transformers import get_linear_schedule_with_warmup
 from benchmarks.peak import peak_above
 from benchmarks.quality.methods import Ready
 from benchmarks.quality.tasks import Batch, head_of
+from benchmarks.quality.tasks.base import device_of
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,22 @@ def optimizer_of(ready: Ready, learning_rate: float, head_learning_rate: float) 
     return ready.optimizer(groups)
 
 
-def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Trained:
+def loss_of(model: nn.Module, batch: Batch, *, autocast: bool = False) -> Tensor:
+    """Return the loss of a batch, with `autocast` from products in bfloat16.
+
+    The context is left after every forward pass, since it keeps copies of the weights that train.
+    """
+    with torch.autocast(device_of(model).type, torch.bfloat16, enabled=autocast):
+        loss: Tensor = model(**batch).loss
+    return loss
+
+
+def train(
+    ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, *, autocast: bool = False
+) -> Trained:
     """Take one step per batch, with a linear warm-up over a tenth of the steps and a linear decay to zero.
 
-    A loss that is not finite ends the training.
+    A loss that is not finite ends the training. With `autocast` products are in bfloat16.
 
     Raises:
         AssertionError: no trained parameter gets a gradient.
@@ -70,9 +83,9 @@ def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimiz
         nonlocal saved
         started = time.perf_counter()
         if at == 0:
-            loss, saved = _counting_saved(ready.model, batch)
+            loss, saved = _counting_saved(ready.model, batch, autocast)
         else:
-            loss = ready.model(**batch).loss
+            loss = loss_of(ready.model, batch, autocast=autocast)
         loss.backward()
         if at == 0:
             _check_gradients(learning)
@@ -107,7 +120,7 @@ def train(ready: Ready, batches: Sequence[Batch], optimizer: torch.optim.Optimiz
     )
 
 
-def _counting_saved(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+def _counting_saved(model: nn.Module, batch: Batch, autocast: bool) -> tuple[Tensor, int]:
     """Return the loss, and the bytes of storages saved for the backward besides parameters, buffers and the batch."""
     known = _storages([*model.parameters(), *model.buffers(), *batch.values()])
     storages: dict[int, Any] = {}
@@ -117,7 +130,7 @@ def _counting_saved(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss: Tensor = model(**batch).loss
+        loss = loss_of(model, batch, autocast=autocast)
     return loss, sum(storage.nbytes() for storage in storages.values())
 
 

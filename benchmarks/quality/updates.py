@@ -56,7 +56,8 @@ def change_of(runner: Runner, run: Run) -> dict[str, Tensor]:
     model = runner.model(run)
     before = {name: w.detach().clone() for name, w in weights_in_scope(model, run.settings.scope).items()}
     ready = runner.prepare(run, model)
-    train(ready, runner.steps(run), optimizer_of(ready, run.learning_rate, run.settings.head_learning_rate))
+    optimizer = optimizer_of(ready, run.learning_rate, run.settings.head_learning_rate)
+    train(ready, runner.steps(run), optimizer, autocast=run.settings.autocast)
     trained: Any = ready.model
     if hasattr(trained, "merge_and_unload"):
         trained = trained.merge_and_unload()

@@ -594,6 +594,27 @@ def test_later_runs_are_compiled_like_the_first(data: Path) -> None:
     assert saved[1] == pytest.approx(saved[0], rel=0.05)
 
 
+def test_autocast_multiplies_in_bfloat16_and_trains_float32_weights() -> None:
+    seen: dict[bool, set[torch.dtype]] = {}
+    losses, costs = {}, {}
+    for autocast in (False, True):
+        floor, model, batches = load_model("tiny", 0), load_model("tiny", 0), [batch()] * 3
+        ready = METHODS["full"].prepare(model, {}, BUDGET, lambda options: chance_scores(model), 0)
+        optimizer = optimizer_of(ready, 1e-2, 1e-2)
+        dtypes = seen.setdefault(autocast, set())
+        for each in (model, floor):
+            layer = next(module for module in each.modules() if isinstance(module, nn.Linear))
+            layer.register_forward_hook(lambda module, args, output, dtypes=dtypes: dtypes.add(output.dtype))
+        losses[autocast] = train(ready, batches, optimizer, autocast=autocast).losses
+        costs[autocast] = cost.beside_floor(floor, ready, optimizer, batches, 0, autocast=autocast)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert seen == {False: {torch.float32}, True: {torch.bfloat16}}
+    assert losses[True] == pytest.approx(losses[False], abs=0.02)
+    # Every step sees the weights of the one before, not copies in bfloat16 that the context kept.
+    assert losses[True][2] < losses[True][0]
+    assert all(min(found) > 0 for found in costs.values())
+
+
 def test_a_step_and_the_floor_take_turns_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     floor, model, batches = load_model("tiny", 0), load_model("tiny", 0), [batch() for _ in range(3)]
     start = [parameter.clone() for parameter in floor.parameters()]
