@@ -597,9 +597,10 @@ def test_later_runs_are_compiled_like_the_first(data: Path) -> None:
 def test_autocast_multiplies_in_bfloat16_and_trains_float32_weights() -> None:
     seen: dict[bool, set[torch.dtype]] = {}
     losses, costs = {}, {}
+    scores = chance_scores(load_model("tiny", 0))
     for autocast in (False, True):
         floor, model, batches = load_model("tiny", 0), load_model("tiny", 0), [batch()] * 3
-        ready = METHODS["full"].prepare(model, {}, BUDGET, lambda options: chance_scores(model), 0)
+        ready = METHODS["full"].prepare(model, {}, BUDGET, lambda options: scores, 0)
         optimizer = optimizer_of(ready, 1e-2, 1e-2)
         dtypes = seen.setdefault(autocast, set())
         for each in (model, floor):
