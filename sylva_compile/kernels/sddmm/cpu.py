@@ -27,7 +27,8 @@ _SEGMENT = 256
 def sddmm_cpu(lhs: Tensor, rhs: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """Return blocks of `lhsᵀ · rhs`; shapes as in `sylva_compile.kernels.sddmm.op`.
 
-    The result is the same, bit for bit, for any number of threads.
+    The result is the same, bit for bit, for any number of threads. Processors with AVX-512's instructions for bfloat16
+    multiply bfloat16 by them, and take subnormal numbers (below 1.2e-38) for zero.
 
     Raises:
         IndexError: a position lies outside of the matrix.

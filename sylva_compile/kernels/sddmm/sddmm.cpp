@@ -3,6 +3,7 @@
 // A task computes a run of blocks in one block row, over one segment of the tokens. It walks its segment in tiles of
 // TOKENS tokens. For each tile it packs the panels that it reads (TOKENS x b of lhs once, of rhs for each block),
 // widened to the type of the sums, and multiplies them with a kernel that keeps a tile of the result in registers.
+// Processors that have instructions for bfloat16 multiply it as it is, two tokens at once, and add to float32.
 // Packing makes it fast: rows of an operand often lie a power of two apart, and a panel left in its place would then
 // share a few sets of the cache. Where many small blocks lie in few rows and columns, all tasks share packed panels.
 //
@@ -14,6 +15,10 @@
 #include <cstring>
 #include <memory>
 #include <new>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -51,41 +56,92 @@ struct Vector {
     static constexpr int lanes = BYTES / sizeof(W);
 };
 
-// Packs columns into panels of GROUP columns, [panel][token][GROUP]; columns from `used` on become zero.
+// What a packed panel holds of one column: one token, as wide as the sums.
+template <typename T, typename W>
+struct Packed {
+    typedef W type;
+    static constexpr int depth = 1;  // tokens that one value holds
+
+    static W of(const T* place, int64_t /* token_stride */, bool /* full */) { return static_cast<W>(*place); }
+    static void add(typename Vector<W>::type& total, W factor, const W* values) {
+        total += factor * *reinterpret_cast<const typename Vector<W>::type*>(values);
+    }
+};
+
+#if defined(__AVX512BF16__)
+// Two tokens, for the instruction that adds both products to a sum in float32. It takes subnormal numbers for zero.
+struct Pair {
+    uint16_t first, second;
+};
+
+template <>
+struct Packed<BFloat16, float> {
+    typedef Pair type;
+    static constexpr int depth = 2;
+
+    static Pair of(const BFloat16* place, int64_t token_stride, bool full) {
+        return {place->bits, full ? place[token_stride].bits : uint16_t(0)};
+    }
+    static void add(Vector<float>::type& total, Pair factor, const Pair* values) {
+        int both;
+        std::memcpy(&both, &factor, sizeof both);
+        total = reinterpret_cast<Vector<float>::type>(_mm512_dpbf16_ps(
+            (__m512)total, (__m512bh)_mm512_set1_epi32(both), (__m512bh)_mm512_loadu_si512(values)));
+    }
+};
+#endif
+
+template <typename T, typename W>
+using Value = typename Packed<T, W>::type;
+
+// Packed values along the tokens of a tile, and along the first `tokens` of them.
+template <typename T, typename W>
+constexpr int STEPS = TOKENS / Packed<T, W>::depth;
+template <typename T, typename W>
+int steps_of(int tokens) {
+    return (tokens + Packed<T, W>::depth - 1) / Packed<T, W>::depth;
+}
+
+// Packs one step of the first `count` columns at `source`; the rest of the GROUP becomes zero. Unless `full`, there is
+// only one token left.
 template <int GROUP, typename T, typename W>
-void pack(const Operand& from, int64_t token, int tokens, int64_t column, int used, int padded, W* to) {
-    const T* base = static_cast<const T*>(from.data) + token * from.token_stride + column * from.column_stride;
-    for (int group = 0; group < padded; group += GROUP, to += static_cast<int64_t>(TOKENS) * GROUP) {
-        const int count = std::clamp(used - group, 0, GROUP);
-        const T* source = base + group * from.column_stride;
-        if (count == GROUP && from.column_stride == 1) {
-            for (int t = 0; t < tokens; ++t)
-                for (int i = 0; i < GROUP; ++i) to[t * GROUP + i] = static_cast<W>(source[t * from.token_stride + i]);
-            continue;
-        }
-        for (int t = 0; t < tokens; ++t)
-            for (int i = 0; i < GROUP; ++i)
-                to[t * GROUP + i] =
-                    i < count ? static_cast<W>(source[t * from.token_stride + i * from.column_stride]) : W(0);
+inline void pack_group(const T* source, const Operand& from, int count, bool full, Value<T, W>* to) {
+    using P = Packed<T, W>;
+    const int64_t apart = from.token_stride;
+    if (count == GROUP && from.column_stride == 1 && full) {
+        for (int i = 0; i < GROUP; ++i) to[i] = P::of(source + i, apart, true);
+    } else {
+        for (int i = 0; i < GROUP; ++i)
+            to[i] = i < count ? P::of(source + i * from.column_stride, apart, full) : Value<T, W>{};
     }
 }
 
-// sums[HEIGHT][VECTORS * lanes] (+)= left^T * right over `tokens` tokens of packed panels.
-template <int VECTORS, typename W>
-void multiply(const W* left, const W* right, int tokens, W* sums, int64_t stride, bool add) {
+// Packs columns into panels of GROUP columns, [panel][step][GROUP]; columns from `used` on become zero.
+template <int GROUP, typename T, typename W>
+void pack(const Operand& from, int64_t token, int tokens, int64_t column, int used, int padded, Value<T, W>* to) {
+    using P = Packed<T, W>;
+    const T* base = static_cast<const T*>(from.data) + token * from.token_stride + column * from.column_stride;
+    for (int group = 0; group < padded; group += GROUP, to += static_cast<int64_t>(STEPS<T, W>) * GROUP) {
+        const int count = std::clamp(used - group, 0, GROUP);
+        for (int t = 0; t < tokens; t += P::depth) {
+            const T* source = base + group * from.column_stride + t * from.token_stride;
+            pack_group<GROUP, T, W>(source, from, count, t + P::depth <= tokens, to + t / P::depth * GROUP);
+        }
+    }
+}
+
+// sums[HEIGHT][VECTORS * lanes] (+)= left^T * right over `steps` values along the tokens of packed panels.
+template <int VECTORS, typename T, typename W>
+void multiply(const Value<T, W>* left, const Value<T, W>* right, int steps, W* sums, int64_t stride, bool add) {
     using V = typename Vector<W>::type;
     constexpr int lanes = Vector<W>::lanes, width = VECTORS * lanes;
     V total[HEIGHT][VECTORS];
     for (int i = 0; i < HEIGHT; ++i)
         for (int v = 0; v < VECTORS; ++v) total[i][v] = V{};
-    for (int t = 0; t < tokens; ++t) {
-        V values[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) values[v] = *reinterpret_cast<const V*>(right + t * width + v * lanes);
-        for (int i = 0; i < HEIGHT; ++i) {
-            const W factor = left[t * HEIGHT + i];
-            for (int v = 0; v < VECTORS; ++v) total[i][v] += factor * values[v];
-        }
-    }
+    for (int t = 0; t < steps; ++t)
+        for (int i = 0; i < HEIGHT; ++i)
+            for (int v = 0; v < VECTORS; ++v)
+                Packed<T, W>::add(total[i][v], left[t * HEIGHT + i], right + t * width + v * lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < HEIGHT; ++i)
 #pragma GCC unroll 2
@@ -136,8 +192,8 @@ class Task {
     explicit Task(int b)
         : high_(round_up(b, HEIGHT)),
           wide_(round_up(b, WIDTH)),
-          left_(new W[TOKENS * high_]),
-          right_(new W[TOKENS * wide_]),
+          left_(new Value<T, W>[STEPS<T, W> * high_]),
+          right_(new Value<T, W>[STEPS<T, W> * wide_]),
           sums_(new W[RUN * high_ * wide_]) {}
 
     // Computes blocks first..last (of one block row) over tokens start..stop into `out`, that segment's [blocks, b, b].
@@ -154,8 +210,8 @@ class Task {
                 W* sums = sums_.get() + (k - first) * high_ * wide_;
                 for (int j = 0; j < wide_; j += WIDTH)
                     for (int i = 0; i < high_; i += HEIGHT)
-                        multiply<VECTORS, W>(left_.get() + i * TOKENS, right_.get() + j * TOKENS, tokens,
-                                             sums + i * wide_ + j, wide_, token > start);
+                        multiply<VECTORS, T, W>(left_.get() + i * STEPS<T, W>, right_.get() + j * STEPS<T, W>,
+                                                steps_of<T, W>(tokens), sums + i * wide_ + j, wide_, token > start);
             }
         }
         for (int64_t k = first; k < last; ++k)
@@ -171,7 +227,8 @@ class Task {
     }
 
     int64_t high_, wide_;
-    std::unique_ptr<W[]> left_, right_, sums_;
+    std::unique_ptr<Value<T, W>[]> left_, right_;
+    std::unique_ptr<W[]> sums_;
 };
 
 template <typename T, typename W, int VECTORS>
@@ -212,21 +269,18 @@ bool compute(const Problem& p, const int64_t* runs, int64_t count, W* out) {
 // Packs `count` blocks whose block columns are `columns`, token by token: rows of the operand are read from end to end,
 // where a panel alone would fetch single cache lines that lie pages apart. `to` has `stride` elements for each group.
 template <int GROUP, typename T, typename W>
-void pack_blocks(const Operand& from, int64_t token, int tokens, const int64_t* columns, int64_t count, int b, W* to,
-                 int64_t stride) {
+void pack_blocks(const Operand& from, int64_t token, int tokens, const int64_t* columns, int64_t count, int b,
+                 Value<T, W>* to, int64_t stride) {
+    using P = Packed<T, W>;
     const int groups = b / GROUP;
-    for (int t = 0; t < tokens; ++t) {
+    for (int t = 0; t < tokens; t += P::depth) {
         const T* row = static_cast<const T*>(from.data) + (token + t) * from.token_stride;
         for (int64_t k = 0; k < count; ++k)
             for (int g = 0; g < groups; ++g) {
                 const int64_t column = columns[k] * b + g * GROUP;
-                W* at = to + (k * groups + g) * stride + t * GROUP;
-                if (column + GROUP <= from.width && from.column_stride == 1) {
-                    for (int i = 0; i < GROUP; ++i) at[i] = static_cast<W>(row[column + i]);
-                } else {
-                    for (int i = 0; i < GROUP; ++i)
-                        at[i] = column + i < from.width ? static_cast<W>(row[(column + i) * from.column_stride]) : W(0);
-                }
+                const int used = static_cast<int>(std::clamp<int64_t>(from.width - column, 0, GROUP));
+                pack_group<GROUP, T, W>(row + column * from.column_stride, from, used, t + P::depth <= tokens,
+                                        to + (k * groups + g) * stride + t / P::depth * GROUP);
             }
     }
 }
@@ -255,11 +309,11 @@ bool compute_packed(const Problem& p, const Panels& rows, const Panels& cols, co
                     W* out) {
     constexpr int WIDTH = VECTORS * Vector<W>::lanes, TOGETHER = 8;
     // A little more than the elements of a panel, so that panels do not share the sets of a cache.
-    constexpr int64_t LEFT = TOKENS * HEIGHT + Vector<W>::lanes, RIGHT = TOKENS * WIDTH + Vector<W>::lanes;
+    constexpr int64_t LEFT = STEPS<T, W> * HEIGHT + Vector<W>::lanes, RIGHT = STEPS<T, W> * WIDTH + Vector<W>::lanes;
     const int64_t size = static_cast<int64_t>(p.b) * p.b, tiles = (p.tokens + TOKENS - 1) / TOKENS;
     const int64_t high = p.b / HEIGHT, wide = p.b / WIDTH;
-    std::unique_ptr<W[]> left(new (std::nothrow) W[rows.count * high * LEFT]);
-    std::unique_ptr<W[]> right(new (std::nothrow) W[cols.count * wide * RIGHT]);
+    std::unique_ptr<Value<T, W>[]> left(new (std::nothrow) Value<T, W>[rows.count * high * LEFT]);
+    std::unique_ptr<Value<T, W>[]> right(new (std::nothrow) Value<T, W>[cols.count * wide * RIGHT]);
     if (!left || !right) return false;
     const int64_t row_parts = (rows.count + TOGETHER - 1) / TOGETHER;
     const int64_t col_parts = (cols.count + TOGETHER - 1) / TOGETHER;
@@ -270,6 +324,7 @@ bool compute_packed(const Problem& p, const Panels& rows, const Panels& cols, co
         const int64_t stop = std::min(tiles * (segment + 1) / p.segments * TOKENS, p.tokens);
         for (int64_t token = start; token < stop; token += TOKENS) {
             const int tokens = static_cast<int>(std::min<int64_t>(TOKENS, stop - token));
+            const int steps = steps_of<T, W>(tokens);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t part = 0; part < row_parts + col_parts; ++part) {
                 if (part < row_parts) {
@@ -289,9 +344,9 @@ bool compute_packed(const Problem& p, const Panels& rows, const Panels& cols, co
                 for (int64_t k = runs[run]; k < runs[run + 1]; ++k)
                     for (int64_t j = 0; j < wide; ++j)
                         for (int64_t i = 0; i < high; ++i)
-                            multiply<VECTORS, W>(left.get() + (rows.index[k] * high + i) * LEFT,
-                                                 right.get() + (cols.index[k] * wide + j) * RIGHT, tokens,
-                                                 sums + k * size + i * HEIGHT * p.b + j * WIDTH, p.b, token > start);
+                            multiply<VECTORS, T, W>(left.get() + (rows.index[k] * high + i) * LEFT,
+                                                    right.get() + (cols.index[k] * wide + j) * RIGHT, steps,
+                                                    sums + k * size + i * HEIGHT * p.b + j * WIDTH, p.b, token > start);
         }
     }
     for (int64_t k = 0; k < p.blocks; ++k) {

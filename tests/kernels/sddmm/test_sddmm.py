@@ -243,6 +243,18 @@ class TestPrecision:
         found = sddmm(large, large, torch.tensor([[0], [0]]), 8)
         assert torch.isfinite(found).all()
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("tokens", [1, 9, 129])
+    def test_a_last_odd_token_that_is_infinite_spoils_its_columns_alone(self, dtype: torch.dtype, tokens: int) -> None:
+        # Processors with instructions for bfloat16 take tokens in pairs.
+        case = fixed(16, 16, tokens, 8, [[1, 1], [1, 1]], dtype)
+        case.lhs[-1, 3] = case.rhs[-1, 12] = torch.inf
+        for compute in WAYS:
+            found = compute(case.lhs, case.rhs, case.positions, 8)
+            finite = read_blocks((case.lhs.t().double() @ case.rhs.double()).isfinite(), case.positions, 8)
+            assert torch.equal(found.isfinite(), finite), compute
+            assert int((~found.isfinite()).sum()) == 31
+
     def test_operands_stay_as_they_are(self) -> None:
         case = fixed(20, 20, 9, 8, [[1, 1, 1], [1, 1, 1], [1, 1, 1]])
         before = case.lhs.clone(), case.rhs.clone(), case.positions.clone()
