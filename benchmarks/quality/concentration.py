@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.command import parser_of
 from benchmarks.quality.grid import Grid
 from benchmarks.quality.parts import agreed_gains, best, together, trace_parts
-from benchmarks.quality.run import DATA, Runner
+from benchmarks.quality.runner import DATA, Runner
 from benchmarks.report import print_table, write_results
 
 

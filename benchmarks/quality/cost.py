@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.quality.methods import Ready
+from benchmarks.quality.ready import Ready
 from benchmarks.quality.tasks import Batch
 from benchmarks.quality.tasks.base import device_of
 from benchmarks.quality.training import loss_of

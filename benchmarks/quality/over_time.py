@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.command import parser_of
 from benchmarks.quality.grid import Grid, GridError
-from benchmarks.quality.rows import Rows
-from benchmarks.quality.run import FOLDER
+from benchmarks.quality.rows import FOLDER, Rows
 from benchmarks.quality.tables import Line, lines_of
 from benchmarks.report import markdown
 

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import RESULTS
+
+FOLDER = RESULTS / "quality"
+"""The folder of the rows that the repository keeps."""
+
 
 class Rows:
     """The rows of a grid and of the other grids in the same folder. Several processes may append to one file."""

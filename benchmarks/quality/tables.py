@@ -24,8 +24,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.command import parser_of
 from benchmarks.quality.grid import Grid, Run, Settings, best_learning_rate
-from benchmarks.quality.rows import Rows
-from benchmarks.quality.run import FOLDER
+from benchmarks.quality.rows import FOLDER, Rows
 
 HERE = Path(__file__).resolve().parent
 DOCUMENTS = (HERE.parents[1] / "README.md", HERE / "README.md", HERE.parents[1] / "docs" / "choosing.md")

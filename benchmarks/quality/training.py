@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.peak import peak_above
-from benchmarks.quality.methods import Ready
+from benchmarks.quality.ready import Ready
 from benchmarks.quality.tasks import Batch, head_of
 from benchmarks.quality.tasks.base import device_of
 

@@ -29,8 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.command import parser_of
 from benchmarks.quality.grid import Grid, Run
-from benchmarks.quality.rows import Rows
-from benchmarks.quality.run import DATA, FOLDER, Runner
+from benchmarks.quality.rows import FOLDER, Rows
+from benchmarks.quality.runner import DATA, Runner
 from benchmarks.quality.tables import lines_of
 from benchmarks.quality.training import optimizer_of, train
 from benchmarks.report import markdown

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 import sylva_compile
 from benchmarks.quality import cost, tables
 from benchmarks.quality import run as quality
+from benchmarks.quality.adapters import Adapter
 from benchmarks.quality.grid import Grid, GridError, Run, Settings, best_learning_rate
-from benchmarks.quality.methods import METHODS, Adapter, Budgeted, check_options
+from benchmarks.quality.methods import METHODS, check_options
 from benchmarks.quality.optimizers import MuonAndAdamW, for_dense
-from benchmarks.quality.rows import Rows
+from benchmarks.quality.ready import Budgeted
+from benchmarks.quality.rows import FOLDER, Rows
+from benchmarks.quality.runner import Runner
 from benchmarks.quality.tasks import Sizes
 from benchmarks.quality.tasks.base import HEAD
 from benchmarks.quality.tasks.classification import COLA, SST2, load_model
@@ -376,13 +379,13 @@ class TestRows:
     ) -> None:
         done: list[str] = []
 
-        def do(self: quality.Runner, run: Run) -> dict[str, Any]:
+        def do(self: Runner, run: Run) -> dict[str, Any]:
             if len(done) == 5:
                 raise KeyboardInterrupt
             done.append(run.key())
             return fake_result(run)
 
-        monkeypatch.setattr(quality.Runner, "do", do)
+        monkeypatch.setattr(Runner, "do", do)
         command = ["--grid", str(grid_file(tmp_path)), "--data", str(data), "--results", str(tmp_path / "rows")]
         with pytest.raises(KeyboardInterrupt):
             quality.main(command)
@@ -392,7 +395,7 @@ class TestRows:
         # A power failure can leave such a partial line.
         with path.open("ab") as file:
             file.write(b'{"run": {"ta')
-        monkeypatch.setattr(quality.Runner, "do", lambda self, run: done.append(run.key()) or fake_result(run))
+        monkeypatch.setattr(Runner, "do", lambda self, run: done.append(run.key()) or fake_result(run))
         quality.main(command)
         assert path.read_bytes().startswith(first)
         # Two tasks and two methods have three runs each: two learning rates, and the chosen one at the second seed.
@@ -404,7 +407,7 @@ class TestRows:
     def test_what_another_grid_has_done_is_not_done_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path
     ) -> None:
-        monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run))
+        monkeypatch.setattr(Runner, "do", lambda self, run: fake_result(run))
         command = ["--data", str(data), "--results", str(tmp_path / "rows")]
         quality.main(["--grid", str(grid_file(tmp_path)), *command])
         methods = '{ random = { kind = "blocks", trace = "random" }, LoRA = { kind = "lora" } }'
@@ -420,7 +423,7 @@ class TestRows:
         assert not path.exists()
 
     def test_parts_make_the_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
-        monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run))
+        monkeypatch.setattr(Runner, "do", lambda self, run: fake_result(run))
         command = ["--grid", str(grid_file(tmp_path)), "--data", str(data), "--results", str(tmp_path / "rows")]
         counts = [len(Rows(quality.main([*command, "--part", part])).read()) for part in ("1/2", "2/2", "1/1")]
         assert counts == [6, 12, 12]
@@ -430,7 +433,7 @@ class TestRows:
     def test_a_method_can_be_run_alone(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run))
+        monkeypatch.setattr(Runner, "do", lambda self, run: fake_result(run))
         command = ["--grid", str(grid_file(tmp_path)), "--data", str(data), "--results", str(tmp_path / "rows")]
         rows = Rows(quality.main([*command, "--methods", "head", "--task", "sst2"])).read().values()
         assert {(row["run"]["method"], row["run"]["task"]) for row in rows} == {("head", "sst2")}
@@ -455,7 +458,7 @@ class TestRows:
         assert "sst2" in capfd.readouterr().err
 
     def test_rows_that_are_kept_have_the_keys_of_their_runs(self) -> None:
-        for key, row in Rows(quality.FOLDER / "small.jsonl").read().items():
+        for key, row in Rows(FOLDER / "small.jsonl").read().items():
             said = row["run"]
             settings = Settings(**said["settings"])
             run = Run(said["task"], said["method"], said["options"], settings, said["learning_rate"], said["seed"])
@@ -576,7 +579,7 @@ class TestGrid:
 def test_a_compiled_run_comes_to_the_same(data: Path) -> None:
     settings = Settings(model="tiny", train=32, validation=16, epochs=1, sparsity=0.7, block_size=8)
     run = Run("sst2", "random", CHANCE, settings, 1e-2, 0)
-    runner = quality.Runner(data)
+    runner = Runner(data)
     plain = runner.do(run)
     for layerwise in (False, True):
         compiled = runner.do(replace(run, settings=replace(settings, compile="aot_eager", layerwise=layerwise)))
@@ -588,7 +591,7 @@ def test_later_runs_are_compiled_like_the_first(data: Path) -> None:
     settings = Settings(
         model="tiny", train=32, validation=16, epochs=1, sparsity=0.7, block_size=8, compile="aot_eager"
     )
-    runner = quality.Runner(data)
+    runner = Runner(data)
     with torch._dynamo.config.patch(recompile_limit=3):
         saved = [runner.do(Run("sst2", "random", CHANCE, settings, 1e-2, seed))["saved_bytes"] for seed in range(2)]
     assert saved[1] == pytest.approx(saved[0], rel=0.05)
@@ -662,14 +665,14 @@ class TestTables:
     def test_a_warmed_up_head_is_the_same_for_all_and_the_rest_stays(self, data: Path) -> None:
         settings = Settings(model="tiny", train=64, validation=32, head_steps=3, block_size=8)
         run = Run("sst2", "random", CHANCE, settings, 1e-3, 0)
-        runner = quality.Runner(data)
+        runner = Runner(data)
         cold = runner.model(replace(run, settings=replace(settings, head_steps=0))).state_dict()
         warm = runner.model(run).state_dict()
         changed = {name for name, value in cold.items() if not torch.equal(value, warm[name])}
         assert changed == {"classifier.weight", "classifier.bias"}
 
     def test_spreads_and_differences(self, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run))
+        monkeypatch.setattr(Runner, "do", lambda self, run: fake_result(run))
         path = grid_file(tmp_path)
         quality.main(["--grid", str(path), "--data", str(data), "--results", str(tmp_path / "rows")])
         grid = Grid.read(path)
@@ -687,7 +690,7 @@ class TestTables:
         self, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         left = {"head": 1.0, "random": 0.05}
-        monkeypatch.setattr(quality.Runner, "do", lambda self, run: fake_result(run) | {"nonzero": left[run.method]})
+        monkeypatch.setattr(Runner, "do", lambda self, run: fake_result(run) | {"nonzero": left[run.method]})
         path = grid_file(tmp_path)
         rows = quality.main(["--grid", str(path), "--data", str(data), "--results", str(tmp_path / "rows")])
         grid = Grid.read(path)
@@ -712,7 +715,7 @@ class TestTables:
 
     def test_text_between_comments_is_replaced_alone(self) -> None:
         grid = Grid.read(GRIDS / "small.toml")
-        lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
+        lines = tables.lines_of(grid, Rows(FOLDER / "small.jsonl"))
         text = "a\n<!-- quality small: begin -->\nold\n<!-- end -->\nb\n"
         assert tables.quoted(text, grid, lines) == text.replace("old\n", tables.markdown(grid, lines))
         bare = text.replace("small:", "small without costs:")
@@ -725,7 +728,7 @@ class TestTables:
 
     def test_comments_may_ask_for_some_methods(self) -> None:
         grid = Grid.read(GRIDS / "small.toml")
-        lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
+        lines = tables.lines_of(grid, Rows(FOLDER / "small.jsonl"))
         text = '<!-- quality small "full" "sylva, greedy": begin -->\nold\n<!-- end -->\n'
         some = [line for line in lines if line.run.method in ("full", "sylva, greedy")]
         assert tables.quoted(text, grid, lines) == text.replace("old\n", tables.markdown(grid, some))
@@ -740,7 +743,7 @@ class TestTables:
 
     def test_a_summary_has_a_line_for_every_value_and_a_column_for_every_method(self) -> None:
         grid = Grid.read(GRIDS / "pruner.toml")
-        lines = tables.lines_of(grid, Rows(quality.FOLDER / "pruner.jsonl"))
+        lines = tables.lines_of(grid, Rows(FOLDER / "pruner.jsonl"))
         text = tables.summary(grid, lines)
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n") if "|" in line]
         assert cells[0] == ["sparsity", "K-FAC pruner", "sylva, gain"]
@@ -759,7 +762,7 @@ class TestTables:
 
     def test_a_summary_takes_the_seeds_that_all_lines_have(self) -> None:
         grid = Grid.read(GRIDS / "pruner.toml")
-        lines = tables.lines_of(grid, Rows(quality.FOLDER / "pruner.jsonl"))
+        lines = tables.lines_of(grid, Rows(FOLDER / "pruner.jsonl"))
         fewer = [replace(line, rows=line.rows[:2]) for line in lines]
         assert "; 3 seeds" in tables.summary(grid, lines)
         assert tables.summary(grid, [*lines[1:], fewer[0]]) == tables.summary(grid, fewer)
@@ -767,7 +770,7 @@ class TestTables:
 
     def test_costs_can_be_left_out(self) -> None:
         grid = Grid.read(GRIDS / "small.toml")
-        lines = tables.lines_of(grid, Rows(quality.FOLDER / "small.jsonl"))
+        lines = tables.lines_of(grid, Rows(FOLDER / "small.jsonl"))
         both, quality_alone = tables.markdown(grid, lines), tables.markdown(grid, lines, costs=False)
         costs_alone = tables.markdown(grid, lines, quality=False)
         assert both.startswith(quality_alone.rstrip())
@@ -783,7 +786,7 @@ class TestTables:
         for name in set(asked):
             grid = Grid.read(GRIDS / f"{name}.toml")
             assert len(tables.places(grid).findall(text)) == asked.count(name)
-            lines = tables.lines_of(grid, Rows(quality.FOLDER / f"{name}.jsonl"))
+            lines = tables.lines_of(grid, Rows(FOLDER / f"{name}.jsonl"))
             assert tables.quoted(text, grid, lines) == text
 
     @pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: "-".join(path.parts[-2:]))

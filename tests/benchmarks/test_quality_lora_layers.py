@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.lora_layers import EVERY, SUPPRESS, LoraLayers
-from benchmarks.quality.methods import METHODS, Budgeted, Ready, check_options
+from benchmarks.quality.methods import METHODS, check_options
+from benchmarks.quality.ready import Budgeted, Ready
 from benchmarks.quality.tasks.classification import load_model
 
 BUDGET = Budgeted(r".*\bencoder\..*", 0.8, 8)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.quality import run as quality
 from benchmarks.quality.grid import Run, Settings
+from benchmarks.quality.runner import Runner
 from benchmarks.quality.tasks import TASKS, Sizes, TaskError, small_gpt2
 from benchmarks.quality.tasks.classification import COLA, SST2
 from benchmarks.quality.tasks.e2e import E2E, prompt_of
@@ -80,7 +80,7 @@ class TestE2E:
         settings = Settings(
             model="tiny", scope=SCOPE, train=4, validation=2, epochs=2, batch=2, length=200, sparsity=0.7, block_size=8
         )
-        found = quality.Runner(data).do(Run("e2e", options["kind"], options, settings, 1e-2, 0))
+        found = Runner(data).do(Run("e2e", options["kind"], options, settings, 1e-2, 0))
         assert set(found["test"]["further"]) == {"NIST", "ROUGE-L", "CIDEr"}
         assert found["head"] == 0
         assert found["steps"] == 4
