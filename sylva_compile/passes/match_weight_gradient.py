@@ -107,71 +107,90 @@ def is_transpose(node: Node) -> bool:
     return [axis % dims for axis in axes[0]] == [*range(dims - 2), dims - 1, dims - 2]  # type: ignore[union-attr]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of a gradient that the walk has still to follow: a node, whether it is transposed, and its scales."""
+
+    node: Node
+    transposed: bool = False
+    scales: tuple[Scale, ...] = ()
+
+    def source(self) -> "_Part":
+        """Return the node that this one is made of, alike transposed and scaled."""
+        return replace(self, node=_source(self.node))
+
+    def scaled(self, scale: Scale) -> "_Part":
+        """Return the same part with one more scale, the innermost."""
+        return replace(self, scales=(*self.scales, scale))
+
+
 def match_weight_gradient(gradient: Node) -> list[Term]:
-    """Return the terms whose sum is the weight gradient `gradient [m, n]`."""
-    return _terms(gradient, transposed=False, scales=())
+    """Return the terms whose sum is the weight gradient `gradient [m, n]`, in the order of the sum."""
+    terms: list[Term] = []
+    # A loop, not a recursion: a layer that is used a thousand times has a chain of as many sums.
+    waiting = [_Part(gradient)]
+    while waiting:
+        found = _follow(waiting.pop())
+        if isinstance(found, Term):
+            terms.append(found)
+        else:
+            waiting += reversed(found)
+    return terms
 
 
-def _terms(node: Node, *, transposed: bool, scales: tuple[Scale, ...]) -> list[Term]:
-    def opaque(reason: str) -> list[Term]:
-        return [Term(Operand(node, transposed), None, scales, reason)]
+def _follow(part: _Part) -> Term | list[_Part]:
+    """Return the term that `part` is, or the parts whose sum it is."""
+    node, target = part.node, part.node.target
+
+    def opaque(reason: str) -> Term:
+        return Term(Operand(node, part.transposed), None, part.scales, reason)
 
     if node.op != "call_function":
         return opaque(f"its gradient comes from outside the graph ({node.name})")
     if len(node.users) > 1:
         return opaque(f"its dense gradient is used elsewhere too ({node.name})")
-    target = node.target
     if is_transpose(node):
-        return _terms(_source(node), transposed=not transposed, scales=scales)
+        return [replace(part.source(), transposed=not part.transposed)]
     if target in _SAME_SHAPE or (target in _RESHAPE and _same_shape(node)):
-        return _terms(_source(node), transposed=transposed, scales=scales)
+        return [part.source()]
     if target in _RESHAPE:
         product = _batch_of_one(node)
         if product is not None:
-            return [_product(*product, transposed, scales)]
+            return _product(*product, part)
     if target in _SUM and node.kwargs.get("alpha", 1) == 1 and _both_matrices(node):
-        first, second = node.args
-        assert isinstance(first, Node) and isinstance(second, Node)
-        negated = (*scales, Scale(aten.neg.default)) if target is aten.sub.Tensor else scales
-        return [
-            *_terms(first, transposed=transposed, scales=scales),
-            *_terms(second, transposed=transposed, scales=negated),
-        ]
+        first, second = (replace(part, node=each) for each in node.args)  # type: ignore[arg-type]
+        return [first, second.scaled(Scale(aten.neg.default)) if target is aten.sub.Tensor else second]
     if target is aten.neg.default:
-        return _terms(_source(node), transposed=transposed, scales=(*scales, Scale(aten.neg.default)))
+        return [part.source().scaled(Scale(aten.neg.default))]
     if target in _SCALE and _is_scalar(node.args[1]):
-        scale = Scale(target, node.args[1])  # type: ignore[arg-type]
-        return _terms(_source(node), transposed=transposed, scales=(*scales, scale))
-    if target is aten.mm.default:
-        left, right = node.args
-        assert isinstance(left, Node) and isinstance(right, Node)
-        return [_product(Operand(left), Operand(right), transposed, scales)]
+        return [part.source().scaled(Scale(target, node.args[1]))]  # type: ignore[arg-type]
+    if target is aten.mm.default or (target is aten.mul.Tensor and _is_outer_product(node)):
+        return _product(*_factors(node), part)
     grouped = _grouped_product(node)
     if grouped is not None:
-        return [_product(*grouped[:2], transposed, scales, offsets=grouped[2])]
+        return _product(*grouped[:2], part, offsets=grouped[2])
     if target is aten.bmm.default and node.meta["val"].dim() == 3:
-        left, right = node.args
-        assert isinstance(left, Node) and isinstance(right, Node)
-        return [_product(Operand(left), Operand(right), transposed, scales, batched=True)]
-    if target is aten.mul.Tensor and _is_outer_product(node):
-        left, right = node.args
-        assert isinstance(left, Node) and isinstance(right, Node)
-        return [_product(Operand(left), Operand(right), transposed, scales)]
+        return _product(*_factors(node), part, batched=True)
     return opaque(f"its gradient is made by {target}, which blocks cannot be sampled through")
+
+
+def _factors(node: Node) -> tuple[Operand, Operand]:
+    left, right = node.args
+    assert isinstance(left, Node) and isinstance(right, Node)
+    return Operand(left), Operand(right)
 
 
 def _product(
     left: Operand,
     right: Operand,
-    transposed: bool,
-    scales: tuple[Scale, ...],
+    part: _Part,
     *,
     offsets: Node | None = None,
     batched: bool = False,
 ) -> Term:
-    """Return `left [m, T] · right [T, n]`, or its transpose, as a term."""
-    term = Term(left.t().resolved(), right.resolved(), scales, offsets=offsets, batched=batched)
-    return replace(term, lhs=term.rhs, rhs=term.lhs) if transposed else term  # type: ignore[arg-type]
+    """Return `left [m, T] · right [T, n]`, or its transpose, scaled as `part` is, as a term."""
+    term = Term(left.t().resolved(), right.resolved(), part.scales, offsets=offsets, batched=batched)
+    return replace(term, lhs=term.rhs, rhs=term.lhs) if part.transposed else term  # type: ignore[arg-type]
 
 
 def _source(node: Node) -> Node:

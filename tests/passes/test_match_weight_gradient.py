@@ -1,3 +1,4 @@
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -136,6 +137,12 @@ class TestLinearOperators:
         inner = layer.joint.call(aten.add.Tensor, layer.product(), second.product())
         total = layer.joint.call(aten.add.Tensor, inner, third.product())
         assert match_weight_gradient(total) == [layer.term(), second.term(), third.term()]
+
+    def test_chain_of_more_sums_than_the_interpreter_recurses(self, layer: Layer) -> None:
+        total = layer.product()
+        for _ in range(sys.getrecursionlimit()):
+            total = layer.joint.call(aten.add.Tensor, total, layer.product())
+        assert match_weight_gradient(total) == [layer.term()] * (1 + sys.getrecursionlimit())
 
     def test_difference_negates_the_second_side(self, layer: Layer) -> None:
         other = Layer(layer.joint, "2")
