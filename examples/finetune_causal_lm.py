@@ -51,17 +51,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--column", required=True, help="column with texts")
     parser.add_argument("--out", type=Path, default=Path("out/adapter"), help="folder for the adapter (%(default)s)")
     parser.add_argument("--steps", type=int, default=-1, help="number of steps (one pass over the data)")
-    parser.add_argument("--lr", type=float, default=6e-3, help="learning rate (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in a step (%(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (%(default)s)")
-    parser.add_argument("--sparsity", type=float, default=0.98, help="share of the blocks that stays frozen")
+    parser.add_argument("--sparsity", type=float, default=0.95, help="share of the blocks that stays frozen")
     parser.add_argument("--block-size", type=int, default=64, help="rows and columns of a block (%(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="frozen weights in bfloat16; blocks stay float32")
     parser.add_argument("--inner", default="inductor", help="compiler; aot_eager is for debugging (%(default)s)")
     options = parser.parse_args(argv)
     set_seed(0)
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model).requires_grad_(False)
+    # An adapter fits a base of the dtype that it was trained in, so none is left to the files.
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).requires_grad_(False)
     examples = read_examples(options.data, options.column, tokenizer, length=options.length)
     arguments = TrainingArguments(
         output_dir=str(options.out),

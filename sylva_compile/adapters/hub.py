@@ -159,7 +159,7 @@ def model_card(model: nn.Module, repo_id: str) -> str:
 
 # {repo_id}
 
-Blocks of weights, trained inside {known or "a base model"} by sylva_compile (`pip install sylva-compile`). They hold
+Blocks of weights, trained inside {known or "a base model"} by sylva_compile. They hold
 the trained values themselves, so nothing is added to the model, and its speed is that of the base.
 
 ```python

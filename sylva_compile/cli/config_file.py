@@ -34,7 +34,7 @@ def read_config_file(path: Path, known: Collection[str]) -> list[str]:
     if entries is None:
         return []
     if not isinstance(entries, dict):
-        raise InputError(f"--config {path} holds a {type(entries).__name__}; give lines such as `lr: 2e-4`.")
+        raise InputError(f"--config {path} holds a {type(entries).__name__}; give lines such as `lr: 1e-2`.")
     arguments: list[str] = []
     for name, value in entries.items():
         arguments += _as_arguments(path, str(name), value, known)

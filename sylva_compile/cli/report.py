@@ -23,7 +23,7 @@ def run(options: ReportConfig) -> int:
     try:
         from sylva_compile.reports.page import write_report
     except ImportError as error:
-        raise InputError(f"A report needs {error.name}; run `pip install 'sylva-compile[report]'`.") from error
+        raise InputError(f"A report needs {error.name}; run `pip install {error.name}`.") from error
     from sylva_compile.reports.changes import changes_of
 
     # A place where nothing can be written must not come to light after the model is read.

@@ -43,7 +43,7 @@ def check_fsdp2_arguments(args: Any, optimizer: object, scheduler: object) -> No
     if optimizer is not None or scheduler is not None:
         raise ArgumentError(
             "optimizers=... holds parameters from before FSDP2 splits the model; give optimizer_cls_and_kwargs="
-            "(sylva_compile.AdamW, {'lr': 2e-4}), and the schedule by TrainingArguments(lr_scheduler_type=...)."
+            "(sylva_compile.AdamW, {'lr': 1e-3}), and the schedule by TrainingArguments(lr_scheduler_type=...)."
         )
     if args.save_on_each_node:
         raise ArgumentError(

@@ -21,7 +21,7 @@ class AdamW(GeneratedOptimizer, torch.optim.AdamW):
     """
 
     def __init__(
-        self, params: ParamsT, lr: float | Tensor = 2e-4, *, weight_decay: float = 0.0, **options: Any
+        self, params: ParamsT, lr: float | Tensor = 1e-3, *, weight_decay: float = 0.0, **options: Any
     ) -> None:
         """Take `options` of `torch.optim.AdamW` and of `StepOptions`."""
         rest = self._take_options(options)

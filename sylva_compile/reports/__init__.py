@@ -1,6 +1,6 @@
 """Reports of a training: where it changed the weights and how much, its losses, its moves; as pictures and a page.
 
-Pictures and pages need matplotlib: `pip install 'sylva-compile[report]'`.
+Pictures and pages need matplotlib (`pip install matplotlib`).
 """
 
 import importlib

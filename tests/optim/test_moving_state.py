@@ -291,7 +291,7 @@ class TestAges:
         optimizer.move_state(blocks, torch.tensor([0, -1, 2]), "intersection")
         before = blocks.detach().clone()
         trained(optimizer)
-        torch.testing.assert_close((blocks.detach() - before)[1].abs(), torch.full((8, 8), 2e-4), rtol=2e-3, atol=0.0)
+        torch.testing.assert_close((blocks.detach() - before)[1].abs(), torch.full((8, 8), 1e-3), rtol=2e-3, atol=0.0)
 
 
 class TestInPlace:
