@@ -40,7 +40,6 @@ class BlockState(SyncedBlocks):
         layout: index tensors on the weight's device.
         writer: writes blocks at the mask's positions into a dense weight.
         originals: the values from before training of every place where blocks have been.
-        base_known: whether `originals` still belong to the weight; an edit in place of the dense weight ends that.
         moves: the number of times that blocks have moved, or another adapter has taken their place.
         base_id: a number of the base; another weight, and another base of this one, has another.
         disabled: while the dense weight shows its base, a number that no other such time has; 0 otherwise.
@@ -64,7 +63,8 @@ class BlockState(SyncedBlocks):
         self.writer = writer_of(weight, self.layout.positions, mask.block_size)
         values = read_places(weight, self.layout.positions, mask.block_size)
         self.originals = Originals(weight, mask.positions, mask.block_size)
-        self.base_known, self.base_id = True, new_base_id()
+        self.mark_base()
+        self.base_id = new_base_id()
         self.moves = self.disabled = 0
         self.had_gradient = False
         self.stepped_by: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -105,14 +105,6 @@ class BlockState(SyncedBlocks):
                 "it after fully_shard, from masks.parameters()."
             )
 
-    def check_base_known(self) -> None:
-        """Raise EmbedError if an edit in place of the dense weight has made its base unknown."""
-        if not self.base_known:
-            raise EmbedError(
-                f"{self.name} was changed in place since its blocks were embedded, so its base is not known; load the "
-                "base's state dict first, or call merge_and_unload(model) to keep the values."
-            )
-
     def follow_assignment(self, old: Tensor) -> None:
         """Follow a dense weight that was loaded or assigned; `old [m, n]` is a copy of the values before.
 
@@ -127,7 +119,8 @@ class BlockState(SyncedBlocks):
         if not equal_everywhere(new, old) or not self.base_known:
             warn_of_another_base()
             self.originals = Originals(self.weight, self.mask.positions, self.mask.block_size)
-            self.base_known, self.base_id = True, new_base_id()
+            self.base_id = new_base_id()
+        self.mark_base()
         self.pull()
 
     def follow_move(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:
@@ -138,6 +131,7 @@ class BlockState(SyncedBlocks):
             self.layout.to(weight.device)
             self.writer = writer_of(weight, self.layout.positions, self.mask.block_size)
             self.push()
+        self.follow_conversion()
 
     def move(self, mask: BlockMask, generator: torch.Generator | None = None) -> Tensor:
         """Put the blocks at the places of `mask`, as many as before, in place.

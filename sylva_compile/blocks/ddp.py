@@ -52,14 +52,15 @@ def note_wrapper(ddp: DistributedDataParallel, states: Iterable[BlockState]) -> 
 def _follow_first_process(states: Iterable[BlockState], group: Any) -> None:
     """Take over the base of the first process, whose weights the wrapper is about to give to all of `group`."""
     dense = {state.name: state for state in states if not state.is_quantised}
-    kept = {name: state.originals for name, state in dense.items()}
-    if same_on_all(group, "".join(checksum(originals.values) for originals in kept.values())):
+    kept = {name: (state.originals, state.base_mark) for name, state in dense.items()}
+    if same_on_all(group, "".join(f"{checksum(originals.values)} {mark} " for originals, mark in kept.values())):
         return
     first = [kept]
     broadcast_object_list(first, src=get_global_rank(group, 0), group=group)
     if get_rank(group):
         for name, state in dense.items():
-            state.originals, state.base_id = first[0][name], new_base_id()
+            state.originals, state.base_mark = first[0][name]
+            state.base_id = new_base_id()
 
 
 def check_same_places(states: Iterable[BlockState], group: Any) -> None:

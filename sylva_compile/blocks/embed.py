@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sylva_compile._torch import forget_sharded
+from sylva_compile._torch import forget_sharded, is_traceable_wrapper_subclass
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.averaging import average_gradients
 from sylva_compile.blocks.block_mask import SUFFIX, BlockMask, check_inside_experts
@@ -55,9 +55,9 @@ def embed(
         beside: whether other weights of the model may carry blocks already.
 
     Raises:
-        EmbedError: the model carries other masks already, a module cannot carry blocks, an evaluation has packed 4-bit
-            weights for inference, DistributedDataParallel has wrapped the model, or the call is made under
-            `torch.inference_mode()`. The model is as before then.
+        EmbedError: the model carries other masks already, a module cannot carry blocks, two Parameters that are trained
+            lie in the same memory, an evaluation has packed 4-bit weights for inference, DistributedDataParallel has
+            wrapped the model, or the call is made under `torch.inference_mode()`. The model is as before then.
         ArgumentError: blocks would cross from one expert into the next; the model is as before.
     """
     wrapped, model = model, unwrap(model)
@@ -74,6 +74,7 @@ def embed(
         raise EmbedError("Blocks made under torch.inference_mode() cannot be trained; embed masks outside of it.")
     reshard(model)
     parameters = named_weights(model)
+    _check_memory(parameters, masks.keys() | present.keys())
     planned: list[tuple[BlockState, _Owners]] = []
     taken: dict[int, str] = {}
     for name, mask in masks.items():
@@ -93,6 +94,27 @@ def embed(
         # An optimizer that still holds the weight would go on applying a gradient from before, or decay it.
         state.weight.grad = None
         registry.add(state)
+
+
+def _check_memory(parameters: Mapping[str, nn.Parameter], carrying: Collection[str]) -> None:
+    """Raise EmbedError if another Parameter lies in the memory of a weight that carries blocks, and is trained itself.
+
+    Neither would see what training writes into the other. `carrying` are the names of the weights with blocks.
+    """
+    found: dict[int, str] = {}
+    # Weights with blocks come first, and all others are looked up among them.
+    for name in sorted(parameters, key=lambda name: name not in carrying):
+        weight = parameters[name]
+        if weight.device.type == "meta" or not weight.numel() or is_traceable_wrapper_subclass(weight):
+            continue
+        if name in carrying:
+            first = found.setdefault(weight.data_ptr(), name)
+        else:
+            first = found.get(weight.data_ptr(), name) if weight.requires_grad else name
+        if parameters[first] is not weight:
+            raise EmbedError(
+                f"{first} and {name} are two Parameters in the same memory; assign one Parameter to both modules."
+            )
 
 
 def unembed(model: nn.Module, *, restore: bool = False, names: Collection[str] | None = None) -> None:

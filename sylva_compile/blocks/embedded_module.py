@@ -81,7 +81,15 @@ def _weight_property(attribute: str) -> property:
                 check_averaged([state])
             state.sync()
         if not training:
-            return weight
+            if registry.is_traced or not (eager or weight.requires_grad):
+                return weight
+            # Not the Parameter itself: somebody may have unfrozen it, and `weight.data = values` would pass us by.
+            with torch.no_grad():
+                view = weight.view_as(weight)
+            if eager:
+                mark_as_parameter(view)
+                DenseView.of(view, state)
+            return view
         at = state.layout
         # Uncompiled code reads positions alone. The other two tensors may be replaced while a step is under way, when a
         # compiled layer updates them; a checkpointed layer that runs again must save the tensors it saved before.
@@ -90,8 +98,7 @@ def _weight_property(attribute: str) -> property:
             weight, blocks, *tensors, at.block_size, at.input_axis, at.gate, at.scores, at.sketch
         )
         if eager:
-            # `model.get_parameter(name)` asks for a Parameter. Callers may read the value; to write, they write the
-            # blocks, or this weight under torch.no_grad().
+            # `model.get_parameter(name)` asks for a Parameter. To write, write the blocks, or this value under no_grad.
             mark_as_parameter(value)
             refuse_moves_before_backward(value, [state])
             DenseView.of(value, state)
@@ -165,6 +172,7 @@ class EmbeddedModule:
             # Both are moved; where they differ, one of them would be lost.
             if not is_sharded(state.weight):
                 state.check_synced()
+                state.settle_doubt()
         masters = {attribute: state.blocks.detach() for attribute, state in self._sylva_states.items()}
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         for attribute, state in self._sylva_states.items():

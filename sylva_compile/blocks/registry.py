@@ -18,7 +18,8 @@ while torch iterates over the hooks.
 import copyreg
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -41,6 +42,8 @@ _live: "weakref.WeakKeyDictionary[BlockState, None]" = weakref.WeakKeyDictionary
 _changes = 0
 _by_tensor: tuple[int, dict[int, "weakref.ref[BlockState]"]] = (-1, {})
 """The number of changes at which the look-up was made, and the state of each tensor by the tensor's `id`."""
+is_traced = False
+"""Whether a trace is under way, which observes the gradients of dense weights."""
 _hooks: list[Any] = []
 _sources: "weakref.WeakKeyDictionary[BlockState, set[str]]" = weakref.WeakKeyDictionary()
 _added_sources: set[str] = set()
@@ -62,6 +65,17 @@ def remove(state: BlockState) -> None:
     _sources.pop(state, None)
     note_change()
     tidy()
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Let modules hand out their dense Parameters inside of the block, and gradients flow to them."""
+    global is_traced
+    before, is_traced = is_traced, True
+    try:
+        yield
+    finally:
+        is_traced = before
 
 
 def live_states() -> list[BlockState]:
@@ -193,11 +207,12 @@ def _on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Sync every state before any optimizer's step; a few integer comparisons where nothing was edited."""
     states = live_states()
-    if any(state.disabled or state.earlier_blocks is not None for state in states):
+    if any(state.disabled or state.earlier_blocks is not None or not state.is_wide for state in states):
         stepped = _stepped_by(optimizer)
         for state in states:
             if id(state.blocks) in stepped:
                 state.check_enabled()
+                state.check_wide()
             state.check_not_earlier(stepped)
     for state in states:
         state.sync()

@@ -6,7 +6,7 @@ The rule: the blocks of the dense weight always equal the `<name>_blocks` parame
 | what changed since both were equal          | what happens                                                         |
 | ------------------------------------------- | -------------------------------------------------------------------- |
 | the blocks (an optimizer, an edit in place) | they are written into the dense weight                               |
-| the dense weight, in place                  | the blocks are read from it; its base is unknown from then on        |
+| the dense weight, in place                  | the blocks are read from it; an edit elsewhere makes the base unknown |
 | both                                        | the blocks win: they hold more bits                                  |
 | the dense weight, by loading or assigning   | the blocks are read; a weight that differs outside is a new base     |
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sylva_compile.blocks.block_mask import BlockMask
+from sylva_compile.blocks.known_base import KnownBase
 from sylva_compile.blocks.layout import BlockLayout
 from sylva_compile.blocks.places import zero_outside
 from sylva_compile.blocks.shards import ShardWriter, is_sharded, put, read_places, whole
@@ -32,18 +33,15 @@ from sylva_compile.errors import EmbedError
 from sylva_compile.kernels.blocks import BlockWriter
 
 
-class SyncedBlocks:
+class SyncedBlocks(KnownBase):
     """A dense weight and its blocks; the attributes are described in `BlockState`."""
 
-    name: str
     mask: BlockMask
-    weight: nn.Parameter
     blocks: nn.Parameter
     live_weight: nn.Parameter
     live_blocks: nn.Parameter
     layout: BlockLayout
     writer: BlockWriter | ShardWriter
-    base_known: bool
     disabled: int
     _versions: tuple[int, int]
     _gathered: int = -1
@@ -54,15 +52,30 @@ class SyncedBlocks:
         """The weight or else the blocks, if processes hold parts of them; `fully_shard` may ignore one of the two."""
         return next((tensor for tensor in (self.weight, self.blocks) if is_sharded(tensor)), None)
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the blocks have a dtype that keeps small steps."""
+        return self.blocks.dtype in (torch.float32, torch.float64)
+
+    def check_wide(self) -> None:
+        """Raise EmbedError where somebody has made the blocks narrow by an assignment to their `.data`."""
+        if not self.is_wide:
+            raise EmbedError(
+                f"The blocks of {self.name} were made {self.blocks.dtype} by an assignment to `.data`, and would lose "
+                "small steps; convert models by model.to(...), and give TRL's trainers BlocksTrainerMixin."
+            )
+
     def sync(self) -> None:
         """Make blocks and dense weight equal again after an edit in place that autograd has counted."""
         weight_version, blocks_version = self._versions
         if self.disabled and self._versions != (self.weight._version, self.blocks._version):
             self.check_enabled()
+        edited = self.weight._version != weight_version
+        if edited:
+            self.doubt_base()
         if self.blocks._version != blocks_version:
             self.push()
-        elif self.weight._version != weight_version:
-            self.base_known = False
+        elif edited:
             self.pull()
 
     def pull(self) -> None:

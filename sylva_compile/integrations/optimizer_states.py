@@ -133,7 +133,7 @@ class OptimizerStates:
     def _of(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the states of `parameter` that have its shape."""
         states = self.optimizer.state.get(parameter, {})
-        return {key: value for key, value in states.items() if _is_like(value, parameter)}
+        return {key: value for key, value in states.items() if _is_like(key, value, parameter)}
 
     def _expected(self, group: _Group, parameter: Tensor) -> dict[str, torch.dtype]:
         """Return the names and dtypes of the states that `parameter` will have in its shape."""
@@ -146,8 +146,9 @@ class OptimizerStates:
         return self._tiny[key]
 
 
-def _is_like(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+def _is_like(key: str, value: Any, parameter: Tensor) -> bool:
+    """Return whether the state `key` has the shape of `parameter`; the count of steps of a scalar only seems to."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape and key != "step"
 
 
 def _states_after_a_step(optimizer: Any, group: _Group, parameter: Tensor) -> dict[str, torch.dtype]:
@@ -166,4 +167,4 @@ def _states_after_a_step(optimizer: Any, group: _Group, parameter: Tensor) -> di
     except Exception:
         # An optimizer that needs more (a closure) has the states that it has, and a resumed one must have stepped.
         return {}
-    return {name: value.dtype for name, value in twin.state[tiny].items() if _is_like(value, tiny)}
+    return {name: value.dtype for name, value in twin.state[tiny].items() if _is_like(name, value, tiny)}

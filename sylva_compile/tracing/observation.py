@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sylva_compile._torch import compiled_call, set_compiled_call
+from sylva_compile.blocks import registry
 from sylva_compile.blocks.compile_units import caching_configurations
 from sylva_compile.errors import TraceError
 from sylva_compile.kernels.observe import observing
@@ -174,7 +175,7 @@ def untouched(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[Non
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     configurations = caching_configurations(model)
     devices = {parameter.device for parameter in flags if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=list(devices)), registry.traced():
         try:
             # model.eval() would make some layers merge weights, and un-merging would not restore the same bits.
             for module in modes:

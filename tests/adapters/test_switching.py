@@ -430,7 +430,7 @@ class TestRefused:
     def test_an_edited_base(self, tmp_path: Path) -> None:
         base = self.two(tmp_path)
         with torch.no_grad():
-            block_states(base)[FIRST].weight.mul_(1)
+            block_states(base)[FIRST].weight.mul_(2)
         self.refused(base, "b", EmbedError, "its base is not known")
 
     def test_another_base_since(self, tmp_path: Path) -> None:

@@ -316,8 +316,7 @@ class TestOneValue:
     def test_a_move_does_not_choose_between_two_values(self) -> None:
         model, masks = small()
         masks.embed(model)
-        with torch.no_grad():
-            model[0].weight.data += 1
+        model[0]._parameters["weight"].data += 1
         with pytest.raises(EmbedError, match=r"0\.weight: blocks and dense weight differ.*write_through"):
             model.to(torch.float64)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -374,7 +373,8 @@ class TestAssignedData:
     """`weight.data = values`, as PEFT writes what it merges."""
 
     @pytest.mark.parametrize("safe", [True, False])
-    def test_an_adapter_of_peft_is_merged(self, safe: bool) -> None:
+    @pytest.mark.parametrize("gradients", [True, False])
+    def test_an_adapter_of_peft_is_merged(self, safe: bool, gradients: bool) -> None:
         model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
         config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
         wrapped: Any = peft.get_peft_model(model, config)  # type: ignore[arg-type]
@@ -382,15 +382,18 @@ class TestAssignedData:
         masks.embed(wrapped)
         x = torch.randn(4, 32)
         want = wrapped(x)
-        merged = wrapped.merge_and_unload(safe_merge=safe)
+        with torch.set_grad_enabled(gradients):
+            merged = wrapped.merge_and_unload(safe_merge=safe)
         assert_invariant(merged, {"0.weight": masks["base_model.model.0.base_layer.weight"]})
         torch.testing.assert_close(merged.to("cpu")(x), want)
         with pytest.raises(EmbedError, match="its base is not known"):
             sylva_compile.unload_adapter(merged)
 
-    def test_is_copied_and_read(self) -> None:
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_is_copied_and_read(self, trained: bool) -> None:
         model, masks = small()
         masks.embed(model)
+        model[0].weight_blocks.requires_grad_(trained)
         values = torch.randn(50, 40)
         model[0].weight.data = values
         assert torch.equal(model[0]._sylva_states["weight"].weight, values)
@@ -492,14 +495,27 @@ class TestGradients:
         assert all(model.get_parameter(name).grad is None for name in NAMES)
         assert model[0].weight_blocks.grad is not None
 
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_nor_while_its_blocks_are_frozen(self, compiled: bool) -> None:
+        model, masks = small()
+        masks.embed()
+        model.requires_grad_(True)
+        model[0].weight_blocks.requires_grad_(False)
+        run = torch.compile(model, backend=sylva_compile.backend(masks, inner="aot_eager")) if compiled else model
+        run(torch.randn(2, 40)).sum().backward()
+        assert all(model.get_parameter(name).grad is None for name in NAMES)
+        assert model[0]._parameters["weight"].grad is None
+        assert model[0].weight_blocks.grad is None
+        assert model[2].weight_blocks.grad is not None
+
     def test_no_gradient_no_marker(self) -> None:
         model, masks = small()
         masks.embed()
         with torch.no_grad():
-            assert model[0].weight is model[0]._parameters["weight"]
+            assert model[0].weight.grad_fn is None
         for blocks in masks.parameters():
             blocks.requires_grad_(False)
-        assert model[0].weight is model[0]._parameters["weight"]
+        assert model[0].weight.grad_fn is None
 
     def test_a_forward_copies_nothing(self) -> None:
         model, masks = small()

@@ -10,12 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from interrupted import Setting, assert_same, masks_of
+from quantised_models import needs_bitsandbytes, quantise, quiet
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sylva_compile
-from sylva_compile.errors import ArgumentError
+from sylva_compile.errors import ArgumentError, EmbedError
 from sylva_compile.integrations import BlocksCallback, BlocksTrainerMixin
 from sylva_compile.schedules import MovingBlocks, ScheduleCallback
 
@@ -202,3 +203,37 @@ def test_an_ordinary_trainer_of_trl_takes_the_callback(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
     assert losses(again) == losses(once)
     assert_same(again.model, once.model)
+
+
+@needs_bitsandbytes
+@quiet
+def test_blocks_in_a_quantised_model_stay_wide(tmp_path: Path) -> None:
+    model = quantise(model_of(Setting()), "nf4")
+    # As from_pretrained notes it, by which TRL tells quantised models.
+    model.is_quantized = model.is_loaded_in_4bit = True
+    masks = masks_of(model, Setting())
+    masks.embed(model)
+    before = [blocks.detach().clone() for blocks in masks.parameters()]
+    optimizer = sylva_compile.AdamW(masks.parameters(), lr=1e-5)
+    trainer = BlocksSFTTrainer(
+        model,
+        SFTConfig(**arguments(tmp_path, Setting())),
+        train_dataset=Dataset.from_dict(TEXTS),
+        processing_class=TOKENIZER,
+        optimizers=(optimizer, None),
+    )
+    assert all(map(torch.equal, masks.parameters(), before))
+    trainer.train()
+    moved = sum(int((new != old).sum()) for new, old in zip(masks.parameters(), before, strict=True))
+    assert moved > 0.9 * sum(blocks.numel() for blocks in before)
+
+
+def test_blocks_that_were_made_narrow_are_not_stepped() -> None:
+    model = model_of(Setting())
+    masks = masks_of(model, Setting())
+    masks.embed(model)
+    optimizer = torch.optim.SGD(masks.parameters(), lr=0.1)
+    for blocks in masks.parameters():
+        blocks.data = blocks.data.to(BF16)
+    with pytest.raises(EmbedError, match=r"were made torch\.bfloat16 by an assignment to `\.data`.*BlocksTrainerMixin"):
+        optimizer.step()
