@@ -123,6 +123,11 @@ def __getattr__(name: str) -> Any:
 # The functions below read private attributes of objects. Where an attribute is gone, the function is what to change.
 
 
+def is_fx_tracing() -> bool:
+    """Whether `torch.fx.symbolic_trace` runs a model now; it knows the Parameters of modules and no views of them."""
+    return bool(torch.fx._symbolic_trace._is_fx_tracing_flag)
+
+
 def operator_of(custom_op: Any) -> Any:
     """Return the operator that a custom op is in a graph, to compare with `node.target`."""
     return custom_op._opoverload

@@ -1,10 +1,11 @@
-"""`DenseView`: the tensor that reading an embedded weight returns in training, outside of compiled code."""
+"""`DenseView`: the tensor that reading an embedded weight returns outside of compiled code."""
 
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from sylva_compile._torch import ORDINARY_RESULTS
 from sylva_compile.blocks.base_warnings import not_shareable
@@ -68,9 +69,13 @@ class DenseView(Tensor):
             EmbedError: `nn.Module.register_parameter` reads it. A conversion (to float8, say) then moves the weight
                 into another module, where the blocks would never be trained.
         """
-        if sys._getframe(1).f_code is nn.Module.register_parameter.__code__:
-            raise not_shareable(self._sylva_state.name, "a parameter of another module")
-        return _GRAD_FN.__get__(self)
+        found, caller = _GRAD_FN.__get__(self), sys._getframe(1)
+        if caller.f_code is nn.Module.register_parameter.__code__:
+            # What `torch.fx` has traced without gradients only reads its parameters, in modules that only hold them.
+            holds = type(module := caller.f_locals.get("self")) is nn.Module or isinstance(module, GraphModule)
+            if found is not None or not holds:
+                raise not_shareable(self._sylva_state.name, "a parameter of another module")
+        return found
 
     @property
     def is_leaf(self) -> bool:  # type: ignore[override]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sylva_compile._torch import is_traceable_wrapper_subclass, mark_as_parameter, skip_code
+from sylva_compile._torch import is_fx_tracing, is_traceable_wrapper_subclass, mark_as_parameter, skip_code
 from sylva_compile.blocks import registry
 from sylva_compile.blocks.block_mask import SUFFIX
 from sylva_compile.blocks.block_state import BlockState
@@ -81,7 +81,7 @@ def _weight_property(attribute: str) -> property:
                 check_averaged([state])
             state.sync()
         if not training:
-            if registry.is_traced or not (eager or weight.requires_grad):
+            if registry.is_traced or (is_fx_tracing() if eager else not weight.requires_grad):
                 return weight
             # Not the Parameter itself: somebody may have unfrozen it, and `weight.data = values` would pass us by.
             with torch.no_grad():
