@@ -64,7 +64,7 @@ def table(found: Mapping[str, Losses], within: float) -> str:
 
 
 def plot(panels: Mapping[str, Mapping[str, Losses]], methods: Sequence[str], path: Path) -> None:
-    """Draw the losses over the learning rates, a panel for each task, up to twice the lowest loss."""
+    """Draw the losses over the learning rates, a panel for each task, up to a fifth above the worst method's best."""
     figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (task, found) in zip(axes, panels.items(), strict=True):
@@ -73,9 +73,9 @@ def plot(panels: Mapping[str, Mapping[str, Losses]], methods: Sequence[str], pat
             if points:
                 style: Any = {"color": f"C{number % 10}", "marker": "osD^v<>pPX"[number // 10 % 10]}
                 axis.plot(*zip(*points, strict=True), label=method, markersize=4, linewidth=1, **style)
-        lowest = min((min(losses.values()) for method, losses in found.items() if method in methods), default=math.inf)
-        if math.isfinite(lowest):
-            axis.set_ylim(0.95 * lowest, 2 * lowest)
+        bests = [min(losses.values()) for method, losses in found.items() if method in methods]
+        if bests := list(filter(math.isfinite, bests)):
+            axis.set_ylim(0.98 * min(bests), 1.2 * max(bests))
         axis.set(title=task, xscale="log", xlabel="learning rate", ylabel="validation loss")
         axis.grid(alpha=0.3)
     named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
