@@ -40,9 +40,9 @@ def living_bytes(device: torch.device) -> int:
     for found in gc.get_objects():
         if type(found) not in (Tensor, nn.Parameter) or found.device.type != device.type:
             continue
-        storage = found.untyped_storage()
-        # Tensors that compilers leave behind have no memory, and raise.
+        # Tensors that compilers leave behind have no memory, or none of this kind, and raise.
         with contextlib.suppress(RuntimeError):
+            storage = found.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
     return sum(held.values())
 
