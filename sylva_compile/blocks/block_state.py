@@ -120,7 +120,8 @@ class BlockState(SyncedBlocks):
             warn_of_another_base()
             self.originals = Originals(self.weight, self.mask.positions, self.mask.block_size)
             self.base_id = new_base_id()
-        self.mark_base()
+            self.mark_base()
+        self.follow_conversion()
         self.pull()
 
     def follow_move(self, weight: nn.Parameter, blocks: nn.Parameter, masters: Tensor) -> None:

@@ -102,16 +102,15 @@ def _check_memory(parameters: Mapping[str, nn.Parameter], carrying: Collection[s
     Neither would see what training writes into the other. `carrying` are the names of the weights with blocks.
     """
     found: dict[int, str] = {}
-    # Weights with blocks come first, and all others are looked up among them.
+    # Weights with blocks come first, and others that are trained meet them.
     for name in sorted(parameters, key=lambda name: name not in carrying):
         weight = parameters[name]
         if weight.device.type == "meta" or not weight.numel() or is_traceable_wrapper_subclass(weight):
             continue
-        if name in carrying:
-            first = found.setdefault(weight.data_ptr(), name)
-        else:
-            first = found.get(weight.data_ptr(), name) if weight.requires_grad else name
-        if parameters[first] is not weight:
+        if name not in carrying and not weight.requires_grad:
+            continue
+        first = found.setdefault(weight.data_ptr(), name)
+        if first in carrying and parameters[first] is not weight:
             raise EmbedError(
                 f"{first} and {name} are two Parameters in the same memory; assign one Parameter to both modules."
             )

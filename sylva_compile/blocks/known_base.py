@@ -8,7 +8,7 @@ from sylva_compile.errors import EmbedError
 
 
 class KnownBase:
-    """What is known of the base of a weight: its checksum, and whether the weight still has that base.
+    """The base's checksum, and whether the weight still has that base.
 
     An edit of the dense weight in place casts doubt on it. The doubt is settled when somebody needs the base, for that
     reads the whole weight, and a moving average edits it at every step: an edit at places that blocks have trained

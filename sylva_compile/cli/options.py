@@ -97,7 +97,7 @@ class FinetuneConfig:
     )
     optimizer: Optimizer = field(default="muon", metadata=_about("optimizer of the blocks"))
     lr: float = field(
-        default=1e-2, metadata=_about("learning rate; it falls linearly to 0; adamw takes about a tenth of muon's")
+        default=1e-2, metadata=_about("learning rate; it falls linearly to 0; adamw takes a third to a tenth of muon's")
     )
     epochs: float = field(default=1.0, metadata=_about("passes over the data"))
     steps: int | None = field(default=None, metadata=_about("number of steps, in place of --epochs"))

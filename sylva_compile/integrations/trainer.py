@@ -30,7 +30,7 @@ from sylva_compile.integrations.checkpoints import (
 )
 from sylva_compile.integrations.checks import check_compiled_once, check_reference
 from sylva_compile.integrations.distribution import check_distribution, check_fsdp2_arguments
-from sylva_compile.integrations.quantised import trainable_although_quantised
+from sylva_compile.integrations.quantised import trainable_although_quantised, wide_blocks
 from sylva_compile.integrations.schedule_states import masks_that_move
 from sylva_compile.integrations.whole_states import load_whole_state_dict, whole_state_dict
 from sylva_compile.schedules.protocol import Schedule
@@ -80,7 +80,7 @@ class BlocksTrainerMixin(_Base):
                 is given and not `optimizer_cls_and_kwargs`. The model is as before then.
         """
         check_compiled_once([*args, *kwargs.values()])
-        with trainable_although_quantised([*args, *kwargs.values()]):
+        with trainable_although_quantised([*args, *kwargs.values()]), wide_blocks([*args, *kwargs.values()]):
             super().__init__(*args, **kwargs)
         check_reference(self.args, self.model, getattr(self, "ref_model", None))
 
