@@ -50,6 +50,16 @@ def smollm2(folder: Path) -> Path:
     beside = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    put_in_place(beside, folder)
     return folder
+
+
+def put_in_place(beside: Path, folder: Path) -> None:
+    """Rename `beside` to `folder`, unless another process has put a whole model there meanwhile."""
+    try:
+        beside.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            shutil.rmtree(folder)
+            beside.rename(folder)
+    shutil.rmtree(beside, ignore_errors=True)
